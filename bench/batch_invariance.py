@@ -16,11 +16,13 @@ import torch
 from machine import processor
 
 from bessemer.addons.families.named_models import model_dir
+from bessemer.addons.serve.requests import ServedRequest as Request
+from bessemer.addons.serve.requests import Token
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.engine.random_streams import stream_key
-from bessemer.engine.sequence import Request, SamplingParams, Token
+from bessemer.engine.sequence import SamplingParams
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import load
 

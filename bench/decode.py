@@ -31,11 +31,13 @@ from machine import processor, spread
 
 import bessemer
 from bessemer import tasks
+from bessemer.addons.serve.requests import ServedRequest as Request
+from bessemer.addons.serve.requests import Token
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.data.chat import question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.sequence import Request, SamplingParams, Token
+from bessemer.engine.sequence import SamplingParams
 from bessemer.engine.steps import PrefillChunk, backend_of
 from bessemer.model.accounting import kv_cache_bytes
 from bessemer.train.setup import keep_memory

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from machine import processor, spread
 
+from bessemer.addons.serve.requests import ServedRequest as Request
+from bessemer.addons.serve.requests import Token
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.sequence import Request, SamplingParams, Token
+from bessemer.engine.sequence import SamplingParams
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.loss import cross_entropy

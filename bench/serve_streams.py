@@ -47,11 +47,12 @@ def engine_and_requests(model: str, streams: int, tokens: int):
     import torch
 
     from bessemer.addons.families.named_models import model_dir
+    from bessemer.addons.serve.requests import ServedRequest as Request
     from bessemer.data.chat import question_ids
     from bessemer.engine.engine import load_engine
     from bessemer.engine.generation import prompt_digest
     from bessemer.engine.random_streams import stream_key
-    from bessemer.engine.sequence import Request, SamplingParams
+    from bessemer.engine.sequence import SamplingParams
 
     torch.set_num_threads(1)
     engine = load_engine(model_dir(model))
@@ -66,8 +67,8 @@ def engine_and_requests(model: str, streams: int, tokens: int):
 def bare(model: str, streams: int, tokens: int) -> dict:
     """Runs all requests in a bare scheduler."""
     from bessemer.addons.serve.fair_queue import FairQueue
+    from bessemer.addons.serve.requests import Token
     from bessemer.addons.serve.scheduler import Scheduler
-    from bessemer.engine.sequence import Token
 
     engine, requests = engine_and_requests(model, streams, tokens)
     engine.generate([requests[0].prompt], max_new_tokens=2, **SAMPLING)  # initialises whatever is created on first use

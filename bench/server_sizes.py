@@ -32,11 +32,13 @@ from machine import processor
 
 from bessemer.addons.serve.fair_queue import FairQueue
 from bessemer.addons.serve.penalties import PenaltyParams
+from bessemer.addons.serve.requests import ServedRequest as Request
+from bessemer.addons.serve.requests import Token
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.addons.serve.token_controls import TokenRules
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.sequence import Request, SamplingParams, Token
+from bessemer.engine.sequence import SamplingParams
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 

@@ -1,6 +1,6 @@
 """Shared by several of the scheduler's tests."""
 
-from bessemer.engine.sequence import Token
+from bessemer.addons.serve.requests import Token
 
 
 def drain(scheduler, late=(), every=3):

@@ -8,14 +8,14 @@ import torch
 
 from bessemer.engine import decode, steps
 from bessemer.engine.decode import TorchSteps, expanded_after
-from bessemer.engine.kv_cache import PAGE, CacheFull, LatentCache, PageAllocator, prefix_keys
+from bessemer.engine.kv_cache import PAGE, LatentCache
 from bessemer.engine.steps import PrefillChunk
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
 
-def new_cache(model, **options):
-    return TorchSteps(model).new_cache(**options)
+def new_cache(model):
+    return TorchSteps(model).new_cache()
 
 
 def prefill_all(model, cache, prompts):
@@ -29,9 +29,9 @@ def step(model, token_B, position_B, cache):
     return TorchSteps(model).forward(token_B[:, None], position_B, cache).logits_BTV[:, 0]
 
 
-def begun(model, rows, copies=1, **options):
+def begun(model, rows, copies=1):
     """(logits after each of these prompts, a cache that holds them as rows)."""
-    cache = new_cache(model, **options)
+    cache = new_cache(model)
     prompts = [cache.open(row) for row in rows]
     logits = prefill_all(model, cache, prompts)
     cache.admit([(held, copies) for held in prompts])
@@ -112,22 +112,15 @@ def test_rows_of_unequal_pages_keep_their_own_context(model, lengths):
 
 @torch.no_grad()
 def test_a_prompt_in_parts_is_the_prompt(model, prompts):
-    """A prompt taken in over several steps, alongside others, and from the end of a cached prefix."""
+    """A prompt taken in over several steps."""
     long = (prompts[7] * 3)[:150]
-    cache = new_cache(model, prefix_cache=True)
+    cache = new_cache(model)
     held = cache.open(long)
     cache.extend(held, len(long))
     for end in (1, 40, 64, 129, 150):
         logits = TorchSteps(model).prefill(cache, [PrefillChunk(held, end)])[0]
         assert distance(logits, plain_decoder.next_logits(model, [long[:end]])[0]) < 1e-5
     cache.admit([(held, 1)])
-    for other, found in ((long[:140], 128), (long[:128], 64), (long[:64], 0), ([9, *long[:140]], 0)):
-        held = cache.open(other)
-        assert held.cached == found
-        logits = prefill_all(model, cache, [held, fresh := cache.open([5, 6])])
-        assert distance(logits, plain_decoder.next_logits(model, [other, [5, 6]])) < 1e-5
-        cache.drop(held)
-        cache.drop(fresh)
     go_on(model, cache, [long], 5)
 
 
@@ -186,48 +179,15 @@ def test_copies_share_full_pages_and_go_their_own_ways(model, prompts):
     assert cache.pages.total == cache.pages.available
 
 
-@torch.no_grad()
-def test_a_full_cache_says_so_and_stays_as_it_is(model):
-    _, cache = begun(model, [[5] * 64, [6] * 64], limit=3 * PAGE)
-    held = cache.open([7] * 100)
-    with pytest.raises(CacheFull):
-        cache.extend(held, 100)
-    assert held.pages == [] and cache.free_pages() == 1 and cache.pages_needed([65, 65]) == 2
-    cache.keep([True, False])
-    cache.extend(held, 100)
-    assert cache.free_pages() == 0
-
-
 def test_bytes_per_token_follow_the_count():
     cfg = preset("tiny")
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         cache = LatentCache(cfg, dtype, torch.device("cpu"))
         cache.extend(cache.open([3] * 100), 100)
         held = sum(layer.untyped_storage().nbytes() for layer in cache.layers)
-        assert (
-            held == cache.allocated_bytes == 2 * PAGE * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * cfg.n_layers * size
-        )
+        assert held == 2 * PAGE * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * cfg.n_layers * size
     v3 = LatentCache(preset("v3"), torch.bfloat16, torch.device("meta"))
     assert sum(pool.shape[-1] * pool.element_size() for pool in v3.layers) == 70272  # ISCA Table 1
-
-
-def test_pages_are_free_used_or_remembered():
-    keys = lambda ids: prefix_keys(ids, len(ids) - 1, 0, [])  # noqa: E731
-    pages = PageAllocator()
-    pages.grow(4)
-    first, ids = pages.allocate(3), list(range(3 * PAGE))
-    pages.cache(prefix_keys(ids, len(ids), 0, []), first)
-    assert pages.match(keys([*ids, 7])) == first and pages.match(keys(ids)) == first[:2]
-    assert pages.match(keys([1, *ids])) == []
-    pages.release(first)
-    assert pages.available == 4
-    pages.share(found := pages.match(keys(ids)))  # in use again: only the third page may be evicted
-    taken = pages.allocate(2)
-    assert set(taken).isdisjoint(found) and pages.match(keys([*ids, 7])) == found and pages.available == 0
-    pages.release(found)
-    assert pages.match(keys(ids)) == found and pages.available == 2
-    pages.allocate(2)
-    assert pages.match(keys(ids)) == [] and pages.available == 0
 
 
 @pytest.mark.parametrize("form", ["kernel", "torch"])

@@ -10,11 +10,11 @@ import torch
 from drain import drain
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bessemer.addons.serve.requests import ServedRequest as Request
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE, LatentCache
-from bessemer.engine.sequence import Request
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 

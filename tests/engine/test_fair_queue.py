@@ -8,11 +8,12 @@ from drain import drain
 from test_scheduler import alone, requests, used
 
 from bessemer.addons.serve.fair_queue import FairQueue
+from bessemer.addons.serve.requests import Finished
+from bessemer.addons.serve.requests import ServedRequest as Request
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.random_streams import stream_key
-from bessemer.engine.sequence import Finished, Request
 from bessemer.model.transformer import Transformer
 
 

@@ -10,13 +10,15 @@ from drain import drain
 
 from bessemer.addons.serve.grammar import DEEPEST, Grammars, calls_grammar, json_grammar
 from bessemer.addons.serve.penalties import PenaltyParams
+from bessemer.addons.serve.requests import ServedRequest as Request
+from bessemer.addons.serve.requests import ServedSequence as Sequence
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.addons.serve.token_controls import TokenControl, TokenRules
 from bessemer.addons.tasks.tool_texts import Tool
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.random_streams import stream_key
-from bessemer.engine.sequence import Request, SamplingParams, Sequence
+from bessemer.engine.sequence import SamplingParams
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 

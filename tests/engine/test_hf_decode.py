@@ -11,11 +11,11 @@ from test_scheduler import alone, requests
 
 from bessemer.addons.families import hf_decode
 from bessemer.addons.families.causal_lm import CausalLM
+from bessemer.addons.serve.requests import ServedRequest as Request
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.addons.serve.terminal_chat import Conversation
 from bessemer.data.chat import render_ids
 from bessemer.engine.engine import Engine
-from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
 from bessemer.train import setup
 

@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bessemer.addons.serve.penalties import Penalties, PenaltyParams, penalise
+from bessemer.addons.serve.requests import ServedRequest as Request
+from bessemer.addons.serve.requests import ServedSequence as Sequence
 from bessemer.addons.serve.token_controls import TokenControl, TokenRules
-from bessemer.engine.sequence import Request, Sequence
 
 V = 50
 PARAMS = [

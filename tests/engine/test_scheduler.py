@@ -1,5 +1,6 @@
 """Continuous batching: whatever other requests come and go, each gets the tokens that it would get alone."""
 
+import math
 from dataclasses import replace
 
 import plain_decoder
@@ -7,11 +8,14 @@ import pytest
 import torch
 from drain import drain
 
+from bessemer.addons.serve.requests import ServedRequest as Request
+from bessemer.addons.serve.requests import ServedSequence, Token
 from bessemer.addons.serve.scheduler import Scheduler
+from bessemer.addons.serve.served_runner import top_tokens
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.random_streams import stream_key
-from bessemer.engine.sequence import Request, SamplingParams, Token
+from bessemer.engine.sequence import SamplingParams
 from bessemer.errors import UserError
 
 SAMPLINGS = [
@@ -181,3 +185,11 @@ def test_what_can_never_run_is_refused_at_once(engine, request_, message):
     assert scheduler.idle
     with pytest.raises(UserError, match="rows must be"):
         Scheduler(engine, rows=0)
+
+
+def test_likely_tokens_are_the_tokenizer_s_but_all_ids_count():
+    logits = torch.zeros(1, 100)
+    logits[:, 90:] = 3.0
+    (top,) = top_tokens([ServedSequence(Request((1,), 1, top=2), 0)], logits, 90)
+    assert all(token < 90 for token, _ in top)
+    assert [logp for _, logp in top] == pytest.approx([-math.log(90 + 10 * math.e**3)] * 2, abs=1e-5)

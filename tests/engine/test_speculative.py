@@ -7,12 +7,13 @@ import pytest
 import torch
 from drain import drain
 
+from bessemer.addons.serve.requests import ServedRequest as Request
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.sampling import accept, probabilities, residual, rules
-from bessemer.engine.sequence import Request, SamplingParams
+from bessemer.engine.sequence import SamplingParams
 from bessemer.engine.speculative import Drafter
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer

@@ -7,11 +7,12 @@ from test_scheduler import alone
 
 from bessemer.addons.accelerate.kernels import library, sampling
 from bessemer.addons.serve.penalties import PenaltyParams, penalise
+from bessemer.addons.serve.requests import ServedRequest as Request
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.addons.serve.token_controls import TokenRules
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.sequence import Request, SamplingParams
+from bessemer.engine.sequence import SamplingParams
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 

@@ -7,12 +7,16 @@ from test_decode_kernel import network, texts
 
 from bessemer.addons.accelerate.kernel_steps import KernelSteps
 from bessemer.addons.serve.penalties import PenaltyParams
+from bessemer.addons.serve.prefix_cache import PrefixCache
+from bessemer.addons.serve.requests import Finished, Token
+from bessemer.addons.serve.requests import ServedRequest as Request
+from bessemer.addons.serve.requests import ServedSequence as Sequence
 from bessemer.addons.serve.scheduler import Scheduler
+from bessemer.addons.serve.served_runner import ServedRunner
 from bessemer.addons.serve.token_controls import TokenRules
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.model_runner import ModelRunner
-from bessemer.engine.sequence import Finished, Request, SamplingParams, Sequence, Token
+from bessemer.engine.sequence import SamplingParams
 from bessemer.engine.steps import PrefillChunk, backend_of
 
 TOKENIZER = Tokenizer.train(["the quick brown fox 盛钢水"] * 8, 280)
@@ -30,7 +34,7 @@ def flat(**values):
 def started(model, samplings, drafts):
     """A runner with a prefilled sequence for each prompt; the samplings take turns."""
     steps = backend_of(model)
-    runner = ModelRunner(steps, TOKENIZER, steps.new_cache(drafts=drafts), drafts)
+    runner = ServedRunner(steps, TOKENIZER, steps.new_cache(drafts, PrefixCache), drafts)
     penalised = TokenRules(PenaltyParams(repetition_penalty=1.3))
     requests = [
         Request(tuple(ids), 3 + b, 24, samplings[b % len(samplings)], top=b % 2, routing=True,

@@ -8,10 +8,10 @@ from multiprocessing import Pipe
 import pytest
 
 from bessemer.addons.serve import ServeConfig, worker
+from bessemer.addons.serve.requests import ServedRequest as Request
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.addons.serve.worker import ModelWorker
 from bessemer.engine.engine import Engine
-from bessemer.engine.sequence import Request
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 

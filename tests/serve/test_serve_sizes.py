@@ -8,11 +8,11 @@ from bessemer.addons.families.causal_lm import CausalLM
 from bessemer.addons.serve import worker
 from bessemer.addons.serve.fair_queue import FairQueue
 from bessemer.addons.serve.protocol import CompletionRequest
+from bessemer.addons.serve.requests import ServedRequest as Request
 from bessemer.addons.serve.sampling_params import requests
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
-from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 from bessemer.model.accounting import kv_cache_bytes

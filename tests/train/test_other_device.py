@@ -35,7 +35,8 @@ from bessemer.data.batch import Batch
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.addons.serve.scheduler import Scheduler
-from bessemer.engine.sequence import Request, SamplingParams
+from bessemer.addons.serve.requests import ServedRequest as Request
+from bessemer.engine.sequence import SamplingParams
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import checkpoint

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from bessemer import tasks
+from bessemer.addons.serve.requests import ServedRequest as Request
+from bessemer.addons.serve.requests import Token
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.data.chat import question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.sequence import Request, SamplingParams, Token
+from bessemer.engine.sequence import SamplingParams
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.loss import cross_entropy

@@ -14,8 +14,8 @@ L sparse layers, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +39,10 @@ class TorchSteps(StepBackend):
     def __init__(self, model: Transformer):
         self.model: Transformer = model
 
-    def new_cache(self, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> LatentCache:
+    def new_cache(self, drafts: int = 0, make: Callable[..., LatentCache] = LatentCache) -> Any:
         model = self.model
         weight, layers = model.embed.weight, model.cfg.n_layers + min(drafts, len(model.mtp))
-        return LatentCache(model.cfg, weight.dtype, weight.device, limit, prefix_cache, layers)
+        return make(model.cfg, weight.dtype, weight.device, layers)
 
     def token_bytes(self, drafts: int = 0) -> int:
         return sum(pool.shape[-1] * pool.element_size() for pool in self.new_cache(drafts=drafts).layers)

@@ -116,7 +116,9 @@ class Engine:
         """The sequences after their prompts, each of which runs through the network once."""
         steps = backend_of(self.model)
         cache = steps.new_cache(drafts=batch.drafts)
-        runner = ModelRunner(steps, self.tokenizer, cache, batch.drafts, record, batch.record_kept)
+        runner: ModelRunner[Sequence] = ModelRunner(
+            steps, self.tokenizer, cache, batch.drafts, record, batch.record_kept
+        )
         prompts = [
             (cache.open(ids), list(same)) for ids, same in groupby(sequences, key=lambda one: one.request.prompt)
         ]

@@ -9,9 +9,8 @@ list of pages, so sequences of any length share the pool without padding to the 
   further on, so with K modules a page is full when K tokens after it are known too.
 - Every slot is finite, written or not: attention gives hidden slots weight 0, and 0 times NaN must not appear.
 
-Sequences with a common prefix share its full pages. A full page may be cached under a key that identifies all tokens
-that it depends on; a later prompt that begins with them reuses it. Cached pages without users count as free; the least
-recently used is evicted first.
+The samples of a prompt share its full pages. A server's cache also has a limit, and keeps full pages for later prompts
+(`addons/serve/prefix_cache.py`).
 
 Attention reads a few rows at a time (`RowGroup`): their pages are gathered into one tensor that fits the processor's L2
 cache, so a step reads each latent from memory once. Rows of similar length share a group.
@@ -21,11 +20,9 @@ Shapes: B live rows, S slots, P pages of a row, X = C + R, L layers.
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,10 +37,6 @@ GROUP_BYTES = 1 << 20
 """Gathered per row group on a CPU: about one core's L2 cache."""
 
 
-class CacheFull(Exception):
-    """The pool has reached its limit and every page is in use."""
-
-
 @dataclass
 class PromptPages:
     """A prompt during prefill: its pages, before it becomes one or several rows."""
@@ -53,7 +46,7 @@ class PromptPages:
     length: int = 0
     """Tokens whose latents are in the pages."""
     cached: int = 0
-    """Of these, tokens found in the prefix cache."""
+    """Of these, tokens that an earlier prompt has computed."""
     drafts: int = 0
     """MTP modules whose keys are in the pages."""
     routing: list[Tensor] = field(default_factory=list)
@@ -61,7 +54,7 @@ class PromptPages:
     states: list[Tensor] = field(default_factory=list)
     """With K MTP modules: h^0, ..., h^(K-1) at the last position where each is known, [D]; fewer in a short prompt."""
     keys: list[bytes] = field(default_factory=list)
-    """The keys of its full pages, as far as they are known (`prefix_keys`)."""
+    """What a cache that keeps pages knows them by."""
     asked: int | None = None
     """The first tokens that were asked; the others were generated before a preemption. None: all."""
     slots: tuple[Any, int] | None = None
@@ -97,16 +90,10 @@ class LatentCache:
         cfg: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
-        limit: int | None = None,
-        prefix_cache: bool = False,
         layers: int | None = None,
     ):
-        """`limit`: maximum number of tokens, rounded up to whole pages. `prefix_cache`: keep pages of earlier sequences
-        for prompts with the same prefix."""
         self.cfg = cfg
         self.pages = PageAllocator()
-        self.prefix_cache = prefix_cache
-        self.limit = None if limit is None else pages_for(limit)
         width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
         self.layers = [torch.zeros(0, PAGE, width, dtype=dtype, device=device) for _ in range(layers or cfg.n_layers)]
         self.table_BP = torch.zeros(0, 0, dtype=torch.int64, device=device)
@@ -122,47 +109,19 @@ class LatentCache:
         """MTP modules that have a layer here."""
         return len(self.layers) - self.cfg.n_layers
 
-    @property
-    def allocated_bytes(self) -> int:
-        return sum(pool.numel() * pool.element_size() for pool in self.layers)
-
-    @property
-    def used_tokens(self) -> int:
-        """Slots of the pages in use by rows and prompts."""
-        return (self.pages.total - self.pages.available) * PAGE
-
-    def free_pages(self) -> int | None:
-        """Pages that can still be allocated; None without a limit."""
-        return None if self.limit is None else self.limit - self.pages.total + self.pages.available
-
     def open(self, ids: Sequence[int], keys: list[bytes] | None = None, asked: int | None = None) -> PromptPages:
-        """A prompt, starting from the longest cached prefix. keys: those of its pages that are already known; receives
-        the others as they are computed. `asked` as in `PromptPages`."""
-        keys = [] if keys is None else keys
-        least = 0 if self.drafts else 1  # at least one token is left to compute
-        found = self.pages.match(prefix_keys(ids, len(ids) - least, self.drafts, keys)) if self.prefix_cache else []
-        prompt = PromptPages(tuple(ids), found, drafts=self.drafts, keys=keys, asked=asked)
-        self.pages.share(prompt.pages)
-        prompt.length = prompt.cached = len(prompt.pages) * PAGE
-        return prompt
+        """A prompt of which nothing is computed. `asked` as in `PromptPages`; `keys` are for caches that keep pages."""
+        return PromptPages(tuple(ids), drafts=self.drafts, asked=asked)
 
     def extend(self, prompt: PromptPages, length: int) -> None:
-        """Allocates pages for the first `length` tokens. If it raises CacheFull, nothing has changed."""
+        """Allocates pages for the first `length` tokens."""
         prompt.pages += self._allocate(pages_for(length) - len(prompt.pages))
-
-    def drop(self, prompt: PromptPages) -> None:
-        """Releases a prompt that does not become a row; what is computed of it stays available."""
-        if prompt.length > prompt.cached:
-            self._cache_pages(prompt.ids, prompt.length, prompt.pages, prompt.keys)
-        self.pages.release(prompt.pages)
-        prompt.pages, prompt.length = [], 0
 
     def admit(self, prompts: Sequence[tuple[PromptPages, int]]) -> None:
         """Appends `copies` rows for each prompt. They share its full pages; a page that is not full is copied.
         The prompts must not be used afterwards."""
         rows, source, target = [], [], []
         for prompt, copies in prompts:
-            self._cache_pages(prompt.ids, prompt.length, prompt.pages, prompt.keys)
             full = prompt.full_pages
             for _ in range(copies - 1):
                 rest = self._allocate(len(prompt.pages) - full)
@@ -192,26 +151,6 @@ class LatentCache:
         self._table_RP[n : len(live_B)] = 0
         self.table_BP = self._table_RP[:n]
         return source
-
-    def cache_row(self, row: int, ids: Sequence[int], length: int, keys: list[bytes]) -> None:
-        """Makes the full pages of row `row` available to later prompts. All modules have read the first `length` of
-        its tokens `ids`; keys: as in `open`."""
-        self._cache_pages(ids, length, self.row_pages[row], keys)
-
-    def _cache_pages(self, ids: Sequence[int], length: int, pages: Sequence[int], keys: list[bytes]) -> None:
-        if self.prefix_cache:
-            self.pages.cache(prefix_keys(ids, length, self.drafts, keys), pages)
-
-    def scrub(self, row: int) -> None:
-        """Makes a row's own slots finite again after the network failed on it."""
-        own = [page for page in self.row_pages[row] if self.pages.exclusive(page)]
-        own_N = indices(own, self.table_BP.device)
-        for pool in self.layers:
-            pool[own_N] = 0.0
-
-    def pages_needed(self, length_B: Sequence[int]) -> int:
-        """Pages to allocate before the rows have these lengths."""
-        return sum(max(0, pages_for(n) - len(row)) for n, row in zip(length_B, self.row_pages, strict=True))
 
     def reserve(self, length_B: Sequence[int]) -> None:
         """Allocates pages so that every row has room for its first length_B tokens."""
@@ -284,15 +223,15 @@ class LatentCache:
 
     def _grow(self, missing: int) -> None:
         total = self.pages.total
-        size = max(total + missing, total + total // 2)
-        if self.limit is not None:
-            if total + missing > self.limit:
-                raise CacheFull
-            size = min(size, self.limit)
+        size = self._size(total + missing)
         for i, old in enumerate(self.layers):
             pool = self.layers[i] = old.new_empty(size, *old.shape[1:])
             pool[:total], pool[total:] = old, 0.0
         self.pages.grow(size - total)
+
+    def _size(self, needed: int) -> int:
+        """Pages of a pool that grows to at least `needed`."""
+        return max(needed, self.pages.total + self.pages.total // 2)
 
     def _update_table(self) -> None:
         """Writes the pages that rows have received: the others never change."""
@@ -321,14 +260,11 @@ class LatentCache:
 
 
 class PageAllocator:
-    """Allocates page numbers from 0, in plain Python. Invariant: a page is in `_free`, in `_idle`, or has users."""
+    """Allocates page numbers from 0, in plain Python. Invariant: a page is in `_free`, or has users."""
 
     def __init__(self) -> None:
         self._free: list[int] = []
         self._users: list[int] = []
-        self._page: dict[bytes, int] = {}
-        self._key: dict[int, bytes] = {}
-        self._idle: dict[int, None] = {}  # cached and without users, least recently used first
 
     @property
     def total(self) -> int:
@@ -337,7 +273,7 @@ class PageAllocator:
     @property
     def available(self) -> int:
         """Pages that `allocate` can return."""
-        return len(self._free) + len(self._idle)
+        return len(self._free)
 
     def grow(self, count: int) -> None:
         """Adds `count` pages, by which the pool has grown."""
@@ -347,8 +283,6 @@ class PageAllocator:
 
     def allocate(self, count: int) -> list[int]:
         """`count` pages with one user each; the caller has checked `available`."""
-        while len(self._free) < count:
-            self._evict(next(iter(self._idle)))
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._users[page] = 1
@@ -358,47 +292,16 @@ class PageAllocator:
         """Adds one user to each page."""
         for page in pages:
             self._users[page] += 1
-            self._idle.pop(page, None)
 
     def release(self, pages: Sequence[int]) -> None:
-        """Removes one user from each page. The last one is evicted first: without those before it, it is of no use."""
+        """Removes one user from each page, beginning with the last."""
         for page in reversed(pages):
             self._users[page] -= 1
             if not self._users[page]:
-                if page in self._key:
-                    self._idle[page] = None
-                else:
-                    self._free.append(page)
+                self._unused(page)
 
-    def exclusive(self, page: int) -> bool:
-        """The page has one user and is not cached."""
-        return self._users[page] == 1 and page not in self._key
-
-    def cache(self, keys: Iterable[bytes], pages: Iterable[int]) -> None:
-        """Caches the pages under their keys."""
-        for key, page in zip(keys, pages, strict=False):
-            if key not in self._page and page not in self._key:
-                self._page[key], self._key[page] = page, key
-
-    def match(self, keys: Iterable[bytes]) -> list[int]:
-        """Cached pages of the longest known beginning; not yet shared."""
-        return [self._page[key] for key in takewhile(self._page.__contains__, keys)]
-
-    def _evict(self, page: int) -> None:
-        del self._page[self._key.pop(page)]
-        del self._idle[page]
+    def _unused(self, page: int) -> None:
         self._free.append(page)
-
-
-def prefix_keys(ids: Sequence[int], length: int, drafts: int, known: list[bytes]) -> Iterator[bytes]:
-    """One key per full page of the first `length` ids, each standing for all tokens up to the end of the page and
-    `drafts` more. known: keys of the first pages; receives the others as they are computed, so that a text that waits
-    or grows is hashed once."""
-    for n, end in enumerate(range(PAGE + drafts, length + 1, PAGE)):
-        if n == len(known):
-            before, page = known[-1] if known else b"", array("q", ids[end - PAGE - drafts : end])
-            known.append(hashlib.blake2b(before + page.tobytes(), digest_size=16).digest())
-        yield known[n]
 
 
 def indices(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:

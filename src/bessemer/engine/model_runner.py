@@ -14,23 +14,26 @@ Shapes: B live sequences, T tokens of one pass, V vocabulary, L sparse layers, K
 from __future__ import annotations
 
 from math import isfinite
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.kept_tokens import ids_of_mask
-from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages, indices
+from bessemer.engine.kv_cache import LatentCache, PromptPages, indices
 from bessemer.engine.routing_record import RoutingRecord
-from bessemer.engine.sampling import LiveRows, SampledTokens, rules, sample_rows, top_tokens
-from bessemer.engine.sequence import Control, Controls, Request, Sequence
+from bessemer.engine.sampling import LiveRows, SampledTokens, rules, sample_rows
+from bessemer.engine.sequence import Sequence
 from bessemer.engine.speculative import drafts_of
 from bessemer.engine.steps import Draws, PrefillChunk, Round, RoutingTrace, StepBackend
 from bessemer.errors import UserError
 from bessemer.probe import float64_home
 
+AnySequence = TypeVar("AnySequence", bound=Sequence)
 
-class ModelRunner:
+
+class ModelRunner(Generic[AnySequence]):
     """Live sequences and their rows in the cache. Row b of every tensor, `sequences` and the cache is one sequence."""
 
     def __init__(
@@ -42,15 +45,14 @@ class ModelRunner:
         record: RoutingRecord | None = None,
         kept: bool = False,
     ):
-        """record: receives the experts of every token fed. kept: every
-        sequence records the tokens that truncation kept. Neither goes with drafts."""
+        """record: receives the experts of every token fed. kept: every sequence records the tokens that truncation
+        kept. Neither goes with drafts."""
         self.steps, self.cache, self.record = steps, cache, record
-        self.controls, self._tokenizer = Controls(), tokenizer
         cfg, device = steps.model.cfg, steps.model.embed.weight.device
         self.vocab, self._n_experts = tokenizer.vocab_size, cfg.n_routed_experts
         self.drafts = drafts_of(steps.model, drafts, self.vocab)
         self.draws = Draws(self.vocab, kept=kept)
-        self.sequences: list[Sequence] = []
+        self.sequences: list[AnySequence] = []
         none_B = torch.zeros(0, dtype=torch.int64, device=device)
         self.rows = LiveRows(none_B, none_B, rules([], float64_home(device)), none_B)
         """Before `sample`, the newest tokens are those that the network has seen."""
@@ -61,35 +63,25 @@ class ModelRunner:
 
     def _look_at_requests(self) -> None:
         """What the requests of the live sequences have in common."""
-        requests = [sequence.request for sequence in self.sequences]
-        self.controls.follow(self.sequences)
-        self.drafts.limit([sequence.control is None for sequence in self.sequences])
-        free = all(sequence.control is None for sequence in self.sequences)
-        greedy = free and all(request.sampling.temperature == 0 for request in requests)
+        self.drafts.limit([True] * len(self.sequences))
+        self._drafted = self.drafts.depth * len(self.sequences)
+        greedy = all(sequence.request.sampling.temperature == 0 for sequence in self.sequences)
         self.draws = self.draws._replace(greedy=greedy)
-        self._top = any(request.top for request in requests)
-        self._routing = any(request.routing for request in requests)
 
-    def control_of(self, request: Request) -> Control | None:
-        """The control of a request's sequence. The first request with one brings the controls of all."""
-        if request.control is not None and type(self.controls) is Controls:
-            self.controls = request.control.controls(self._tokenizer, self.steps.model)
-        return self.controls.of(request)
-
-    def trace(self, wanted: bool) -> RoutingTrace | None:
+    def trace(self) -> RoutingTrace | None:
         """What a pass records its experts in, if anybody wants them."""
-        return RoutingTrace(self._n_experts) if wanted or self.record is not None else None
+        return RoutingTrace(self._n_experts) if self.record is not None else None
 
     @property
     def lookahead(self) -> int:
         """Slots that a step writes in every row."""
         return self.drafts.depth + 1
 
-    def prefill(self, chunks: list[PrefillChunk], routing: bool = False) -> Tensor:
-        """`StepBackend.prefill`: the logits after each chunk, [len(chunks), V]. routing: prompts record experts."""
-        return self.steps.prefill(self.cache, chunks, self.trace(routing))
+    def prefill(self, chunks: list[PrefillChunk]) -> Tensor:
+        """`StepBackend.prefill`: the logits after each chunk, [len(chunks), V]."""
+        return self.steps.prefill(self.cache, chunks, self.trace())
 
-    def admit(self, prompts: list[tuple[PromptPages, list[Sequence]]], logits_PV: Tensor) -> None:
+    def admit(self, prompts: list[tuple[PromptPages, list[AnySequence]]], logits_PV: Tensor) -> None:
         """Adds the sequences of prefilled prompts, with the logits after each prompt."""
         device, rows = logits_PV.device, self.rows
         self.cache.admit([(prompt, len(sequences)) for prompt, sequences in prompts])
@@ -106,19 +98,16 @@ class ModelRunner:
         self.drafts.admit([prompt for prompt, _ in prompts], source, position_B - 1, fresh)
         self.sequences = self.sequences + fresh
         self.sampled = sample_rows(self.logits_BV, self.vocab, self.rows, self.drafts.rejected, self.draws.kept)
-        for prompt, sequences in prompts:
-            if self.record is not None:
-                self.record.start([sequence.number for sequence in sequences], torch.cat(prompt.routing))
-            for sequence in sequences:
-                sequence.page_keys = list(prompt.keys)
-                sequence.shared = prompt.full_pages * PAGE if len(sequences) > 1 else 0
-                if sequence.request.routing and len(sequence.routes) == len(sequence.tokens):
-                    sequence.add_routes(prompt.routing[-1][-1:])
-                if sequence.control is not None:
-                    sequence.control.start(sequence)
+        self._admitted(prompts)
         self._look_at_requests()
 
-    def step(self) -> list[Sequence]:
+    def _admitted(self, prompts: list[tuple[PromptPages, list[AnySequence]]]) -> None:
+        """The sequences of these prompts have become rows."""
+        if self.record is not None:
+            for prompt, sequences in prompts:
+                self.record.start([sequence.number for sequence in sequences], torch.cat(prompt.routing))
+
+    def step(self) -> list[AnySequence]:
         """Draws one token for every sequence, more with drafts, and feeds them to the network. Returns the sequences
         that have finished and left."""
         self.sample()
@@ -130,11 +119,8 @@ class ModelRunner:
 
     def sample(self) -> None:
         """Appends one token to every sequence. Finished sequences have `finish` set and stay until `retire`."""
-        if self._top:
-            self._report_top(self.logits_BV)
+        self._before_tokens(self.logits_BV)
         sampled = self.sampled
-        if bound := self.controls.bound():
-            self._choose_bound(bound, sampled)
         kept = [None] * len(self.sequences) if sampled.kept_BV is None else ids_of_mask(sampled.kept_BV.cpu())
         columns = [column.tolist() for column in (sampled.token_B, sampled.logp_B, sampled.raw_logp_B)]
         for sequence, token, logp, raw_logp, ids in zip(self.sequences, *columns, kept, strict=True):
@@ -144,37 +130,13 @@ class ModelRunner:
                 sequence.append(token, logp, raw_logp, ids)
         self.rows = self.rows._replace(newest_B=sampled.token_B)
 
-    def _choose_bound(self, bound: list[int], sampled: SampledTokens) -> None:
-        """Replaces the tokens of the rows that are not free to follow their logits; the others cost nothing more."""
-        index = indices(bound, self.logits_BV.device)
-        first, last = bound[0], bound[-1]
-        one_after_another = bound == list(range(first, last + 1))
-        own_BV = self.logits_BV[first : last + 1] if one_after_another else self.logits_BV[index]
-        changed_BV = own_BV.clone()
-        self.controls.change([self.sequences[b] for b in bound], changed_BV, self.vocab)
-        chosen = sample_rows(changed_BV, self.vocab, self.rows.at(index), scored_BV=own_BV)
-        for column, values in zip(sampled[:3], chosen[:3], strict=True):
-            column[index] = values
-
-    def retire(self) -> list[Sequence]:
+    def retire(self) -> list[AnySequence]:
         """Drops the finished sequences and returns them."""
         finished = [sequence for sequence in self.sequences if sequence.finish is not None]
         if not finished:
             return []
-        position_B = self.positions()
-        for b, sequence in enumerate(self.sequences):
-            if sequence.finish == "error":
-                self.cache.scrub(b)
-            elif sequence.finish is not None:
-                # the last pass left keys of drafts in the modules' layers, which its next step would have overwritten
-                self.cache.cache_row(b, sequence.ids, position_B[b] + 1 - self.lookahead, sequence.page_keys)
         self.keep([sequence.finish is None for sequence in self.sequences])
         return finished
-
-    def positions(self) -> list[int]:
-        """The position of every sequence's next token."""
-        position: list[int] = self.rows.position_B.tolist()
-        return position
 
     def keep(self, live: list[bool]) -> None:
         """Keeps the sequences where `live` is True, and drops the others."""
@@ -187,20 +149,10 @@ class ModelRunner:
         self.drafts.select(index)
         self._look_at_requests()
 
-    def preempt(self, b: int) -> Sequence:
-        """Removes a sequence before it samples; admitted again with all its tokens, it continues unchanged. Its pages
-        stay available to it until others need them."""
-        sequence, rejected = self.sequences[b], self.drafts.rejected
-        self.cache.cache_row(b, sequence.ids, self.positions()[b] + 1 - self.lookahead, sequence.page_keys)
-        if rejected is not None and rejected.rejected_B[b]:
-            sequence.rejected_q_V = rejected.q_BV[b].clone()
-        self.keep([other != b for other in range(len(self.sequences))])
-        return sequence
-
     def advance(self) -> None:
         """Runs the sampled tokens through the network; with drafts also those that follow them, which may finish some
         sequences."""
-        out = self.steps.round(self.rows, self.cache, self.drafts, self.draws, self.trace(self._routing))
+        out = self.steps.round(self.rows, self.cache, self.drafts, self.draws, self.trace())
         self.logits_BV, self.sampled = out.last_BV, out.sampled
         if out.expert_BTLK is not None:
             self._report_routes(out, out.expert_BTLK)
@@ -209,13 +161,11 @@ class ModelRunner:
 
     def _append_drafts(self, out: Round) -> None:
         """Appends the accepted drafts to every sequence, up to the one that finishes it."""
-        tried = sum(sequence.control is None for sequence in self.sequences)
-        self.drafts.drafted += self.drafts.depth * tried
+        self.drafts.drafted += self._drafted
         for j in range(max(row.known for row in out.accepted)):
             both = list(zip(out.accepted, self.sequences, strict=True))
             open_ = [row.known > j and sequence.finish is None for row, sequence in both]
-            if self._top:
-                self._report_top(out.logits_BTV[:, j], open_)
+            self._before_tokens(out.logits_BTV[:, j], open_)
             for (row, sequence), more in zip(both, open_, strict=True):
                 if more:
                     sequence.append(row.tokens[j], row.logp[j], row.raw_logp[j])
@@ -224,17 +174,9 @@ class ModelRunner:
     def _report_routes(self, out: Round, expert_BTLK: Tensor) -> None:
         if self.record is not None:
             self.record.add_step([sequence.number for sequence in self.sequences], expert_BTLK[:, 0])
-        for b, sequence in enumerate(self.sequences) if self._routing else ():
-            if sequence.request.routing:
-                known = out.accepted[b].known if out.accepted else 0
-                sequence.add_routes(expert_BTLK[b, : known + 1])
 
-    def _report_top(self, logits_BV: Tensor, selected: list[bool] | None = None) -> None:
-        """Stores the requested top tokens of the token about to be appended, for `selected` sequences."""
-        found = top_tokens(self.sequences, logits_BV, self.vocab) or []
-        for b, (sequence, top) in enumerate(zip(self.sequences, found, strict=True)):
-            if sequence.request.top and (selected is None or selected[b]):
-                sequence.top.append(top)
+    def _before_tokens(self, logits_BV: Tensor, selected: list[bool] | None = None) -> None:
+        """The `selected` sequences, by default all, are about to receive a token drawn from these logits."""
 
 
 def not_finite(rows: int, of: int, token: int) -> UserError:

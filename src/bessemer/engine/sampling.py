@@ -26,9 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.engine.kv_cache import indices
 from bessemer.engine.random_streams import uniform
-from bessemer.engine.sequence import MAX_FLOAT, SamplingParams, Sequence, TopTokens
+from bessemer.engine.sequence import MAX_FLOAT, SamplingParams
 from bessemer.model.ops import operation
 from bessemer.probe import double, float64_home
 
@@ -135,20 +134,6 @@ def most_likely(logits_BTV: Tensor, vocab: int) -> SampledTokens:
     greedy_N4 = torch.zeros(len(rows_NV), 4, dtype=torch.float64, device=float64_home(rows_NV.device))
     found = sample_rows(rows_NV, vocab, LiveRows(none_N, none_N, greedy_N4, none_N))
     return SampledTokens(*(column.view(logits_BTV.shape[:-1]) for column in found[:3] if column is not None))
-
-
-def top_tokens(sequences: list[Sequence], logits_BV: Tensor, vocab: int) -> list[TopTokens] | None:
-    """The most likely tokens for every sequence that requests them; None if none does."""
-    wanted = [b for b, sequence in enumerate(sequences) if sequence.request.top]
-    if not wanted:
-        return None
-    most = max(sequences[b].request.top for b in wanted)
-    own_BV = logits_BV if len(wanted) == len(sequences) else logits_BV[indices(wanted, logits_BV.device)]
-    best = own_BV.log_softmax(-1)[:, :vocab].topk(min(most, vocab), -1)
-    found: list[TopTokens] = [()] * len(sequences)
-    for b, ids, values in zip(wanted, best.indices.tolist(), best.values.tolist(), strict=True):
-        found[b] = tuple(zip(ids, values, strict=True))[: sequences[b].request.top]
-    return found
 
 
 def score(logits_BV: Tensor, rules_B4: Tensor, token_B: Tensor) -> SampledTokens:

@@ -1,4 +1,4 @@
-"""Requests and sequences: what a caller asks for, what comes back token by token, and when a sequence ends.
+"""Requests and sequences: what a caller asks for, and when a sequence ends.
 
 A stop string ends where a token has its last byte. `StopStrings` looks there alone, in the bytes of the token and of
 the text before it, so its cost depends neither on the vocabulary nor on the length of the answer.
@@ -10,18 +10,15 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.model.protocol import LanguageModel
 
 FinishReason = Literal["stop", "length", "error"]
-TopTokens = tuple[tuple[int, float], ...]
-Routes = tuple[tuple[int, ...], ...]
 
 MIN_TEMPERATURE = 1e-4
 MAX_FLOAT = torch.finfo(torch.float32).max
@@ -74,79 +71,6 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     """The sequence ends with the token that completes one of them; the caller cuts the text (`cut_at_stop`)."""
-    top: int = 0
-    """Report this many of the most likely tokens with each token."""
-    routing: bool = False
-    """Report the experts of each token fed to the model."""
-    control: RequestControl | None = None
-    """What beside the logits decides about the tokens."""
-    client: str = ""
-    """Who asks, for a queue that lets clients take turns."""
-    user: str = ""
-    """On whose behalf."""
-
-
-class Token(NamedTuple):
-    """One token of one request."""
-
-    ticket: int
-    """The number returned by `Scheduler.add`."""
-    token: int
-    logprob: float
-    """Under softmax(logits / temperature), without truncation."""
-    raw_logprob: float
-    """The same at temperature 1."""
-    top: TopTokens = ()
-    """(id, raw log-probability) of the most likely tokens at this position, best first."""
-    routing: Routes | None = None
-    """Experts chosen in each sparse layer by the preceding token; None unless requested."""
-
-
-class Finished(NamedTuple):
-    """The end of one request; no event follows it."""
-
-    ticket: int
-    reason: FinishReason
-    message: str = ""
-    """With `error`: what went wrong with this request; others are unaffected."""
-    cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache."""
-
-
-class RequestControl(Protocol):
-    """Asks for a `Control`; it crosses between processes, and brings the `Controls` that understand it."""
-
-    def controls(self, tokenizer: Tokenizer, model: LanguageModel) -> Controls: ...
-
-
-class Control(Protocol):
-    """What beside the logits decides about the tokens of one sequence."""
-
-    def start(self, sequence: Sequence) -> None:
-        """The sequence enters a batch, for the first time or after a preemption."""
-
-    def append(self, token: int, left: int) -> tuple[FinishReason, str] | None:
-        """A token was added, and at most `left` may follow. Returns why the sequence ends, and with `error` what went
-        wrong; None if it goes on."""
-
-
-class Controls:
-    """The controls of the live sequences; here there are none. Add-ons derive from it."""
-
-    def of(self, request: Request) -> Control | None:
-        """The control that a request asks for, if any. UserError for one that cannot be had."""
-        return None
-
-    def follow(self, live: list[Sequence]) -> None:
-        """The sequences that are live from now on."""
-
-    def bound(self) -> list[int]:
-        """The rows whose next token is not drawn from the logits as they are, in the order that `change` expects."""
-        return []
-
-    def change(self, sequences: list[Sequence], logits_BV: Tensor, vocab: int) -> None:
-        """Changes the logits of the bound rows in place. Tokens at -inf are not sampled; of those below `vocab` at
-        least one is left."""
 
 
 @dataclass(eq=False)
@@ -157,41 +81,19 @@ class Sequence:
     number: int
     """The caller's identifier."""
     stop: StopStrings | None = None
-    control: Control | None = None
     tokens: array[int] = field(default_factory=lambda: array("i"))
     logp: array[float] = field(default_factory=lambda: array("f"))
     raw_logp: array[float] = field(default_factory=lambda: array("f"))
-    top: list[TopTokens] = field(default_factory=list)
-    """The most likely tokens at each position, if requested."""
-    routes: list[Routes] = field(default_factory=list)
-    """The experts of the token preceding each one, and of the last one fed, if requested."""
     kept_ids: array[int] = field(default_factory=lambda: array("i"))
     kept_counts: array[int] = field(default_factory=lambda: array("i"))
     """`kept_tokens.KeptTokens`, if they are recorded."""
     finish: FinishReason | None = None
-    error: str = ""
-    """With the finish `error`: what the sequence itself knows about it."""
     stop_tail: bytes = b""
     """The end of the text so far, as `StopStrings.after` returns it."""
     n_emitted: int = 0
     """Tokens already reported to the caller."""
     rejected_q_V: Tensor | None = None
     """While preempted: the distribution of its rejected draft."""
-    cached_tokens: int | None = None
-    """Prompt tokens found in the prefix cache at its first start; None before."""
-    page_keys: list[bytes] = field(default_factory=list)
-    """What its full pages are cached under, as far as it is known (`kv_cache.prefix_keys`)."""
-    shared: int = 0
-    """Tokens in pages that other samples of its prompt use too."""
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """Prompt and tokens so far."""
-        return (*self.request.prompt, *self.tokens) if self.tokens else self.request.prompt
-
-    def add_routes(self, expert_TLK: Tensor) -> None:
-        """Adds the experts of tokens that were fed to the model."""
-        self.routes += [tuple(map(tuple, expert_LK)) for expert_LK in expert_TLK.tolist()]
 
     def append(self, token: int, logp: float, raw_logp: float, kept: list[int] | None = None) -> None:
         """Adds one token, drawn from the tokens `kept` if these are recorded, and sets `finish` if it is the last."""
@@ -201,14 +103,10 @@ class Sequence:
         if kept is not None:
             self.kept_ids.extend(kept)
             self.kept_counts.append(len(kept))
-        request, stopped, ended = self.request, False, None
+        request, stopped = self.request, False
         if self.stop is not None:
             self.stop_tail, stopped = self.stop.after(self.stop_tail, token)
-        if self.control is not None:
-            ended = self.control.append(token, request.max_new_tokens - len(self.tokens))
-        if ended is not None:
-            self.finish, self.error = ended
-        elif token in request.stop_ids or stopped:
+        if token in request.stop_ids or stopped:
             self.finish = "stop"
         elif len(self.tokens) >= request.max_new_tokens:
             self.finish = "length"

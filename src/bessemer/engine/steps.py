@@ -148,8 +148,9 @@ class StepBackend:
 
     model: LanguageModel
 
-    def new_cache(self, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> LatentCache:
-        """An empty cache; arguments as in `LatentCache`. Each MTP module that drafts needs a layer of its own."""
+    def new_cache(self, drafts: int = 0, make: Callable[..., LatentCache] = LatentCache) -> Any:
+        """An empty cache. Each MTP module that drafts needs a layer of its own. `make`: the class, for a model of this
+        package."""
         raise NotImplementedError
 
     def token_bytes(self, drafts: int = 0) -> int:

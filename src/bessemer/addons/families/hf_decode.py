@@ -33,7 +33,7 @@ class ForeignSteps(StepBackend):
     def __init__(self, model: CausalLM):
         self.model: CausalLM = model
 
-    def new_cache(self, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> Any:
+    def new_cache(self, drafts: int = 0, make: Any = None) -> Any:
         """An empty `SlotCache`. Prefixes are not cached, and only the number of rows bounds the size."""
         return SlotCache(self.model.cfg.n_layers)
 

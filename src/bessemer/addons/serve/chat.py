@@ -20,12 +20,12 @@ from bessemer.addons.serve.grammar import json_grammar
 from bessemer.addons.serve.models import LoadedModel, Vocabulary
 from bessemer.addons.serve.protocol import ChatRequest, ResponseFormat, Thinking, Turn, invalid, unsupported
 from bessemer.addons.serve.reasoning_parser import AnswerEvent, ReasoningParser
+from bessemer.addons.serve.requests import Token
 from bessemer.addons.serve.token_controls import think_ids
 from bessemer.addons.serve.tool_calling import CallWriter, ToolUse, messages_of, text_size, tool_use
 from bessemer.addons.tasks.tool_texts import Tool, description
 from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.sequence import Token
 from bessemer.errors import UserError
 
 NO_TOOLS = ToolUse()

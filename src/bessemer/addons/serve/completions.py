@@ -16,9 +16,10 @@ from bessemer.addons.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, 
 from bessemer.addons.serve.models import LoadedModel, Vocabulary
 from bessemer.addons.serve.protocol import CompletionRequest, invalid, unsupported
 from bessemer.addons.serve.reasoning_parser import AnswerEvent, ReasoningParser
+from bessemer.addons.serve.requests import Finished, ServedRequest, Token
 from bessemer.addons.serve.service import Gone, Stream
 from bessemer.addons.serve.worker import Scored
-from bessemer.engine.sequence import Finished, FinishReason, Request, Token
+from bessemer.engine.sequence import FinishReason
 
 MOST_LOGPROBS = 1 << 19
 """Most log-probabilities of prompts in one answer: a second of work, during which no other request is served."""
@@ -59,7 +60,7 @@ class CompletionResponder(Responder):
         choices = [self._choice(request) for request in requests] or [self._choice(None) for _ in self.tables]
         super().__init__(body, model, requests, choices, sum(len(prompt.ids) for prompt in prompts))
 
-    def _choice(self, request: Request | None) -> ChoiceBuilder:
+    def _choice(self, request: ServedRequest | None) -> ChoiceBuilder:
         """Without a request, the answer is only the echo."""
         if request is None:
             return ChoiceBuilder(ReasoningParser(self.tokenizer), finish_reason="length")
@@ -200,12 +201,12 @@ def _check(body: CompletionRequest, model: LoadedModel, prompts: Sequence[TextPr
             raise invalid(f"{what}; send fewer or shorter texts, or ask for fewer samples or alternatives", "prompt")
 
 
-def _is_one_greedy_token(request: Request) -> bool:
+def _is_one_greedy_token(request: ServedRequest) -> bool:
     plain = request.sampling.temperature == 0 and request.control is None
     return plain and request.max_new_tokens == 1 and not request.routing and not request.stop_strings
 
 
-def _likeliest_token(n: int, request: Request, scored: Scored) -> list[Token | Finished]:
+def _likeliest_token(n: int, request: ServedRequest, scored: Scored) -> list[Token | Finished]:
     token, logprob = scored.tops[-1][0]
     reason: FinishReason = "stop" if token in request.stop_ids else "length"
     return [Token(n, token, logprob, logprob, scored.tops[-1][: request.top]), Finished(n, reason)]

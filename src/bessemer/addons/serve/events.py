@@ -22,8 +22,8 @@ from starlette.types import Receive, Scope, Send
 from bessemer.addons.serve.models import LoadedModel
 from bessemer.addons.serve.protocol import ApiError, ChatRequest, CompletionRequest, StreamOptions
 from bessemer.addons.serve.reasoning_parser import AnswerEvent, ReasoningParser
+from bessemer.addons.serve.requests import Finished, ServedRequest, Token
 from bessemer.addons.serve.service import Gone, Stream
-from bessemer.engine.sequence import Finished, Request, Token
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -80,7 +80,7 @@ class Responder(ABC):
         self,
         body: ChatRequest | CompletionRequest,
         model: LoadedModel,
-        requests: Sequence[Request],
+        requests: Sequence[ServedRequest],
         choices: Sequence[ChoiceBuilder],
         prompt_tokens: int,
     ):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from itertools import islice
 
 from bessemer.addons.serve.headroom import AnswerLengths, Need, peak_pages
+from bessemer.addons.serve.requests import ServedSequence
 from bessemer.addons.serve.scheduler import PromptJob, Scheduler, WaitingQueue, same_prompt
 from bessemer.engine.kv_cache import PAGE, pages_for
-from bessemer.engine.sequence import Sequence
 
 
 class FairQueue(WaitingQueue):
@@ -24,8 +24,8 @@ class FairQueue(WaitingQueue):
     def __init__(self) -> None:
         self.running: Counter[tuple[str, ...]] = Counter()
         """Sequences in prefill or decoding, by (client,) and by (client, user)."""
-        self._preempted: deque[Sequence] = deque()
-        self._lines: dict[tuple[str, str], deque[Sequence]] = {}
+        self._preempted: deque[ServedSequence] = deque()
+        self._lines: dict[tuple[str, str], deque[ServedSequence]] = {}
         """Those that wait by (client, user)."""
         self._lengths = AnswerLengths()
         self._last_turn: dict[tuple[str, ...], int] = {}
@@ -35,15 +35,15 @@ class FairQueue(WaitingQueue):
     def __len__(self) -> int:
         return len(self._preempted) + sum(map(len, self._lines.values()))
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: ServedSequence) -> None:
         self._lines.setdefault(_line(sequence), deque()).append(sequence)
 
-    def requeue(self, sequence: Sequence) -> None:
+    def requeue(self, sequence: ServedSequence) -> None:
         """Puts a preempted sequence before all others."""
         self._runs(sequence, -1)
         self._preempted.appendleft(sequence)
 
-    def peek(self, most: int) -> list[Sequence]:
+    def peek(self, most: int) -> list[ServedSequence]:
         """The next sequence, and up to `most` in total with the same prompt that follow it; they stay in the queue."""
         if self._preempted:
             return [self._preempted[0]]
@@ -62,7 +62,7 @@ class FairQueue(WaitingQueue):
         sequences, most = self._lines[line], max(1, most // clients // users)
         return same_prompt(islice(sequences, most))
 
-    def take(self, sequences: list[Sequence]) -> None:
+    def take(self, sequences: list[ServedSequence]) -> None:
         """Removes sequences returned by `peek` and counts them as running."""
         for sequence in sequences:
             line = _line(sequence)
@@ -76,7 +76,7 @@ class FairQueue(WaitingQueue):
         line = _line(sequences[0])
         self._last_turn[line[:1]] = self._last_turn[line] = self._turns
 
-    def finished(self, sequence: Sequence) -> None:
+    def finished(self, sequence: ServedSequence) -> None:
         if sequence.finish not in (None, "error"):
             self._lengths.ended(len(sequence.tokens))
         self._runs(sequence, -1)
@@ -120,12 +120,12 @@ class FairQueue(WaitingQueue):
             low, high = (count, high) if fit(count) else (low, count - 1)
         return low
 
-    def _runs(self, sequence: Sequence, count: int) -> None:
+    def _runs(self, sequence: ServedSequence, count: int) -> None:
         line = _line(sequence)
         self.running[line[:1]] += count
         self.running[line] += count
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: ServedSequence) -> None:
         """Drops what is known of a client and a user if none of their sequences is left."""
         line = _line(sequence)
         left: set[tuple[str, ...]] = {*self._lines, *map(_line, self._preempted)}
@@ -136,7 +136,7 @@ class FairQueue(WaitingQueue):
                 self._last_turn.pop(who, None)
 
 
-def _line(sequence: Sequence) -> tuple[str, str]:
+def _line(sequence: ServedSequence) -> tuple[str, str]:
     return sequence.request.client, sequence.request.user
 
 
@@ -146,13 +146,13 @@ def _own_pages(job: PromptJob, count: int) -> int:
     return len(job.prompt.pages) - shared
 
 
-def _needs(job: PromptJob, count: int, lookahead: int, more: Callable[[Sequence], int]) -> list[Need]:
+def _needs(job: PromptJob, count: int, lookahead: int, more: Callable[[ServedSequence], int]) -> list[Need]:
     """What its first `count` sequences take besides the pages that they share."""
     shared = job.prompt.full_pages * PAGE if count > 1 else 0
     return [_need(one, lookahead, shared, more) for one in job.sequences[:count]]
 
 
-def _need(sequence: Sequence, lookahead: int, shared: int, more: Callable[[Sequence], int]) -> Need:
+def _need(sequence: ServedSequence, lookahead: int, shared: int, more: Callable[[ServedSequence], int]) -> Need:
     """What a sequence takes after `shared` tokens."""
     prompt, request = len(sequence.request.prompt) + lookahead - shared, sequence.request
     return Need(prompt + len(sequence.tokens), more(sequence), pages_for(prompt + request.max_new_tokens - 1))

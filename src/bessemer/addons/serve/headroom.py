@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
+from bessemer.addons.serve.requests import ServedSequence
 from bessemer.engine.kv_cache import PAGE, pages_for
-from bessemer.engine.sequence import Sequence
 
 FIRST = 4096
 """Expected tokens of an answer that may be longer, until answers have ended; as SGLang's bound."""
@@ -55,7 +55,7 @@ class AnswerLengths:
         self._sorted = sorted(self._recent)
         self._sums = list(accumulate(reversed(self._sorted)))[::-1]
 
-    def more(self, sequence: Sequence) -> int:
+    def more(self, sequence: ServedSequence) -> int:
         """Tokens that a sequence needs room for: SHARE of what it is still expected to generate. Its expected length is
         the mean of the recent answers that were longer; if none was, a quarter more than it has."""
         n, most = len(sequence.tokens), sequence.request.max_new_tokens

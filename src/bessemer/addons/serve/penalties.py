@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bessemer.addons.serve.requests import ServedSequence
 from bessemer.engine.kv_cache import indices
-from bessemer.engine.sequence import Sequence, check_between
+from bessemer.engine.sequence import check_between
 
 BOUNDS = {
     "repetition_penalty": (0.01, 100.0),
@@ -73,7 +74,7 @@ class Penalties:
     def __init__(self, vocab: int, device: torch.device):
         """vocab: width of the logits."""
         self.vocab = vocab
-        self.sequences: list[Sequence] = []
+        self.sequences: list[ServedSequence] = []
         """In the order that `apply` expects; those with counts come first."""
         self._params: dict[int, PenaltyParams] = {}
         """By the sequences' identities."""
@@ -91,7 +92,7 @@ class Penalties:
         self._bias: tuple[Tensor, Tensor] | None = None
         """Places of all biases in flat logits, and their values."""
 
-    def follow(self, live: Iterable[tuple[Sequence, PenaltyParams]]) -> None:
+    def follow(self, live: Iterable[tuple[ServedSequence, PenaltyParams]]) -> None:
         """Takes up the sequences that are live now, and gives up those that no longer are."""
         changed = [(sequence, params) for sequence, params in live if params.any]
         if not changed and not self.sequences:
@@ -107,7 +108,7 @@ class Penalties:
         self.sequences = counting + [sequence for sequence, params in changed if not params.counts]
         self._look_at_params(len(counting))
 
-    def _give_up(self, place: int, counting: list[Sequence]) -> None:
+    def _give_up(self, place: int, counting: list[ServedSequence]) -> None:
         last = len(counting) - 1
         columns: tuple[list[Any], ...] = (counting, self._counted, self._seen)
         for column in columns:
@@ -119,7 +120,7 @@ class Penalties:
         if place < last:
             self._answer_CV[place] = self._answer_CV[last]
 
-    def _take_up(self, counting: list[Sequence], fresh: list[Sequence]) -> None:
+    def _take_up(self, counting: list[ServedSequence], fresh: list[ServedSequence]) -> None:
         room, needed = len(self._answer_CV), len(counting) + len(fresh)
         if needed > room:
             size = max(needed, room + room // 2)

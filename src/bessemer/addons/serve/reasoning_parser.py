@@ -14,10 +14,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from bessemer.addons.serve.requests import Token
 from bessemer.addons.serve.token_controls import think_ids
 from bessemer.data.chat import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.sequence import Token
 
 TEXT, OPEN, CLOSE = 0, 1, 2
 TaggedText = tuple[str, int]

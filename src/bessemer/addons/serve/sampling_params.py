@@ -11,10 +11,11 @@ from typing import Any
 from bessemer.addons.serve.models import LoadedModel
 from bessemer.addons.serve.penalties import PenaltyParams
 from bessemer.addons.serve.protocol import Generation, invalid
+from bessemer.addons.serve.requests import ServedRequest
 from bessemer.addons.serve.token_controls import TokenRules
 from bessemer.engine.generation import prompt_digest
 from bessemer.engine.random_streams import stream_key
-from bessemer.engine.sequence import MIN_TEMPERATURE, Request, SamplingParams, check_stop_strings
+from bessemer.engine.sequence import MIN_TEMPERATURE, SamplingParams, check_stop_strings
 from bessemer.errors import UserError
 
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p")
@@ -65,7 +66,7 @@ def requests(
     thinking_budget: int | None = None,
     grammar: str = "",
     grammar_waits: bool = False,
-) -> list[Request]:
+) -> list[ServedRequest]:
     """n consecutive samples of each prompt; equal prompts get different ones. `client`: the sender's address;
     `max_tokens`: most new tokens (None: what `room` leaves); `param`: the field that holds the prompts."""
     if body.return_routing and not model.facts.sparse_layers:
@@ -85,11 +86,11 @@ def requests(
         if len(ids) >= model.facts.context:
             raise model.too_long(len(ids), param)
     numbers: Counter[tuple[int, ...]] = Counter()
-    made: list[Request] = []
+    made: list[ServedRequest] = []
     for ids in prompts:
         digest, first, n = prompt_digest(ids), numbers[ids], body.n or 1
         numbers[ids] += n
-        request = Request(
+        request = ServedRequest(
             ids,
             0,
             max_new_tokens=room(model, len(ids), max_tokens),

@@ -15,16 +15,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice, takewhile
 from typing import Protocol
 
 import torch
 
+from bessemer.addons.serve.prefix_cache import PrefixCache
+from bessemer.addons.serve.requests import Finished, ServedRequest, ServedSequence, Token
+from bessemer.addons.serve.served_runner import ServedRunner
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.generation import check_prompt
 from bessemer.engine.kv_cache import PAGE, PromptPages, indices, pages_for
-from bessemer.engine.model_runner import ModelRunner, not_finite
-from bessemer.engine.sequence import Finished, Request, Sequence, Token, check_positive, stop_strings
+from bessemer.engine.model_runner import not_finite
+from bessemer.engine.sequence import check_positive, stop_strings
 from bessemer.engine.speculative import check_drafts
 from bessemer.engine.steps import PrefillChunk, backend_of
 from bessemer.errors import UserError
@@ -36,7 +40,7 @@ class PromptJob:
     """A prompt during prefill, and the sequences that will continue it."""
 
     prompt: PromptPages
-    sequences: list[Sequence]
+    sequences: list[ServedSequence]
 
     def pages_needed(self, lookahead: int, count: int | None = None) -> int:
         """Pages to allocate until its first `count` sequences decode: the rest of the prompt, then each additional
@@ -86,14 +90,15 @@ class Scheduler:
         self._tickets = count(1)
         self.prefills: list[PromptJob] = []
         self.model.eval()
-        self.cache = steps.new_cache(cache_tokens, prefix_cache, drafts)
-        self.runner = ModelRunner(steps, engine.tokenizer, self.cache, drafts)
+        make = partial(PrefixCache, limit=cache_tokens, prefix_cache=prefix_cache)
+        self.cache: PrefixCache = steps.new_cache(drafts, make)
+        self.runner = ServedRunner(steps, engine.tokenizer, self.cache, drafts)
 
-    def add(self, request: Request) -> int:
+    def add(self, request: ServedRequest) -> int:
         """Queues a request and returns its ticket. UserError if it can never run (empty, too long, invalid ids)."""
         return self.start(request).number
 
-    def start(self, request: Request) -> Sequence:
+    def start(self, request: ServedRequest) -> ServedSequence:
         """`add`, but returns the sequence, for a caller that reads it when it is finished instead of events."""
         if self._prompt[0] is not request.prompt:  # otherwise one of many samples of a prompt
             check_prompt(self.model, request.prompt)
@@ -110,7 +115,7 @@ class Scheduler:
                 f"prompt and answer need {tokens} tokens, but the cache holds {self.longest}; shorten the prompt "
                 "or max_new_tokens, or give the cache more tokens"
             )
-        sequence = Sequence(request, next(self._tickets), stop, self.runner.control_of(request))
+        sequence = ServedSequence(request, next(self._tickets), stop, control=self.runner.control_of(request))
         sequence.page_keys = self._prompt[1]
         self.queue.add(sequence)
         return sequence
@@ -145,7 +150,7 @@ class Scheduler:
         """Whether no request is waiting or running."""
         return not (self.queue or self.prefills or self.runner.sequences)
 
-    def started(self) -> list[Sequence]:
+    def started(self) -> list[ServedSequence]:
         """All sequences that run, those of prompts in prefill included."""
         return [*self.runner.sequences, *(sequence for job in self.prefills for sequence in job.sequences)]
 
@@ -249,7 +254,7 @@ class Scheduler:
         return sum(job.pages_needed(self.runner.lookahead) for job in self.prefills)
 
 
-def events_of(sequence: Sequence) -> Iterator[Token | Finished]:
+def events_of(sequence: ServedSequence) -> Iterator[Token | Finished]:
     """What is new of a sequence since the last call."""
     for n in range(sequence.n_emitted, len(sequence.tokens)):
         top, routes = sequence.top[n] if sequence.top else (), sequence.routes[n] if sequence.routes else None
@@ -265,30 +270,30 @@ class WaitingQueue:
     """Sequences that wait for a row, first come first served. Preempted sequences return before new ones start."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: deque[ServedSequence] = deque()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: ServedSequence) -> None:
         self._waiting.append(sequence)
 
-    def requeue(self, sequence: Sequence) -> None:
+    def requeue(self, sequence: ServedSequence) -> None:
         """Puts a preempted sequence before all others."""
         self._waiting.appendleft(sequence)
 
-    def peek(self, most: int) -> list[Sequence]:
+    def peek(self, most: int) -> list[ServedSequence]:
         """The next sequence, and up to `most` in total with the same prompt that follow it; they stay in the queue."""
         if not self._waiting or self._waiting[0].cached_tokens is not None:  # it was preempted
             return list(islice(self._waiting, 1))
         return same_prompt(islice(self._waiting, most))
 
-    def take(self, sequences: list[Sequence]) -> None:
+    def take(self, sequences: list[ServedSequence]) -> None:
         """Removes sequences returned by `peek`: they run."""
         for sequence in sequences:
             assert self._waiting.popleft() is sequence
 
-    def finished(self, sequence: Sequence) -> None:
+    def finished(self, sequence: ServedSequence) -> None:
         """A running sequence has ended, or was cancelled."""
 
     def remove(self, number: int) -> bool:
@@ -312,7 +317,7 @@ class WaitingQueue:
         return count
 
 
-def same_prompt(sequences: Iterable[Sequence]) -> list[Sequence]:
+def same_prompt(sequences: Iterable[ServedSequence]) -> list[ServedSequence]:
     """The first sequences that have the prompt of the first."""
     sequences = iter(sequences)
     first = next(sequences)

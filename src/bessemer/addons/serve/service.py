@@ -23,8 +23,8 @@ from starlette.requests import ClientDisconnect
 
 from bessemer.addons.serve import ServeConfig, worker
 from bessemer.addons.serve.protocol import ApiError
+from bessemer.addons.serve.requests import Finished, ServedRequest, Token
 from bessemer.addons.serve.worker import Scored, WorkerFacts
-from bessemer.engine.sequence import Finished, Request, Token
 from bessemer.errors import UserError
 
 PAUSE = 0.001
@@ -151,7 +151,7 @@ class Service:
         self.loop = asyncio.get_running_loop()
         self.loop.add_reader(self.connection.fileno(), self._read)
 
-    async def submit(self, requests: Sequence[Request]) -> Stream:
+    async def submit(self, requests: Sequence[ServedRequest]) -> Stream:
         """Submits all of these requests and returns their stream. Raises UserError or ApiError if one is refused."""
         self.admit(len(requests))
         numbers = self._new_numbers(len(requests))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bessemer.addons.serve.grammar import Grammars, GrammarState
 from bessemer.addons.serve.penalties import Penalties, PenaltyParams
+from bessemer.addons.serve.requests import Control, Controls, ServedRequest, ServedSequence
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.sequence import Control, Controls, FinishReason, Request, Sequence
+from bessemer.engine.sequence import FinishReason
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
 
@@ -63,7 +64,7 @@ class TokenControl:
         bound = self.grammar is not None and not self.grammar.waits
         return not (bound or self.must_end_thinking or self.rules.penalties.any)
 
-    def start(self, sequence: Sequence) -> None:
+    def start(self, sequence: ServedSequence) -> None:
         """Finds out whether the sequence is inside a thought."""
         self._most = sequence.request.max_new_tokens
         if self.rules.thinking_budget is None or self._think[1] is None:
@@ -114,7 +115,7 @@ class TokenControls(Controls):
         self._live: list[tuple[int, TokenControl]] = []
         """Rows with rules, those with penalties first."""
 
-    def of(self, request: Request) -> Control | None:
+    def of(self, request: ServedRequest) -> Control | None:
         rules = request.control
         if not isinstance(rules, TokenRules):
             return None
@@ -123,7 +124,7 @@ class TokenControls(Controls):
         grammar = self._grammars.start(rules.grammar, rules.grammar_waits) if rules.grammar else None
         return TokenControl(rules, grammar, self._think)
 
-    def follow(self, live: list[Sequence]) -> None:
+    def follow(self, live: list[ServedSequence]) -> None:
         controls = {id(one): (b, one.control) for b, one in enumerate(live) if isinstance(one.control, TokenControl)}
         self._penalties.follow([(one, controls[id(one)][1].rules.penalties) for one in live if id(one) in controls])
         self._live = [controls.pop(id(one)) for one in self._penalties.sequences] + list(controls.values())
@@ -131,7 +132,7 @@ class TokenControls(Controls):
     def bound(self) -> list[int]:
         return [b for b, control in self._live if not control.free]
 
-    def change(self, sequences: list[Sequence], logits_BV: Tensor, vocab: int) -> None:
+    def change(self, sequences: list[ServedSequence], logits_BV: Tensor, vocab: int) -> None:
         self._penalties.apply(logits_BV)
         controls = [one.control for one in sequences]
         masks = [one.allowed(vocab) if isinstance(one, TokenControl) else None for one in controls]

@@ -5,7 +5,7 @@ network, and because a model that dies (out of memory, a crash in a library) mus
 
 Messages are pickled tuples; both ends of the pipe are this same program, and nothing from outside can write to it. The
 first message to the worker is (folder, config); the first one back is READY or REFUSED.
-    to the worker      ADD call, [(number, Request)...]     CANCEL [number...]     END reason
+    to the worker      ADD call, [(number, ServedRequest)...]     CANCEL [number...]     END reason
                        SCORE call, prompts, top
     from the worker    READY facts    REFUSED call, reason    DONE call, result    EVENTS records, figures
 A record is the scheduler's Token or Finished as a plain tuple, with the sample's number in place of the ticket.
@@ -45,10 +45,10 @@ import torch
 from bessemer.addons.accelerate.background import host_room
 from bessemer.addons.serve import ServeConfig
 from bessemer.addons.serve.fair_queue import FairQueue
+from bessemer.addons.serve.requests import Finished, ServedRequest
 from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE, pages_for
-from bessemer.engine.sequence import Finished, Request
 from bessemer.engine.steps import backend_of
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
@@ -100,7 +100,7 @@ class ScheduledSample:
     """A sample in the scheduler."""
 
     number: int
-    request: Request
+    request: ServedRequest
     started: bool = False
     """Some of its tokens have been sent."""
     failures: int = 0
@@ -203,7 +203,7 @@ class ModelWorker:
             queue=FairQueue(),
         )  # fmt: skip
 
-    def _add(self, call: int, samples: list[tuple[int, Request]]) -> None:
+    def _add(self, call: int, samples: list[tuple[int, ServedRequest]]) -> None:
         """Schedules all of the samples or none."""
         try:
             for number, request in samples:
