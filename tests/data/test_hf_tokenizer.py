@@ -315,15 +315,6 @@ def test_control_tokens_take_the_white_space_beside_them(tmp_path, ways):
     assert said == f"{ANSWER['content']} quite" + " \u3000\n" * ("lstrip" not in ways)
 
 
-def test_what_the_prompt_has_written_of_the_answer(tmp_path, chatml):
-    assert chatml.opening == ""
-    tok = load_tokenizer(houses.llama3(tmp_path, houses.KEEPS_THOUGHTS))
-    assert tok.opening == "<think>\n"
-    answer = {"role": "assistant", "content": "<think>\n36\n</think>40"}
-    ids, answers = chat.render_answers(tok, [*QUESTION, answer])
-    assert tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine]) == answer["content"]
-
-
 def test_a_template_that_drops_thoughts_is_noticed(tmp_path):
     tok = load_tokenizer(houses.llama3(tmp_path, houses.R1_DISTILLED))
     with pytest.raises(UserError, match="leaves out part of the last answer"):
@@ -355,14 +346,6 @@ def test_a_system_message_lives_in_the_template(chatml, tmp_path):
     assert ids == theirs(tmp_path / "saved", QUESTION), "transformers says it too"
     own = [{"role": "system", "content": "mine"}, *QUESTION]
     assert said not in again.decode(chat.render_ids(again, own))
-
-
-def test_what_is_saved_is_what_was_loaded(directory, tmp_path):
-    tok = load_tokenizer(directory)
-    tok.save(tmp_path / "saved")
-    again = load_tokenizer(tmp_path / "saved")
-    assert (again.fingerprint, again.stop_ids, again.bos_id) == (tok.fingerprint, tok.stop_ids, tok.bos_id)
-    assert chat.render_ids(again, TALK) == chat.render_ids(tok, TALK) == theirs(tmp_path / "saved", TALK)
 
 
 def test_a_base_model_speaks_the_zero_style(tmp_path):
@@ -452,13 +435,6 @@ def test_a_template_that_changes_earlier_turns_is_no_use_for_training_on_many_an
         chat.render_answers(tok, [*TALK, {"role": "assistant", "content": "quite"}, TALK[-1]])
     more = [*TALK, {"role": "assistant", "content": "quite"}, TALK[-1]]
     assert chat.render_ids(tok, more) == theirs(folder, more)
-
-
-def test_a_prompt_is_rendered_once_however_many_turns_it_has(chatml, monkeypatch):
-    rendered = []
-    monkeypatch.setattr(chatml, "_template", lambda *given: rendered.append(given) or "text")
-    chat.render_ids(chatml, [*TALK[:2] * 40, *QUESTION])
-    assert len(rendered) == 1
 
 
 @pytest.mark.parametrize("most", [0xF8FF, 0x10FFFD])

@@ -28,11 +28,6 @@ def test_accuracy_format_and_language_are_added():
     assert rewarded(rows, "accuracy", ("format", 0.1), "language") == [1.6, 1.5, 0.6, 0.5]
 
 
-def test_a_task_that_grades_finely_is_paid_by_its_credit():
-    rows = [sampled(partial=0.9), sampled(formatted=True, partial=0.25), sampled(True, True, partial=1.0)]
-    assert rewarded(rows, "accuracy", ("format", 0.5)) == [0.9, 0.75, 1.5]
-
-
 @pytest.mark.parametrize(
     ("verdict", "begun", "expected"),
     [

@@ -45,18 +45,6 @@ def test_the_needle_lies_at_its_depth_and_the_prompt_fits(task, depth, measure):
         assert before / whole == pytest.approx(depth, abs=0.03)
 
 
-def test_a_haystack_longer_than_all_the_text_goes_round(task):
-    problem = task.hidden("test", 0, 20_000, 0.5, 4)
-    assert 19_900 < len(problem.prompt) <= 20_000
-
-
-def test_problems_differ_and_are_the_same_again(task):
-    problems = [task.problem("test", i) for i in range(20)]
-    assert len({problem.prompt for problem in problems}) == 20
-    assert problems == [Needle(TEXTS).problem("test", i) for i in range(20)]
-    assert task.problem("test", 0, seed=1) != problems[0]
-
-
 def test_pages_and_test_problems_share_neither_text_nor_keys(task):
     pages = [task.document(i) for i in range(300)]
     assert not any("Tale" in page or re.search(r"C\d saw", page) for page in pages)

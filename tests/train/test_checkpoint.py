@@ -57,12 +57,6 @@ def test_keeps_the_newest(tmp_path):
     assert latest(tmp_path)[1].tensors["model"]["a/b"][0] == 100
 
 
-def test_same_step_again_replaces(tmp_path):
-    save(tmp_path, 5, state(1.0))
-    save(tmp_path, 5, state(2.0))
-    assert latest(tmp_path)[1].tensors["model"]["a/b"][0] == 2 and os.listdir(tmp_path) == ["step-00000005"]
-
-
 def truncate(file):
     os.truncate(file, file.stat().st_size - 1)
 

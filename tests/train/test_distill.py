@@ -8,7 +8,7 @@ import tiny_run
 import torch
 
 from bessemer.addons.r1.distill import Distill
-from bessemer.addons.r1.objectives import OnPolicyDistillation, divergence_of
+from bessemer.addons.r1.objectives import OnPolicyDistillation
 from bessemer.addons.r1.tables import DistillConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
@@ -75,25 +75,6 @@ def test_equal_models_do_not_diverge(pair):
     student = pair[0]
     loss = OnPolicyDistillation((copy.deepcopy(student),))(student, batch(vocab=student.cfg.vocab_size))
     assert abs(loss.total.item()) < 1e-5
-
-
-def test_the_two_directions_differ_and_are_never_negative():
-    a, b = (torch.randn(50, 7, generator=torch.Generator().manual_seed(s)).log_softmax(-1) for s in (1, 2))
-    one, two = divergence_of(a, b), divergence_of(b, a)
-    assert (one > 0).all() and (two > 0).all() and not torch.allclose(one, two)
-
-
-def test_the_student_comes_closer(pair):
-    student, teacher = pair
-    made = batch(vocab=student.cfg.vocab_size)
-    objective = OnPolicyDistillation((teacher,))
-    optimizer = torch.optim.Adam(student.parameters(), 3e-3)
-    first = objective(student, made).total.item()
-    for _ in range(30):
-        optimizer.zero_grad()
-        objective(student, made).total.backward()
-        optimizer.step()
-    assert objective(student, made).total.item() < 0.3 * first
 
 
 def test_every_row_follows_its_own_teacher(pair):

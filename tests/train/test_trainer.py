@@ -108,15 +108,6 @@ def test_resume_after_kill_9_is_bitwise(tmp_path):
     )
 
 
-def test_finished_run_does_nothing_again(tmp_path):
-    first = trainer(steps=3, state_dir=tmp_path)
-    first.run()
-    before = everything(first)
-    again = trainer(model(9), steps=3, state_dir=tmp_path, on_step=[lambda t: pytest.fail("no step left")])
-    assert again.run()
-    assert_same_bits(before, everything(again))
-
-
 def test_a_resume_on_other_kernels_says_so(tmp_path, monkeypatch):
     said = []
     trainer(steps=2, state_dir=tmp_path, warn=said.append).run()
@@ -201,13 +192,6 @@ def test_a_warm_up_in_steps_rises_evenly_while_batches_grow_and_goes_on_after_a_
     assert len(first) == 3
     expected = [2e-3 * min(1.0, step / 5) for step in range(9)]
     assert (first + rates())[:9] == pytest.approx(expected, rel=1e-12)
-
-
-def test_rows_are_read_once_in_order():
-    asked = []
-    run = trainer(steps=3, micro_rows=3, data=lambda first, n: asked.append((first, n)) or batches(first, n))
-    run.run()
-    assert asked == [(0, 3), (3, 3), (6, 2), (8, 3), (11, 3), (14, 2), (16, 3), (19, 3), (22, 2)]
 
 
 def test_clip_bounds_the_update_not_the_log():
