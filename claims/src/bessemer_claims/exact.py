@@ -14,12 +14,12 @@ from bessemer.addons.accelerate.precision import activations
 from bessemer.addons.accelerate.precision.operand import TILE
 from bessemer.addons.distributed.schedules import schedule
 from bessemer.addons.distributed.timeline import Costs, simulate
+from bessemer.addons.evals.mean_interval import wilson
 from bessemer.addons.plan.hardware import device, efficiency, parse_cluster
 from bessemer.addons.plan.plan_config import published, setup
 from bessemer.hf import mapping
 from bessemer.model import accounting
 from bessemer.model.config import ModelConfig, preset
-from bessemer.tasks.verdict_metrics import wilson
 from bessemer_claims.registry import claims, read_toml
 
 Values = dict[str, Any]

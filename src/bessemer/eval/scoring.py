@@ -16,7 +16,7 @@ A row is one model on one task at one way of sampling:
     max_new_tokens         how long they could be (null if a file of answers does not say)
     pass_at_1              mean over problems and samples
     pass_at_k, maj_at_k    unbiased (Chen et al. 2021); maj@k is the paper's cons@k, see `tasks/verdict_metrics.py`
-    *_interval             [low, high] of each of the three: 95 % over problems (`verdict_metrics.mean_interval`)
+    *_interval             [low, high] of each of the three: 95 % over problems (the hook `interval`)
     by_problem             {problem: share of its answers that are correct}; a problem's name is a hash of its text
     readable_by_problem, language_by_problem      the same for `readable` and `language_consistency` below
     by_difficulty          {difficulty: {n, pass_at_1}}; {} if the task states none
@@ -43,6 +43,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from bessemer import plugins
 from bessemer.engine.answers import Generates, Outcome, PlayedEpisode, played
@@ -137,7 +139,9 @@ def judge(
     verdicts = [
         [next(found).verdict if one.episode is None else one.episode.verdict for one in group] for group in groups
     ]
-    score = metrics.score(verdicts, k, seed)
+    rates, figures = metrics.rates(verdicts, k), dict[str, Any]()
+    for name, values in rates.items():
+        figures |= {name: float(np.mean(values)), **_interval(name, values, seed)}
     answers = [answer for group in groups for answer in group]
     consistent = [fmean(consistency(answer.text, problem.language) for answer in group) for problem, group in asked]
     named = _named(problems)
@@ -155,26 +159,27 @@ def judge(
         "temperature": temperature,
         "top_p": top_p,
         "max_new_tokens": max_new_tokens,
-        "pass_at_1": score["pass@1"],
-        "pass_at_1_interval": _interval(score, "pass@1"),
-        "pass_at_k": score[f"pass@{k}"],
-        "pass_at_k_interval": _interval(score, f"pass@{k}"),
-        "maj_at_k": score[f"maj@{k}"],
-        "maj_at_k_interval": _interval(score, f"maj@{k}"),
-        "by_problem": dict(zip(named, metrics.pass_at_1(verdicts), strict=True)),
+        **figures,
+        "by_problem": dict(zip(named, rates["pass_at_1"], strict=True)),
         **read,
         "language_by_problem": dict(zip(named, consistent, strict=True)),
         "by_difficulty": metrics.by_difficulty(verdicts, [problem.meta.get("difficulty") for problem in problems]),
         "mean_length": sum(lengths) / len(lengths) if len(lengths) == len(answers) else None,
-        "formatted": score["formatted"],
+        "formatted": fmean(v.formatted for group in verdicts for v in group),
         **readable,
         "language_consistency": fmean(consistent),
-        "language_consistency_interval": list(metrics.mean_interval(consistent, seed)[1:]),
+        **_interval("language_consistency", consistent, seed),
         "truncated": ends.count("length") / len(ends) if len(ends) == len(answers) else None,
         "reasons": metrics.reasons(verdicts),
         **_credit([verdict for group in verdicts for verdict in group]),
         **_of_episodes([answer.episode for answer in answers if answer.episode is not None]),
     }
+
+
+def _interval(name: str, values: Sequence[float], seed: int) -> dict[str, list[float]]:
+    """The interval of a mean over problems, from the hook `interval`; none without it."""
+    interval = plugins.hook("interval")
+    return {} if interval is None else {f"{name}_interval": list(interval(values, seed)[1:])}
 
 
 def _readability(
@@ -189,7 +194,7 @@ def _readability(
     n = sum(map(len, readings))
     return {"readable_by_problem": dict(zip(named, shares, strict=True))}, {
         "readable": (n - faults.total()) / n,
-        "readable_interval": list(metrics.mean_interval(shares, seed)[1:]),
+        **_interval("readable", shares, seed),
         "unreadable": dict(faults.most_common()),
     }
 
@@ -232,7 +237,3 @@ def heldout(task: Task, problems: int, skip: int = 0) -> list[Problem]:
         most = f"use at most {size - skip}" if skip < size else f"skip at most {size - 1}"
         raise UserError(f"{what}, but {task.name} has {size} held-out ones; {most}")
     return [task.problem("test", i, seed=0) for i in range(skip, skip + problems)]
-
-
-def _interval(score: dict[str, float], name: str) -> list[float]:
-    return [score[f"{name}_low"], score[f"{name}_high"]]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.tasks.verdict_metrics import FEW, widened, widening, wilson
+from bessemer.addons.evals.mean_interval import FEW, widened, widening, wilson
 
 
 class Interval(NamedTuple):

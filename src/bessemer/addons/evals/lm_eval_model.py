@@ -31,11 +31,11 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from bessemer.addons.evals.mean_interval import wilson
 from bessemer.data import chat as templates
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.transformer import evaluating
-from bessemer.tasks.verdict_metrics import wilson
 from bessemer.train.loss import chunk_rows
 
 BATCH_TOKENS = 16384

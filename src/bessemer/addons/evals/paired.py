@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from bessemer.addons.evals.intervals import Interval, over_seeds, problems_of, shares_apart, stratified, wider
+from bessemer.addons.evals.mean_interval import FEW
 from bessemer.addons.evals.tables import Row, before, pooled
 from bessemer.errors import UserError
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import read_json
-from bessemer.tasks.verdict_metrics import FEW
 
 
 class Asked(NamedTuple):

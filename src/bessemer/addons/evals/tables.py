@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bessemer.addons.evals.intervals import Rates, problems_of, stratified
-from bessemer.tasks.verdict_metrics import wilson
+from bessemer.addons.evals.mean_interval import wilson
 
 LONG_FILE = "long.json"
 _SAMPLING = ("samples", "k", "temperature", "top_p")

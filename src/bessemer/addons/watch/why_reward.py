@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from bessemer.addons.evals.intervals import shares_apart
+from bessemer.addons.evals.mean_interval import FEW, bootstrap, widened
 from bessemer.addons.tasks.countdown_diagnosis import diagnose
 from bessemer.addons.tasks.readable import readable
 from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.tasks.answer import thought
-from bessemer.tasks.verdict_metrics import FEW, bootstrap, widened
 
 RIGHT = "right answers"
 CAUSES = 4
