@@ -36,16 +36,17 @@ def test_without_options_the_problems_are_what_they_were():
 
 
 def test_languages_shares_and_the_generator_s_own_settings():
-    settings = config(task_options={
-        "countdown": {"share": 3, "languages": ["en"], "numbers": 4},
+    settings = config(tasks=["countdown:4", "arithmetic"], task_options={
+        "countdown:4": {"share": 3, "languages": ["en"], "largest": 20},
         "arithmetic": {"phrasing": "held-out"},
     })  # fmt: skip
     rows = asked(settings, 400)
     names = [task.name for task, _ in rows]
-    assert Counter(names) == {"countdown": 300, "arithmetic": 100}
+    assert Counter(names) == {"countdown:4": 300, "arithmetic": 100}
     assert all("arithmetic" in names[n : n + 4] for n in range(390)), "turns are spread evenly"
     of = {name: [problem for task, problem in rows if task.name == name] for name in set(names)}
-    assert {(p.language, len(p.meta["numbers"])) for p in of["countdown"]} == {("en", 4)}
+    assert {(p.language, len(p.meta["numbers"])) for p in of["countdown:4"]} == {("en", 4)}
+    assert 10 < max(max(p.meta["numbers"]) for p in of["countdown:4"]) <= 20
     assert {p.language for p in of["arithmetic"]} == {"en", "zh"}
     assert {"held-out" in p.meta["template"] for p in of["arithmetic"]} == {True}
     assert len({p.prompt for _, p in rows}) == 400
@@ -63,9 +64,9 @@ def test_a_round_spreads_its_turns(shares, order):
     ("keys", "fault"),
     [
         ({"task_options": {"countdwn": {"share": 2}}}, '"countdwn" is of no task'),
-        ({"task_options": {"countdown": {"numbrs": 4}}}, "did you mean numbers.*Known: share, languages.*numbers"),
+        ({"task_options": {"countdown": {"langages": 4}}}, "did you mean languages.*Known: share, languages"),
         ({"task_options": {"countdown": {"slip_sloppy": 0.1}}}, "no setting 'slip_sloppy'"),
-        ({"task_options": {"arithmetic": {"numbers": 4}}}, "no setting 'numbers'.*Known: share"),
+        ({"task_options": {"arithmetic": {"largest": 4}}}, "no setting 'largest'.*Known: share"),
         ({"task_options": {"countdown": {"share": 0}}}, "share is 0"),
         ({"task_options": {"countdown": {"share": 1.5}}}, "share is 1.5"),
         ({"task_options": {"countdown": {"languages": "en"}}}, "languages is 'en'; write a list"),
@@ -86,13 +87,13 @@ def test_a_recipe_writes_and_reads_them_and_set_changes_one():
         "name = 'x'\n"
         + HEAD
         + (
-            'tasks = ["countdown", "gym:chain_sum"]\n[stage.task_options.countdown]\nnumbers = 4\n'
+            'tasks = ["countdown", "gym:chain_sum"]\n[stage.task_options.countdown]\nshare = 4\n'
             '[stage.task_options."gym:chain_sum"]\nshare = 2\nlanguages = ["en"]\n'
         )
     )
-    recipe = Recipe.parse(text, ["rl.task_options.countdown.numbers=5"])
+    recipe = Recipe.parse(text, ["rl.task_options.countdown.share=5"])
     options = recipe.stage("rl").task_options
-    assert options == {"countdown": {"numbers": 5}, "gym:chain_sum": {"share": 2, "languages": ["en"]}}
+    assert options == {"countdown": {"share": 5}, "gym:chain_sum": {"share": 2, "languages": ["en"]}}
     assert Recipe.parse(recipe.to_toml()).stage("rl").task_options == options
 
 
@@ -100,7 +101,7 @@ def test_the_stage_asks_and_evaluates_by_them(tmp_path):
     base = rl_stage.write_base(tmp_path)
     stage = rl_stage.Stage(
         base, tmp_path / "run", rl_stage.COIN, 'tasks=["countdown", "arithmetic"]', "rollouts=1",
-        'task_options={countdown={share=3, numbers=4, languages=["en"]}, arithmetic={languages=["zh"]}}',
+        'task_options={countdown={share=3, languages=["en"]}, arithmetic={languages=["zh"]}}',
     )  # fmt: skip
     loop = stage.loop()
     groups = []

@@ -34,6 +34,7 @@ def test_names_and_get():
             *FIXED,
             "choice:PATH",
             "code:PATH",
+            "countdown:NUMBERS",
             "env:URL",
             "general:PATH",
             "gsm8k:PATH",

@@ -154,7 +154,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     task_options: dict[str, dict[str, TaskOption]] = Field(default={})
     """Task name = its settings in this stage, for training and held-out evaluations: `share`, its turns in a round
     (1); `languages`; `phrasing` ("seen" or "held-out"); and those of the task itself, such as
-    {countdown = {numbers = 4, languages = ["en"]}}."""
+    {countdown = {share = 3, languages = ["en"]}}."""
     first_problem: int = Field(0, ge=0)
     """Index of the first problem. A stage that continues another one's model asks new problems if this is at least the
     number that the other may have asked: rollouts times prompts_per_rollout times max_resamples, and its own

@@ -1,5 +1,4 @@
 """Countdown with three numbers 1..10 and a target of at most 60: the search task of the R1-Zero demonstration.
-An RL stage may ask with more or larger numbers (`CountdownOptions`), which no document shows.
 
 Use each number exactly once with + - * / and parentheses to make the target. Verifying an answer is easy and finding
 one is hard, so reflection helps. Every problem has a solution in + - *; the verifier also accepts exact division.
@@ -14,12 +13,11 @@ train split only; facts and comparisons have too few numbers to reveal a problem
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import combinations_with_replacement
 
 from bessemer import plugins
-from bessemer.errors import UserError
 from bessemer.tasks.base import (
     CORRECT,
     UNPARSABLE,
@@ -27,7 +25,6 @@ from bessemer.tasks.base import (
     WRONG_VALUE,
     Problem,
     Task,
-    TaskOptions,
     Written,
     read_templates,
     split_of,
@@ -38,36 +35,10 @@ from bessemer.tasks.countdown_traces import WORDS, TraceMix, respond
 
 NUMBERS = range(1, 11)
 MAX_TARGET = 60
-MOST_DRAWS = 10_000
-"""Draws after which the options allow no problem; one in ten is of the test split."""
 
 TEMPLATES = read_templates(__package__, "templates.toml", "countdown")
 COMMA = {"en": ", ", "zh": "、"}
 DRILL_HEADS = {"en": "Drill:\n", "zh": "练习:\n"}
-
-
-@dataclass(frozen=True)
-class CountdownOptions(TaskOptions):
-    """With the defaults the problems are enumerated; with other values they are drawn, and there are no documents."""
-
-    numbers: int = 3
-    """Numbers of a problem, 2 to 8."""
-    largest: int = 10
-    """Largest number, 5 to 1,000."""
-    highest_target: int = 60
-    """Largest target, up to 100,000."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, low, high in (("numbers", 2, 8), ("largest", 5, 1_000), ("highest_target", 10, 100_000)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not low <= value <= high:
-                raise UserError(f"countdown: {name} is {value!r}; set a whole number from {low} to {high}")
-
-    @property
-    def drawn(self) -> bool:
-        """Whether problems are drawn instead of enumerated."""
-        return (self.numbers, self.largest, self.highest_target) != (3, NUMBERS[-1], MAX_TARGET)
 
 
 @plugins.register("tasks", "countdown")
@@ -75,29 +46,28 @@ class Countdown(Task):
     name, domain = "countdown", "search"
     translated = True
     Mix = TraceMix
-    Options = CountdownOptions
-    options: CountdownOptions
 
     def size(self, split: str) -> int | None:
         """Number of different problems (multiset and target) in a split."""
-        return None if self.options.drawn else len(_problems(split))
+        return len(_problems(split))
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
-        rng = self.rng("problem", split, index, seed)
-        if self.options.drawn:
-            numbers, target = _drawn(self.options, split, rng)
-            difficulty = len(numbers)
-        else:
-            size = len(_problems(split))
-            numbers, target = _shuffled(split, seed, index // size)[index % size]
-            difficulty = _difficulty(numbers, target)
+        rng, size = self.rng("problem", split, index, seed), len(_problems(split))
+        numbers, target = _shuffled(split, seed, index // size)[index % size]
+        name = f"{self.name}/{split}/{seed}/{index}/{language}"
+        return self.asked(name, numbers, target, _difficulty(numbers, target), language, phrasing, rng)
+
+    def asked(
+        self, name: str, numbers: Sequence[int], target: int, difficulty: int, language: str, phrasing: str,
+        rng: random.Random,
+    ) -> Problem:  # fmt: skip
+        """The problem in one of the wordings, its numbers in any order."""
         listed = rng.sample(numbers, len(numbers))
         templates = TEMPLATES[language, phrasing]
         template = rng.randrange(len(templates))
         prompt = templates[template].format(numbers=COMMA[language].join(map(str, listed)), target=target)
         meta = {"numbers": listed, "target": target, "template": f"{language}-{phrasing}-{template}"}
-        meta["difficulty"] = difficulty
-        return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", prompt, language, meta)
+        return Problem(name, prompt, language, meta | {"difficulty": difficulty})
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
         try:
@@ -115,8 +85,6 @@ class Countdown(Task):
         return self.written(index, seed, language).text
 
     def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
-        if self.options.drawn:
-            raise UserError("countdown has documents for three numbers up to 10 and targets up to 60 alone")
         problem = self.train_problem(index, seed, language)
         rng = self.rng("document", index, seed)
         author = self.mix.author(rng)
@@ -143,22 +111,6 @@ def _problems(split: str) -> tuple[tuple[tuple[int, int, int], int], ...]:
             targets = {t.value for t in all_tries(numbers) if 1 <= t.value <= MAX_TARGET}
             problems.extend((numbers, target) for target in sorted(targets))
     return tuple(problems)
-
-
-def _drawn(options: CountdownOptions, split: str, rng: random.Random) -> tuple[tuple[int, ...], int]:
-    """Numbers of the split, and what a random way to combine them makes."""
-    for _ in range(MOST_DRAWS):
-        numbers = tuple(rng.randint(1, options.largest) for _ in range(options.numbers))
-        if split_of(numbers) != split:
-            continue
-        left = list(numbers)
-        while len(left) > 1:
-            rng.shuffle(left)
-            x, y = sorted((left.pop(), left.pop()), reverse=True)
-            left.append(apply(x, rng.choice(OPS), y))
-        if 1 <= left[0] <= options.highest_target:
-            return numbers, left[0]
-    raise UserError(f"countdown has no {split} problem with {options}; ask for more or larger numbers")
 
 
 @lru_cache(maxsize=8192)

@@ -1,0 +1,71 @@
+"""Countdown with other numbers: `countdown:4` asks for four. Its problems are drawn, not enumerated, and no document
+shows them. As in `tasks/countdown.py`, each number is used once and the multiset of numbers decides the split."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from bessemer.errors import UserError
+from bessemer.tasks.base import Problem, Task, TaskOptions, Written, split_of
+from bessemer.tasks.countdown import MAX_TARGET, NUMBERS, Countdown
+from bessemer.tasks.countdown_expressions import OPS, apply
+
+MOST_DRAWS = 10_000
+"""Draws after which the options allow no problem; one in ten is of the test split."""
+
+
+@dataclass(frozen=True)
+class DrawnOptions(TaskOptions):
+    largest: int = NUMBERS[-1]
+    """Largest number, 5 to 1,000."""
+    highest_target: int = MAX_TARGET
+    """Largest target, up to 100,000."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low, high in (("largest", 5, 1_000), ("highest_target", 10, 100_000)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise UserError(f"countdown: {name} is {value!r}; set a whole number from {low} to {high}")
+
+
+class DrawnCountdown(Countdown):
+    Options = DrawnOptions
+    options: DrawnOptions
+
+    def __init__(self, numbers: str, **settings: Any) -> None:
+        if numbers not in map(str, range(2, 9)):
+            raise UserError(f"countdown:{numbers} is no task; write countdown:2 to countdown:8")
+        self.name, self.numbers = f"countdown:{numbers}", int(numbers)
+        super().__init__(**settings)
+
+    def size(self, split: str) -> None:
+        return None
+
+    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
+        rng = self.rng("problem", split, index, seed)
+        numbers, target = _drawn(self.numbers, self.options, split, rng)
+        name = f"{self.name}/{split}/{seed}/{index}/{language}"
+        return self.asked(name, numbers, target, self.numbers, language, phrasing, rng)
+
+    def document(self, index: int, seed: int = 0, language: str | None = None) -> str:
+        return Task.document(self, index, seed, language)
+
+    def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
+        return Task.written(self, index, seed, language)
+
+
+def _drawn(n: int, options: DrawnOptions, split: str, rng: random.Random) -> tuple[tuple[int, ...], int]:
+    """Numbers of the split, and what a random way to combine them makes."""
+    for _ in range(MOST_DRAWS):
+        numbers = tuple(rng.randint(1, options.largest) for _ in range(n))
+        if split_of(numbers) != split:
+            continue
+        left = list(numbers)
+        while len(left) > 1:
+            rng.shuffle(left)
+            x, y = sorted((left.pop(), left.pop()), reverse=True)
+            left.append(apply(x, rng.choice(OPS), y))
+        if 1 <= left[0] <= options.highest_target:
+            return numbers, left[0]
+    raise UserError(f"countdown:{n} has no {split} problem with {options}; ask for more or larger numbers")
