@@ -16,12 +16,10 @@ from typing import Any
 
 from bessemer import plugins, tasks
 from bessemer.config.data import CorpusConfig
-from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_tokens
-from bessemer.data import corpus, shards, sources
+from bessemer.data import corpus, sources
 from bessemer.data.documents import Document
-from bessemer.data.fetch import sha256_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
@@ -75,7 +73,8 @@ class Corpus(Stage[CorpusConfig]):
             if config.parts[source].startswith(NEEDLE):
                 knobs: dict[str, Any] = config.mix[source]
                 _needles("needle-task")({}, **knobs)  # checks them
-        return {"vocab_size": model_config(recipe).vocab_size} | _built(config)
+        parts = _shards(config)
+        return {"vocab_size": model_config(recipe).vocab_size} | ({} if parts is None else parts.identity(config))
 
     def probes(self, config: CorpusConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         for part, spec in config.parts.items():
@@ -94,13 +93,14 @@ class Corpus(Stage[CorpusConfig]):
         ctx.rewind(-1)
         vocab_size = model_config(ctx.recipe).vocab_size
         ctx.progress.total(2 * len(config.parts), "parts")  # the tokenizer takes about as long as all of them
-        workers, of_shards = side_by_side(cores()), _tokenizer(config)
+        workers, parts = side_by_side(cores()), _shards(config)
+        of_shards = None if parts is None else parts.tokenizer(config)
         if config.tokenizer is not None:
             tokenizer = load_tokenizer(_tokenizer_folder(ctx.inputs[config.tokenizer]))
             if of_shards is not None and of_shards.fingerprint != tokenizer.fingerprint:
                 raise UserError(
-                    f'stage "{config.name}": the shards of {" and ".join(_shards(config))} were made with another '
-                    f'tokenizer than that of "{config.tokenizer}"; build them with its tokenizer'
+                    f'stage "{config.name}": the shards among its parts were made with another tokenizer than that of '
+                    f'"{config.tokenizer}"; build them with its tokenizer'
                 )
         else:
             tokenizer = of_shards or Tokenizer.train(
@@ -126,7 +126,7 @@ class Corpus(Stage[CorpusConfig]):
         if ctx.stop:
             ctx.interrupt()
         if config.parts[name].startswith(SHARDS):
-            shards.link(ctx.dir / name, _folder(config, name), config.row_length)
+            _shards(config).link(config, name, ctx.dir / name)
             return _counts(corpus.load(ctx.dir / name))
         built = corpus.build(
             self._documents(config, name, ctx),
@@ -203,49 +203,19 @@ def _needles(hook: str) -> Callable[..., tasks.Task]:
     return found
 
 
+def _shards(config: CorpusConfig) -> Any:
+    """The add-on that reads parts which are shards already; None without such parts."""
+    if not any(spec.startswith(SHARDS) for spec in config.parts.values()):
+        return None
+    if (found := plugins.hook("shards")) is None:
+        raise UserError(f"parts of {SHARDS} come with the add-on of data sets, which is not installed; leave them out")
+    return found
+
+
 def _counts(built: corpus.PackedCorpus) -> dict[str, Any]:
     rows = built.train
     return {"tokens": rows.facts["tokens"], "bytes_per_token": round(rows.bytes_per_token, 3), "rows": rows.n_rows,
             "waste": round(rows.waste, 5)}  # fmt: skip
-
-
-def _folder(config: CorpusConfig, source: str) -> Path:
-    return located(config.parts[source].removeprefix(SHARDS))
-
-
-def _shards(config: CorpusConfig) -> list[str]:
-    """The sources that are already shards."""
-    return [source for source, spec in config.parts.items() if spec.startswith(SHARDS)]
-
-
-def _built(config: CorpusConfig) -> dict[str, Any]:
-    """The identity of sources that are existing shards: the digest of their meta.json, which holds all checksums."""
-    digests = {}
-    for source in _shards(config):
-        folder = _folder(config, source)
-        try:
-            shards.read_meta(folder)
-            digests[source] = sha256_of(folder / "meta.json")
-        except UserError as error:
-            raise UserError(f'stage "{config.name}": part "{source}": {error} with bessemer data build') from None
-    return {"shards": digests} if digests else {}
-
-
-def _tokenizer(config: CorpusConfig) -> Tokenizer | None:
-    """The tokenizer of the sources that are shards; None if there are none."""
-    common = None
-    for source in _shards(config):
-        folder = _folder(config, source)
-        tokenizer = load_tokenizer(folder.parent / "tokenizer")
-        if shards.read_meta(folder)["tokenizer"] != tokenizer.fingerprint or (
-            common is not None and common.fingerprint != tokenizer.fingerprint
-        ):
-            raise UserError(
-                f'stage "{config.name}": the shards of "{source}" were made with another tokenizer than '
-                f"{folder.parent / 'tokenizer'} or the other parts; build all of them with one"
-            )
-        common = tokenizer
-    return common
 
 
 def _tokenizer_folder(stage: Path) -> Path:
