@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bessemer.addons.watch.overview import PLAN
+from bessemer.addons.watch.bars import PLAN
 from bessemer.config.units import show_seconds
 from bessemer.runs.directory import run_dir, stage_folders
 from bessemer.runs.files import read_json

@@ -84,7 +84,7 @@ def test_helpers_see_shared_tensors_change_and_nothing_else():
 
 
 def test_without_shared_memory_one_process_does_all_the_work(monkeypatch):
-    monkeypatch.setattr("bessemer.addons.accelerate.helpers.SHARED", "/nowhere")
+    monkeypatch.setattr("bessemer.addons.accelerate.shared_memory.SHARED", "/nowhere")
     workers, threads = Helpers(2), torch.get_num_threads()
     try:
         with pytest.warns(UserWarning, match="shm-size"):

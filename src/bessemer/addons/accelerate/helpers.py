@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from bessemer.addons.accelerate.shared_memory import SHARED, shared_free
 from bessemer.errors import UserError
 from bessemer.system import can_fork
 from bessemer.train import balance
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bessemer.train.trainer import Trainer
-
-SHARED = "/dev/shm"
-"""Where the system keeps shared memory; containers often grant little of it."""
 
 _rank = 0
 
@@ -256,12 +254,3 @@ def _portable(error: Exception) -> Exception:
         return RuntimeError(where)
     error.add_note(f"in a worker process:\n{where}")
     return error
-
-
-def shared_free() -> int:
-    """Free bytes of shared memory; 0 if there is none."""
-    try:
-        found = os.statvfs(SHARED)
-    except OSError:
-        return 0
-    return found.f_bavail * found.f_frsize

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
 
-from bessemer.addons.accelerate.helpers import SHARED, shared_free
+from bessemer.addons.accelerate.shared_memory import SHARED, shared_free
 from bessemer.errors import UserError
 from bessemer.system import granted_cores
 

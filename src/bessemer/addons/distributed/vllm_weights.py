@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bessemer.addons.accelerate.helpers import SHARED
+from bessemer.addons.accelerate.shared_memory import SHARED
 
 FILE = "model.safetensors"
 CHUNK = 256 << 20

@@ -15,9 +15,10 @@ import torch
 
 from bessemer import __version__, probe
 from bessemer.addons.accelerate import measured
-from bessemer.addons.accelerate.helpers import Helpers, shared_free
+from bessemer.addons.accelerate.helpers import Helpers
 from bessemer.addons.accelerate.kernels import build, library
 from bessemer.addons.accelerate.precision import backends
+from bessemer.addons.accelerate.shared_memory import shared_free
 from bessemer.addons.distributed import mesh
 from bessemer.addons.plan import pace, plan_config
 from bessemer.addons.tasks import sandbox

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.addons.watch.alarms import AlarmTracker
+from bessemer.addons.watch.bars import PLAN
 from bessemer.addons.watch.following import LineTail, StageLines
-from bessemer.addons.watch.overview import PLAN
 from bessemer.runs.directory import stage_folders, writing_models
 from bessemer.runs.files import read_json
 

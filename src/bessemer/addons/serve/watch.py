@@ -22,9 +22,9 @@ from bessemer.addons.serve.http import LOOPBACK_HOSTS, UnsignalledServer, add_pa
 from bessemer.addons.serve.middleware import RequestGuard
 from bessemer.addons.serve.protocol import ApiError
 from bessemer.addons.serve.run_follower import RunFollower
-from bessemer.addons.watch.compare import run_labels
 from bessemer.addons.watch.curves import LEARNING, LOADS, TRAINING, Panel, label, order
 from bessemer.addons.watch.following import Over, StageLines, smoothed, thinned
+from bessemer.addons.watch.labels import run_labels
 from bessemer.runs.directory import run_dir
 from bessemer.runs.metrics import plain
 

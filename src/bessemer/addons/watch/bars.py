@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TextIO
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from bessemer.config.units import show_seconds
+from bessemer.runs.directory import stage_folders
+from bessemer.runs.files import read_json, write_json
 from bessemer.runs.progress import PLAIN_EVERY, RunProgress, StageProgress
 
+PLAN = "plan.json"
+"""In a run directory: {"seconds": {stage: estimate}}."""
 SURE = 0.2
 """Share of a stage's work from which on its speed so far says how long the rest takes."""
 PRIOR = 0.25
@@ -106,3 +111,15 @@ class TimedProgress(RunProgress):
         elif self._bars is None:
             tail = f" · run {run_words}" if run_words else ""
             self.say(f"[{self.place(stage)}] {stage.share():4.0%} {words}{tail}")
+
+
+def record_plan(root: Path, seconds: dict[str, float]) -> dict[str, float]:
+    """Record each stage's estimated seconds, for views that compare them with the measured ones; those of a stage
+    that has begun stay what they were before it began. Returns them."""
+    begun = {name for _, name, _ in stage_folders(root)}
+    before = (read_json(root / PLAN) or {}).get("seconds", {})
+    kept = {name: value for name, value in before.items() if name in begun and isinstance(value, int | float)}
+    merged = {name: float(kept.get(name, round(value, 3))) for name, value in seconds.items()}
+    if before != merged:
+        write_json(root / PLAN, {"seconds": merged})
+    return merged

@@ -6,7 +6,6 @@ Stages are matched by name. A stage that only one run has is listed among the di
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from bessemer.addons.evals.tables import Row
 from bessemer.addons.watch import comparisons, page, panels
 from bessemer.addons.watch.curves import BALANCE, LEARNING, TRAINING
 from bessemer.addons.watch.facts import RunFacts, StageFacts, read
+from bessemer.addons.watch.labels import run_labels
 from bessemer.addons.watch.page import Html
 from bessemer.errors import UserError
 from bessemer.runs.files import explained, write_atomic
@@ -182,15 +182,3 @@ def _cost(runs: dict[str, RunFacts]) -> Html:
     rows: list[list[str]] = [[name, *(f"{one[name]:.1f}" if name in one else "–" for one in minutes)] for name in names]
     rows.append([Html("<b>all</b>"), *(Html(f"<b>{sum(one.values()):.1f}</b>") for one in minutes)])
     return page.table(["stage", *runs], rows, numeric=range(1, len(runs) + 1))
-
-
-def run_labels(roots: Sequence[Path]) -> list[str]:
-    """Names of run directories, with as much of the path as tells them apart. Raises UserError if two are the same."""
-    paths = [root.resolve() for root in roots]
-    if len(set(paths)) < len(paths):
-        raise UserError("a run is named twice; name runs that differ")
-    names = [path.name for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    shared = os.path.commonpath(paths)
-    return [str(path.relative_to(shared)) for path in paths]
