@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bessemer import probe
-from bessemer.addons.accelerate import compiling
+from bessemer.addons.accelerate import compiling, gpu_device
 from bessemer.addons.plan import doctor
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
@@ -122,7 +122,7 @@ def mac(monkeypatch):
 
 @pytest.mark.usefixtures("mac")
 def test_mps_is_chosen_where_torch_has_it_unless_a_user_or_ranks_say_cpu(monkeypatch):
-    assert probe.device().type == "mps" and setup.describe_device() == "the GPU of a Mac (MPS)"
+    assert probe.device().type == "mps" and gpu_device.describe() == "the GPU of a Mac (MPS)"
     assert setup.precision_on("auto", probe.device()).dtype == torch.float32
     assert setup.workers().n == 1 and not compiling.want_compile("auto", 1e20)
     monkeypatch.setenv("RANK", "0")

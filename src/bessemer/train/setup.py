@@ -38,14 +38,6 @@ def device() -> torch.device:
     return probe.device()
 
 
-def describe_device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    if device().type == "mps":
-        return "the GPU of a Mac (MPS)"
-    return f"{cores()} CPU core" + ("s" if cores() > 1 else "")
-
-
 def workers() -> Workers:
     """One process per core on a CPU, each computing on one core; one process on a GPU."""
     found = side_by_side(cores()) if device().type == "cpu" else Workers()
@@ -98,7 +90,7 @@ def set_precision(
 ) -> torch.dtype:  # fmt: skip
     """The compute dtype that a stage's `precision` chooses, as in `choose_precision`; applies `fp8` to `model`."""
     choice = choose_precision(config.precision, agree, state)
-    if choice.dtype != torch.float32 and device().type == "cuda":
+    if choice.dtype != torch.float32 and "masters" not in choice.why:
         choice = choice._replace(why=f"{choice.why} with float32 masters")
     announce(model, choice, say, compiled)
     if config.fp8 != "off":
@@ -112,19 +104,10 @@ def set_precision(
 
 
 def announce(model: LanguageModel, choice: probe.Choice, say: Callable[[str], None], compiled: bool = False) -> None:
-    """Says what a stage computes with, in one line, and lets float32 products on a GPU run in TF32."""
-    where, full = device(), choice.dtype == torch.float32
-    facts = [f"compute in {choice.why}"]
-    if where.type == "cuda":
-        # In BF16 only what must be exact is left in float32, the gate's scores above all (V3 3.3.1).
-        torch.set_float32_matmul_precision("high" if full else "highest")
-        facts[0] += f"{', products in TF32' if full else ''}, on {describe_device()}"
-    elif where.type != "cpu":
-        facts.append(f"on {describe_device()}")
-    facts += ops.facts(model, where, choice.dtype)
-    if where.type == "cuda":
-        facts.append("layers compiled" if compiled else "layers not compiled")
-    say("; ".join(facts))
+    """Says in one line what a stage computes with; an add-on prepares the device (the hook `prepare-device`)."""
+    prepare = plugins.hook("prepare-device")
+    where, facts = ("", []) if prepare is None else prepare(choice.dtype, compiled)
+    say("; ".join([f"compute in {choice.why}{where}", *ops.facts(model, device(), choice.dtype), *facts]))
 
 
 def load_model(

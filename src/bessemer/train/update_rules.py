@@ -93,11 +93,8 @@ def adamw_reference_(
 @operation
 def orthogonalise_(matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
     """Replaces every matrix [R, C] of these stacks [N, R, C] by Muon's update: U V^T, with singular values between 0.7
-    and 1.2, times `muon_scale`. A zero matrix stays zero. Products are in `dtype`, and in BF16 on a GPU (Jordan et al.
-    2024): the iteration corrects its own rounding."""
+    and 1.2, times `muon_scale`. A zero matrix stays zero. Products are in `dtype`."""
     scale = muon_scale(*matrices[0].shape[-2:])
-    if matrices[0].device.type != "cpu":
-        dtype = torch.bfloat16
     whole_NRC = torch.cat(list(matrices))
     parts = whole_NRC.split(max(1, most_at_once(whole_NRC.device) // whole_NRC[0].numel()))
     updates = torch.cat([newton_schulz(part, dtype) for part in parts]).mul_(scale)

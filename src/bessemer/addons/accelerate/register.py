@@ -111,6 +111,15 @@ def _orthogonalise_(matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
         muon.newton_schulz_(x_NRC, update_rules.STEPS, update_rules.COEFFICIENTS, dtype, scale)
 
 
+def _off_the_cpu(matrices: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    return matrices[0].device.type != "cpu"
+
+
+def _in_bf16(matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Products in BF16 (Jordan et al. 2024): the iteration corrects its own rounding."""
+    update_rules.orthogonalise_.equation(matrices, torch.bfloat16)
+
+
 loss.loss_of_logits.register(loss_cpu.serves, loss_cpu.cross_entropy)
 loss.logprobs_of_logits.register(loss_cpu.serves, loss_cpu.logprobs)
 loss.logprobs_gradient.register(loss_cpu.serves, loss_cpu.logprobs_backward_)
@@ -120,6 +129,7 @@ for operation, name in (
 ):  # fmt: skip
     operation.register(_elsewhere, Fused("triton_loss", name, operation.equation))
 update_rules.orthogonalise_.register(_newton_schulz_serves, _orthogonalise_)
+update_rules.orthogonalise_.register(_off_the_cpu, _in_bf16)
 
 # --- facts -----------------------------------------------------------------------------------------------------------
 
