@@ -30,25 +30,6 @@ def test_decode_undoes_encode_and_no_control_id_comes_out(tokenizer, text):
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 1023), max_size=30), st.booleans())
-def test_streamed_pieces_join_to_decode(tokenizer, ids, skip):
-    """For any ids, valid UTF-8 or not."""
-    stream = tokenizer.stream(skip_special=skip)
-    pieces = [stream.push(i) for i in ids] + [stream.flush()]
-    assert "".join(pieces) == tokenizer.decode(ids, skip_special=skip)
-
-
-def test_stream_holds_a_character_back_until_it_is_whole(tokenizer):
-    ids = tokenizer.encode("😀")
-    assert len(ids) > 1
-    stream = tokenizer.stream()
-    assert [stream.push(i) for i in ids] == [""] * (len(ids) - 1) + ["😀"]
-    assert stream.flush() == ""
-    stream.push(ids[0])
-    assert stream.flush() == "\ufffd"
-
-
 def test_ids_are_where_the_contract_says(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
     assert [tokenizer.special_id(content) for content in chat.ADDED] == list(range(len(chat.ADDED)))

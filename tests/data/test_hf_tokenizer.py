@@ -14,6 +14,7 @@ from bessemer.addons.families.hf_tokenizer import HFTokenizer
 from bessemer.addons.serve.chat import chat_prompt
 from bessemer.addons.serve.models import Vocabulary
 from bessemer.addons.serve.protocol import Turn
+from bessemer.addons.serve.stream_decoder import StreamDecoder
 from bessemer.addons.tasks import turns
 from bessemer.data import chat, corpus, sft_rows
 from bessemer.data.documents import Document
@@ -84,7 +85,7 @@ def test_texts_come_back(directory):
     tok = load_tokenizer(directory)
     for text in ("The answer is 40.", "é 漢字 😀", "a\n\n b"):
         assert tok.decode(tok.encode(text)).removeprefix(" ") == text
-        stream = tok.stream()
+        stream = StreamDecoder(tok)
         assert "".join(map(stream.push, tok.encode(text))) + stream.flush() == tok.decode(tok.encode(text))
 
 

@@ -7,10 +7,11 @@ import pytest
 from completions import completion
 
 from bessemer.addons.families.options import read_prompts
+from bessemer.addons.serve.chat_style import template_style
 from bessemer.addons.serve.models import read_facts
 from bessemer.addons.serve.terminal_chat import COMMANDS, DIM, PLAIN, Conversation, Screen, chat
 from bessemer.config.units import show_tokens
-from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR, render_ids, template_style
+from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR, render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError

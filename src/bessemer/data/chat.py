@@ -245,18 +245,6 @@ def question_ids(tokenizer: ChatTokenizer, question: str) -> list[int]:
     return render_ids(tokenizer, [{"role": "user", "content": question}])
 
 
-def template_style(tokenizer: ChatTokenizer) -> str | None:
-    """The style that a model directory was trained with; None if it has its own template. Without a template: `r1` if
-    its control tokens exist, else `zero`."""
-    if tokenizer.chat_style or tokenizer.chat_template:
-        return tokenizer.chat_style
-    try:
-        tokenizer.special_id(USER)
-    except UserError:
-        return "zero"
-    return "r1"
-
-
 def opening(style: str | None) -> str:
     """The start of the answer that a generation prompt already contains; a completion continues it."""
     return f"{THINK}\n" if style == "r1" else ""

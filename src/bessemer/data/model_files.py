@@ -31,15 +31,6 @@ def check_regular(path: Path) -> int:
     return found.st_size
 
 
-def check_files(directory: Path) -> None:
-    """Applies `check_regular` to everything in a directory that a library might open, and `MOST` to its JSON."""
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".jinja", ".safetensors") and not path.is_dir():
-            size = check_regular(path)
-            if path.suffix != ".safetensors" and size > MOST:
-                raise UserError(f"{path} has {size} bytes; the limit is {MOST}; {AGAIN}")
-
-
 def read_bytes(path: Path, most: int = MOST) -> bytes:
     try:
         if (size := check_regular(path)) > most:

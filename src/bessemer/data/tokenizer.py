@@ -8,7 +8,6 @@ Invariants
 - transformers' AutoTokenizer gives the same ids from a saved directory.
 """
 
-import codecs
 import hashlib
 import json
 import warnings
@@ -275,33 +274,11 @@ class Tokenizer:
         ids = {mark: known for mark in MARKS if (known := self._tok.token_to_id(mark)) is not None}
         return ids if len(ids) == len(MARKS) else {}
 
-    def stream(self, skip_special: bool = True) -> "StreamDecoder":
-        return StreamDecoder(self, skip_special)
-
     def _id(self, content: str) -> int:
         token_id = self._tok.token_to_id(content)
         if token_id is None:
             raise UserError(f"this tokenizer has no token {content!r}")
         return token_id
-
-
-class StreamDecoder:
-    """Decode ids one by one. The pieces join to `decode` of all ids, and no piece ends inside a character."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is unfinished."""
-        if self._skip_special and self._tokenizer.is_special(token_id):
-            return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-
-    def flush(self) -> str:
-        """The text left at the end: U+FFFD for an unfinished character, otherwise empty."""
-        return self._utf8.decode(b"", final=True)
 
 
 def byte_of_character() -> dict[str, int]:

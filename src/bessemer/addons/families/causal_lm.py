@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from bessemer.addons.families.text_limits import LIMITS, longest_text
 from bessemer.data.chat import render_ids
 from bessemer.data.fingerprints import check_finished
-from bessemer.data.model_files import check_files, read_object
+from bessemer.data.model_files import AGAIN, MOST, check_regular, read_object
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.hf.families import load_tokenizer
@@ -217,7 +217,7 @@ def load(
 ) -> _Kind:  # fmt: skip
     """A transformers model. dtype: of all parameters (None: as stored). Raises UserError if it is not of `kind`."""
     directory = Path(directory)
-    check_files(directory)
+    _check_files(directory)
     values = read_object(directory / "config.json")
     if values.get("quantization_config"):
         raise UserError(f"{directory} has quantised weights, which cannot be trained; use the original ones")
@@ -374,3 +374,12 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _check_files(directory: Path) -> None:
+    """Applies `check_regular` to everything in a directory that a library might open, and `MOST` to its JSON."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".jinja", ".safetensors") and not path.is_dir():
+            size = check_regular(path)
+            if path.suffix != ".safetensors" and size > MOST:
+                raise UserError(f"{path} has {size} bytes; the limit is {MOST}; {AGAIN}")

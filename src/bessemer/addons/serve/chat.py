@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bessemer.addons.serve import sampling_params, tool_calling
+from bessemer.addons.serve.chat_style import template_style
 from bessemer.addons.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest
 from bessemer.addons.serve.grammar import json_grammar
 from bessemer.addons.serve.models import LoadedModel, Vocabulary
@@ -24,7 +25,7 @@ from bessemer.addons.serve.requests import Token
 from bessemer.addons.serve.token_controls import think_ids
 from bessemer.addons.serve.tool_calling import CallWriter, ToolUse, messages_of, text_size, tool_use
 from bessemer.addons.tasks.tool_texts import Tool, description
-from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, render_ids, template_style
+from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 

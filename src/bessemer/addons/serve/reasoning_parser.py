@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bessemer.addons.serve.requests import Token
+from bessemer.addons.serve.stream_decoder import StreamDecoder
 from bessemer.addons.serve.token_controls import think_ids
 from bessemer.data.chat import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ class ReasoningParser:
     ):
         """`thinking`: the prompt has opened a thought. `split` False: thoughts are content, tags included. `trim`: the
         answer begins a message, so leading white space is dropped."""
-        self.tokenizer, self.decoder = tokenizer, tokenizer.stream()
+        self.tokenizer, self.decoder = tokenizer, StreamDecoder(tokenizer)
         self.stop_buffer = StopBuffer(stop_strings)
         self.tag_ids = dict(zip(think_ids(tokenizer), (OPEN, CLOSE), strict=True))
         self.tags = TagSplitter(thinking, begins=trim) if None in self.tag_ids and split else None

@@ -18,9 +18,11 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
+from bessemer.addons.serve.chat_style import template_style
+from bessemer.addons.serve.stream_decoder import StreamDecoder
 from bessemer.addons.serve.token_controls import think_ids
 from bessemer.config.units import show_tokens
-from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR, Message, render_ids, template_style
+from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR, Message, render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine, load_engine
 from bessemer.engine.generation import NEW_TOKENS, Options
@@ -274,7 +276,7 @@ class Screen:
         self.show = show
         self.dim = dim
         """Whether this is a terminal: thoughts are then dim, and folded when they end."""
-        self.decoder = tokenizer.stream()
+        self.decoder = StreamDecoder(tokenizer)
         self.ids: list[int] = []
         self.text = ""
         self.message: Message = {}
