@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 
+from bessemer import plugins
 from bessemer.data import sources
 from bessemer.errors import UserError
 
@@ -144,3 +145,29 @@ def test_idioms_leave_out_what_the_dictionary_lacks(tmp_path):
         "画蛇添足：多此一举。\n出处：《战国策》\n例句：不要画蛇添足。",
         "失惊倒怪：惊慌。",
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "needed"),
+    [
+        ({"prompt": "a", "completion": "b"}, "prompt and completion"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": []}, "tools"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "tools"),
+    ],
+)
+def test_without_add_ons_a_record_that_needs_one_names_it(tmp_path, monkeypatch, line, needed):
+    monkeypatch.setattr(plugins, "hook", lambda name: None)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "plain"}) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=rf"{needed}.*add-on"):
+        read(path)
+    assert next(sources.documents(path)).text == "plain"
+
+
+def test_without_add_ons_other_places_and_kinds_of_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(plugins, "hook", lambda name: None)
+    with pytest.raises(UserError, match=r"hub.*add-on.*\.jsonl or \.txt"):
+        sources.documents("hf://own/set")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"must end in \.jsonl, \.txt"):
+        read(tmp_path / "a.parquet")
