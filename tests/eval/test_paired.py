@@ -9,12 +9,12 @@ import pytest
 from made_run import write_run
 
 from bessemer import tasks
-from bessemer.addons.evals import paired, tables
+from bessemer.addons.evals import evaluate, paired, tables
 from bessemer.addons.evals.intervals import stratified
 from bessemer.addons.evals.mean_interval import wilson
 from bessemer.addons.evals.paired import Asked
 from bessemer.errors import UserError
-from bessemer.eval import evaluate, scoring
+from bessemer.eval import scoring
 from bessemer.runs.files import write_json
 
 SUMS = Asked("sums", "en", 1.0, 1.0)

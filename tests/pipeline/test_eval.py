@@ -12,7 +12,7 @@ import stages_run
 
 import bessemer
 from bessemer import tasks
-from bessemer.addons.evals import contamination, paired, shots, tables
+from bessemer.addons.evals import contamination, evaluate, paired, shots, tables
 from bessemer.addons.tasks import worked
 from bessemer.addons.tasks.readable import readable
 from bessemer.addons.watch import facts
@@ -22,7 +22,7 @@ from bessemer.config.table import StageConfig
 from bessemer.data.chat import exchange, question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.eval import evaluate, scoring
+from bessemer.eval import scoring
 from bessemer.eval.preamble import ALONE
 from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.pipeline.stages import eval as eval_stage

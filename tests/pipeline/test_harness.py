@@ -28,13 +28,12 @@ from hf_tokenizers import byte_level
 
 import bessemer
 from bessemer import cli
-from bessemer.addons.evals import lm_eval_model
+from bessemer.addons.evals import evaluate, lm_eval_model
 from bessemer.addons.evals.lm_eval_model import BessemerLM
 from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine, load_engine
 from bessemer.errors import UserError
-from bessemer.eval import evaluate
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import setup
