@@ -33,8 +33,8 @@ from bessemer.hf.replace import lacking
 from bessemer.system import sync_folder
 from bessemer.train.checkpoint_files import Damaged, TensorFile, verify, write_synced, write_tensors
 
-FORMAT = 2
-"""Raised by one when older code could misread the files."""
+FORMAT = 3
+"""Raised by one when files are written in another way; only this one is read."""
 
 
 @dataclass
@@ -226,8 +226,8 @@ def none_intact(state_dir: Path, n: int) -> UserError:
 
 
 def load(path: Path) -> State:
-    """Reads and verifies all of a checkpoint, whatever layout wrote it; raises Damaged, or UserError if newer code
-    did."""
+    """Reads and verifies all of a checkpoint, whatever layout wrote it; raises Damaged, or UserError for another
+    format."""
     state = open_state(path)
     state.read()
     return state
@@ -251,17 +251,17 @@ def is_sharded(file: str) -> bool:
 
 
 def verified_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; raises Damaged, or UserError if newer code wrote it."""
+    """The manifest of a checkpoint; raises Damaged, or UserError if another version wrote it."""
     manifest = read_json(path, "manifest.json")
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
         raise Damaged("manifest.json does not match its own checksum")
     named = re.fullmatch(r"step-(\d{8,})", path.name)
     if named and int(named[1]) != manifest["step"]:
         raise Damaged(f"manifest.json is that of step {manifest['step']}")
-    if manifest["format"] > FORMAT:
+    if manifest["format"] != FORMAT:
         raise UserError(
-            f"{path} was written by a newer Bessemer (checkpoint format {manifest['format']}, this one reads up to "
-            f"{FORMAT}); upgrade, or delete it to continue from an older checkpoint"
+            f"{path} was written by another version of Bessemer (checkpoint format {manifest['format']}, this one "
+            f"reads {FORMAT}); use that version, or delete {path.parent} to start the stage again"
         )
     return manifest
 

@@ -39,7 +39,7 @@ class _Location(NamedTuple):
 
 class CheckpointReader:
     """An open checkpoint of any layout, by the names of a sharded one. What is read is verified. Raises Damaged, or
-    UserError for newer code."""
+    UserError for another format."""
 
     def __init__(self, path: Path):
         self.path, sums = path, verified_manifest(path)["files"]
