@@ -4,9 +4,8 @@ examples and a prefix."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bessemer import plugins
 from bessemer.data.chat import question_ids
@@ -15,39 +14,24 @@ from bessemer.errors import UserError
 from bessemer.tasks.base import Problem, Task
 
 
-class Preamble(Protocol):
+class Preamble:
+    """What stands before the question: nothing, so it is asked in the tokenizer's own template."""
+
     def check(self, task: Task) -> None:
         """UserError if the task's questions cannot be asked this way."""
-        ...
 
     def facts(self) -> dict[str, int | str]:
         """Keys of an evaluation row; none if there is no text before the question."""
-        ...
-
-    def encoder(
-        self, tokenizer: Tokenizer, task: Task, room: int, cache: Path | None = None
-    ) -> Callable[[Problem], list[int]]:
-        """A function from a problem to its prompt's ids, at most `room`; `cache` holds downloads."""
-        ...
-
-
-@dataclass(frozen=True)
-class QuestionAlone:
-    """The question in the tokenizer's own template."""
-
-    def check(self, task: Task) -> None:
-        pass
-
-    def facts(self) -> dict[str, int | str]:
         return {}
 
     def encoder(
         self, tokenizer: Tokenizer, task: Task, room: int, cache: Path | None = None
     ) -> Callable[[Problem], list[int]]:
+        """A function from a problem to its prompt's ids, at most `room`; `cache` holds downloads."""
         return lambda problem: question_ids(tokenizer, problem.prompt)
 
 
-ALONE = QuestionAlone()
+ALONE = Preamble()
 
 
 def preamble(**settings: Any) -> Preamble:

@@ -25,6 +25,7 @@ from bessemer.data import sources
 from bessemer.data.chat import exchange, question_ids, render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
+from bessemer.eval.preamble import Preamble
 from bessemer.tasks.answer import parse_reply
 from bessemer.tasks.base import Problem, Task, Written, stable_hash
 
@@ -32,7 +33,7 @@ FABLES = {"en": "fables-en", "zh": "fables-zh"}
 
 
 @dataclass(frozen=True)
-class Shots:
+class Shots(Preamble):
     """Examples before a question, or a prefix."""
 
     count: int = 0
