@@ -108,12 +108,6 @@ def test_a_file_that_changes_while_it_is_used(file):
         [task.problem("train", n) for n in range(task.size("train"))]
 
 
-def test_an_id_names_the_problem(file):
-    task = get(f"puzzle:{file(*({'id': f'p{n}', 'question': f'Q{n}', 'answer': 'x'} for n in range(30)))}")
-    problems = [task.problem("train", n, seed=4) for n in range(task.size("train"))]
-    assert {p.id for p in problems} == {f"{task.name}/train/p{p.meta['line'] - 1}" for p in problems}
-
-
 def test_little_of_a_file_stays_in_memory(tmp_path):
     path = tmp_path / "large.jsonl"
     with path.open("w") as out:

@@ -9,7 +9,7 @@ import torch
 from tiny_run import model, trainer
 
 from bessemer.addons.accelerate import background
-from bessemer.addons.accelerate.background import Background, HostCopies
+from bessemer.addons.accelerate.background import HostCopies
 from bessemer.errors import UserError
 from bessemer.train import checkpoint, checkpointed
 
@@ -189,19 +189,6 @@ def test_room_is_what_system_and_container_leave(tmp_path, monkeypatch):
     assert background.host_room() == 64 * 1024
     (tmp_path / "memory.max").write_text("16000\n")
     assert background.host_room() == 10_000
-
-
-def test_a_background_thread_does_one_thing_at_a_time():
-    thread, gate, done = Background("test"), threading.Event(), []
-    thread.begin(lambda: (gate.wait(60), done.append(1)))
-    assert thread.busy
-    thread.poll()
-    gate.set()
-    thread.begin(lambda: done.append(2) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        thread.finish()
-    thread.finish()
-    assert done == [1, 2] and not thread.busy
 
 
 class OnGPU(torch.Tensor):
