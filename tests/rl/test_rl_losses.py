@@ -102,23 +102,6 @@ def test_times_the_ratio_its_gradient_is_that_of_the_divergence():
     assert apart(pull(True), exact) < 1e-5 and apart(pull(False), exact) > 0.1
 
 
-def test_only_what_the_policy_left_and_was_bad_is_masked():
-    batch, worth = enumerated(table(4), table(5), 1.0), REWARD - 0.37
-    batch.extras["advantage_BT"][:, 1:] = worth[:, None]
-    model = Table(table(6))
-    left = (token_logp(table(4)) - token_logp(table(6))).mean(1)
-    bad = (worth < 0) & (left > 0.05)
-    assert 0 < bad.sum() < (worth < 0).sum() and (left > 0.05).sum() > bad.sum()
-    loss = GRPO(loss_of(), 0.0, off_policy_mask=0.05)(model, batch)
-    chance = token_logp(table(4)).sum(1).exp()
-    assert float(loss.metrics["off_policy_masked"]) == pytest.approx(2 * float(chance[bad].sum()), rel=1e-5)
-    loss.total.backward()
-    masked, model.logits.grad = model.logits.grad, None
-    batch.extras["advantage_BT"][bad] = 0.0
-    GRPO(loss_of(), 0.0)(model, batch).total.backward()
-    assert torch.equal(masked, model.logits.grad)
-
-
 def cut(ratio, advantage, low, high):
     """(gradient is zero, surrogate, clipped) of one token."""
     logp = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()

@@ -47,7 +47,8 @@ class LossTable(PluginTable):
     name: str = "grpo"
     """grpo: the paper's clipped ratio; gspo: one ratio per output (clips of 3e-4); cispo: a truncated weight that keeps
     every token's gradient; reinforce: no ratio, for one update per rollout; later ones take its samples for their own;
-    or a loss of your own (docs/plugins.md)."""
+    off-policy-mask: grpo without the bad outputs that the policy has left (`limit`, DeepSeek-V3.2 3.1); or a loss of
+    your own (docs/plugins.md)."""
 
 
 class RewardTable(PluginTable):
@@ -198,9 +199,6 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Contribution of a token to the objective: a name, or a table of the name and its settings."""
     kl: Annotated[KLTable, _table_of("weight", KLTable | float)] = KLTable()
     """Divergence from the reference: its coefficient, or a table."""
-    off_policy_mask: float = Field(0.0, ge=0)
-    """Leave out outputs with a negative advantage whose mean of log(pi_sampler/pi) over their tokens exceeds this, as
-    the policy has already moved away from them (DeepSeek-V3.2 3.1; R1: no). 0: none."""
     normalise: Literal["sequence", "token", "constant"] = "sequence"
     """sequence: mean over each output, then over outputs (the paper); token: mean over all tokens (DAPO);
     constant: sum over an output divided by max_new_tokens, whatever the output's length (Dr. GRPO)."""

@@ -65,7 +65,6 @@ class Loop:
             settings.temperature,
             longest if settings.normalise == "constant" else 0,
             settings.kl.unbiased,
-            settings.off_policy_mask,
             drafting.prepare(model, settings, ctx.say),
         )
         self.trainer = runtime.trainer(
@@ -308,7 +307,7 @@ def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
             values[f"rl/sampler_{name}"] = updates[0][f"train/{measured}"]
     names = dict.fromkeys(name for update in updates for name in update)
     depths = [name.removeprefix("train/") for name in names if name.startswith("train/mtp_")]
-    values |= update_means("rl", ("off_policy_masked", "max_vio", *depths), updates)
+    values |= update_means("rl", ("max_vio", *depths), updates)
     loads = [name for name in names if name.startswith("moe/max_vio/")]
     values |= means(loads, updates)
     last = next((update for update in reversed(updates) if "train/lr" in update), {})

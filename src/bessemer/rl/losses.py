@@ -7,14 +7,11 @@ The weights w are in the batch: 1/|o| gives the paper's mean over outputs of mea
 over all tokens of the step ("token"). The trainer divides by their sum, or by a constant per output ("constant", Dr.
 GRPO). The KL term is the k3 estimator, in the loss and not in the reward.
 
-Two options are from DeepSeek-V3.2 (3.1). `unbiased_kl`: the KL term is rho_t k3, whose gradient at samples of pi_old is
-that of KL(pi | pi_ref), unlike k3's own. `off_policy_mask` delta: an output loses its first term if its advantage is
-negative and its mean of log(pi_sampler / pi) over tokens exceeds delta. Pushing down what the policy has already left
-only does harm.
+`unbiased_kl` (DeepSeek-V3.2 3.1): the KL term is rho_t k3, whose gradient at samples of pi_old is that of
+KL(pi | pi_ref), unlike k3's own.
 
-A third option, keeping the sampling mask, is in the batch: under top-p, pi_old chose among the tokens that truncation
-left, so pi and pi_ref are renormalised over the same tokens. Otherwise the ratio would compare policies on different
-sets of actions.
+Keeping the sampling mask is in the batch: under top-p, pi_old chose among the tokens that truncation left, so pi and
+pi_ref are renormalised over the same tokens. Otherwise the ratio would compare policies on different sets of actions.
 """
 
 from __future__ import annotations
@@ -50,8 +47,6 @@ class GRPO:
     constant: int = 0
     """0: the trainer divides by the sum of the weights. L > 0: by L per output, whatever its length (Dr. GRPO)."""
     unbiased_kl: bool = False
-    off_policy_mask: float = 0.0
-    """delta; 0: no output is masked."""
     mtp_lambda: float = 0.0
     """Weight of the MTP modules' loss on the sampled tokens; 0: they do not run."""
 
@@ -66,10 +61,9 @@ class GRPO:
         return 0.0
 
     def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        masked = ("off_policy_masked",) if self.off_policy_mask else ()
         kl = ("kl",) if self.kl > 0 else ()
         mtp = [f"mtp_{k}" for k in range(1, depths + 1)] if self.with_mtp() else []
-        return (*kl, "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", *masked, *mtp), ("logp_gap_max",)
+        return (*kl, "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", *mtp), ("logp_gap_max",)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
         """The loss, given outputs that were computed elsewhere (`Divided`)."""
@@ -90,10 +84,6 @@ class GRPO:
         weight = weight_BT.flatten()[keep]
         value = terms.value * extra("importance_BT") if "importance_BT" in batch.extras else terms.value
         sampler = extra("sampler_logp_BT") if "sampler_logp_BT" in batch.extras else old
-        masked = torch.zeros_like(logp)
-        if self.off_policy_mask:
-            masked = self._off_policy(sampler - logp.detach(), advantage, output, weight_BT.shape[0])
-            value = value * (1.0 - masked)
         metrics = {}
         if self.kl > 0:
             kl = k3(logp, extra("ref_logp_BT"))
@@ -109,8 +99,6 @@ class GRPO:
             "logp_gap": (weight * gap).sum(),
             "sampler_kl": (weight * k3(sampler, logp)).sum(),
         }
-        if self.off_policy_mask:
-            metrics["off_policy_masked"] = (weight * masked).sum()
         peaks = {"logp_gap_max": torch.cat((gap, gap.new_zeros(1))).max()}  # a micro-batch may train on no token
         means = {name: value.detach() for name, value in metrics.items()}
         total, tokens = -(weight * value).sum(), weight.sum()
@@ -120,13 +108,6 @@ class GRPO:
             total = total + self.mtp_lambda / len(out.mtp_hidden) * depth
         divisor = weight.new_tensor(float(self.constant * batch.counted[0])) if self.constant else tokens
         return Loss(total, divisor, means, peaks, weight=tokens if self.constant else None)
-
-    def _off_policy(self, left_N: Tensor, advantage_N: Tensor, output_N: Tensor, outputs: int) -> Tensor:
-        """1 for the tokens that are masked. `left_N`: log(pi_sampler / pi)."""
-        zeros_B = left_N.new_zeros(outputs)
-        count_B = zeros_B.index_add(0, output_N, torch.ones_like(left_N)).clamp(min=1)
-        mean_B = zeros_B.index_add(0, output_N, left_N) / count_B
-        return ((advantage_N < 0) & (mean_B[output_N] > self.off_policy_mask)).to(left_N.dtype)
 
 
 def k3(logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:

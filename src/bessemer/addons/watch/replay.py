@@ -44,7 +44,7 @@ from bessemer.train import checkpoint, setup
 CLOCK = re.compile(r"gpu/|rl/(trainer_waited|workers_waited|handover_seconds|worker_restarts)")
 """Metrics that depend on timing."""
 AFTER_SAMPLING = frozenset({
-    "lr", "clip", "loss", "kl", "off_policy_mask", "normalise", "advantage", "weight_decay",
+    "lr", "clip", "loss", "kl", "normalise", "advantage", "weight_decay",
     "updates_per_rollout", "micro_tokens", "rollouts", "heldout", "keep_every",
     *OptimizerConfig.runtime_only,
 })  # fmt: skip

@@ -54,6 +54,15 @@ def pessimistic(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Su
     return Surrogate(torch.minimum(ratio * advantage, bounded * advantage), clipped, ratio)
 
 
+def output_index(output_N: Tensor) -> Tensor:
+    """The outputs numbered 0, 1, ... without gaps, for sums over an output with one slot per token, the last ones
+    unused: counting the outputs would make the CPU wait for the GPU."""
+    sorted_N, order_N = output_N.sort(stable=True)
+    new_N = torch.zeros_like(output_N)
+    new_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    return torch.empty_like(output_N).scatter_(0, order_N, new_N.cumsum(0))
+
+
 def loss_of(config: RLConfig) -> Loss:
     """The loss of a stage, with its settings. UserError if there is none, or it has other settings."""
     name, settings = config.loss.name, config.loss.settings

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bessemer.plugins import register
-from bessemer.rl.algorithms.base import Surrogate, exp, pessimistic
+from bessemer.rl.algorithms.base import Surrogate, exp, output_index, pessimistic
 from bessemer.rl.algorithms.grpo import Clip
 
 
@@ -16,11 +16,7 @@ def gspo(
     logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, output_N: Tensor, *, clip_low: Clip = 3e-4,
     clip_high: Clip = 4e-4,
 ) -> Surrogate:  # fmt: skip
-    # One slot per token, the last ones unused: counting the outputs would make the CPU wait for the GPU.
-    sorted_N, order_N = output_N.sort(stable=True)
-    new_N = torch.zeros_like(output_N)
-    new_N[1:] = sorted_N[1:] != sorted_N[:-1]
-    index_N = torch.empty_like(output_N).scatter_(0, order_N, new_N.cumsum(0))
+    index_N = output_index(output_N)
     total = torch.zeros_like(logp_N).index_add(0, index_N, logp_N - old_logp_N)
     length = torch.zeros_like(logp_N).index_add(0, index_N, torch.ones_like(logp_N)).clamp(min=1)
     return pessimistic(exp(total / length)[index_N], advantage_N, clip_low, clip_high)
