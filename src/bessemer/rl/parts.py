@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from bessemer.config.rl import RLConfig
 from bessemer.data.tokenizer import Tokenizer
@@ -10,9 +10,6 @@ from bessemer.runs.context import StageContext
 from bessemer.train.runtime import SampleCarrier, Whole
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
-
-if TYPE_CHECKING:
-    from bessemer.rl.generator import RolloutGenerator
 
 
 class LoopParts(Protocol):
@@ -27,8 +24,8 @@ class LoopParts(Protocol):
     def trainer(self) -> Trainer: ...
 
     @property
-    def generator(self) -> RolloutGenerator:
-        """Complete once all components are made."""
+    def generator(self) -> Any:
+        """The `RolloutGenerator`; complete once all components are made."""
         ...
 
     def cap(self) -> int:
