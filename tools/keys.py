@@ -3,8 +3,9 @@
     python tools/keys.py            how many keys there are, and those that nothing sets
     python tools/keys.py --check    fails if there are more of these than `MOST`
 
-Recipes are the TOML files of `FOLDERS`, the presets of [model] among them, the TOML blocks and the `--set` arguments of the documentation, and the recipes
-inside the programs of bench/. A key that several tables inherit counts once. A new key needs a recipe that uses it.
+Recipes are the TOML files of `FOLDERS`, the presets of [model] among them, the TOML blocks and the `--set` arguments of
+the documentation, and the recipes inside the programs of bench/. A key that several tables inherit counts once. A new
+key needs a recipe that uses it.
 """
 
 from __future__ import annotations
