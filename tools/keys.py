@@ -24,7 +24,7 @@ from bessemer.model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("recipes", "examples", "bench", "claims", "src/bessemer/model")
-MOST = 13
+MOST = 10
 """Keys that may be in no recipe."""
 Key = tuple[str, str]
 """Class that defines a key, and the key."""
