@@ -14,7 +14,7 @@ from bessemer.addons.families.hf_tokenizer import HFTokenizer
 from bessemer.addons.serve.chat import chat_prompt
 from bessemer.addons.serve.models import Vocabulary
 from bessemer.addons.serve.protocol import Turn
-from bessemer.addons.serve.stream_decoder import StreamDecoder
+from bessemer.addons.serve.reasoning_parser import StreamDecoder
 from bessemer.addons.tasks import turns
 from bessemer.data import chat, corpus, sft_rows
 from bessemer.data.documents import Document

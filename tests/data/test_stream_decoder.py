@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.addons.serve.stream_decoder import StreamDecoder
+from bessemer.addons.serve.reasoning_parser import StreamDecoder
 
 
 @settings(max_examples=200, deadline=None)

@@ -10,12 +10,12 @@ thought. Tags are never shown, except in the format `none`, which splits nothing
 
 from __future__ import annotations
 
+import codecs
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bessemer.addons.serve.requests import Token
-from bessemer.addons.serve.stream_decoder import StreamDecoder
 from bessemer.addons.serve.token_controls import think_ids
 from bessemer.data.chat import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer
@@ -23,6 +23,25 @@ from bessemer.data.tokenizer import Tokenizer
 TEXT, OPEN, CLOSE = 0, 1, 2
 TaggedText = tuple[str, int]
 """Text and its kind: plain text or one of the two tags."""
+
+
+class StreamDecoder:
+    """Decode ids one by one. The pieces join to `decode` of all ids, and no piece ends inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is unfinished."""
+        if self._skip_special and self._tokenizer.is_special(token_id):
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """The text left at the end: U+FFFD for an unfinished character, otherwise empty."""
+        return self._utf8.decode(b"", final=True)
 
 
 @dataclass
