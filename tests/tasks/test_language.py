@@ -36,22 +36,6 @@ def test_notation_of_code(text, english):
     assert (share(text, "en"), share(text, "zh")) == (english, 1.0 - english)
 
 
-GEOMETRY = {
-    "zh": "由题意可知三角形 $ABC$ 中 $\\angle A = 60^\\circ$，\n"
-    "由余弦定理得 $BC^2 = AB^2 + AC^2 - 2 AB \\cdot AC \\cos A$，\n"
-    "代入得 \\[BC = \\sqrt{3}\\text{ cm}.\\] 所以 AB=AC，面积为 \\(\\frac{\\sqrt{3}}{4}\\)，即 5cm 的\\frac{1}{2}。",
-    "en": "In triangle $ABC$ we have $\\angle A = 60^\\circ$.\n"
-    "By the law of cosines $BC^2 = AB^2 + AC^2 - 2 AB \\cdot AC \\cos A$.\n"
-    "So \\[BC = \\sqrt{3}\\text{ cm}.\\] Hence AB=AC and the area is \\(\\frac{\\sqrt{3}}{4}\\).",
-}
-
-
-@pytest.mark.parametrize("language", GEOMETRY)
-def test_notation_belongs_to_no_language(language):
-    assert share(GEOMETRY[language], language) == 1.0
-    assert share(GEOMETRY[language], "zh" if language == "en" else "en") == 0.0
-
-
 @pytest.mark.parametrize(
     "text",
     [
