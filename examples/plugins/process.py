@@ -13,6 +13,7 @@ rewarded too.
 
 from __future__ import annotations
 
+import codecs
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -119,7 +120,8 @@ def advantages(steps: Sequence[Sequence[Step]], lengths: Sequence[int], scale_by
 
 def token_steps(tokenizer, tokens: Sequence[int]) -> list[Step]:
     """The calculations of an output; each ends with the token that completes its last character."""
-    stream = tokenizer.stream()
-    pieces = [stream.push(token) for token in tokens]
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    shown = (b"" if tokenizer.is_special(token) else tokenizer.token_bytes(token) for token in tokens)
+    pieces = [utf8.decode(part) for part in shown]
     ends = list(accumulate(map(len, pieces)))
     return [(bisect_left(ends, at + 1), reward) for at, reward in calculations("".join(pieces))]
