@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from bessemer import plugins
 from bessemer.system import granted_cores
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ class Workers:
 
     def stop(self) -> None:
         """Ends the other processes; the next `map` starts new ones."""
+
+
+def side_by_side(n: int) -> Workers:
+    """This process and n - 1 helpers; this one alone if no add-on brings them."""
+    helpers = plugins.hook("workers") if n > 1 else None
+    return Workers() if helpers is None else helpers(n)
 
 
 def cores() -> int:

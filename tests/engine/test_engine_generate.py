@@ -16,7 +16,7 @@ from bessemer.engine.engine import Engine
 from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.sequence import Request, Sequence
 from bessemer.errors import UserError
-from bessemer.train import setup
+from bessemer.workers import side_by_side
 
 
 def tokens(results):
@@ -265,7 +265,7 @@ def test_a_long_sequence_takes_at_most_14_bytes_a_token_while_it_grows():
 @pytest.mark.parametrize("stop", [[], ["e"]])
 def test_on_text_hears_every_answer_once_and_short_ones_first(engine, prompts, processes, stop):
     heard = []
-    mine = Engine(engine.model, engine.tokenizer, setup.side_by_side(processes))
+    mine = Engine(engine.model, engine.tokenizer, side_by_side(processes))
     found = mine.generate(
         prompts, samples=3, max_new_tokens=40, batch_rows=8, stop_ids=range(3, 12), stop_strings=stop,
         on_text=lambda *one: heard.append(one),

@@ -17,13 +17,13 @@ from bessemer.addons.serve.terminal_chat import Conversation
 from bessemer.data.chat import render_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.train import setup
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 import hf_tokenizers as houses
 from hf_cases import made, tokens
 
 from bessemer.hf.families import load_tokenizer
+from bessemer.workers import side_by_side
 
 torch.set_num_threads(1)
 KINDS = ("llama", "qwen2", "gpt2", "mixtral", "gemma3")
@@ -120,7 +120,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(engine, prompts):
 def test_helpers_change_nothing(engine, tokenizer, prompts):
     options = dict(samples=3, max_new_tokens=12, batch_rows=6)
     expected = engine.generate(prompts, **options)
-    workers = setup.side_by_side(2)
+    workers = side_by_side(2)
     try:
         assert Engine(engine.model, tokenizer, workers).generate(prompts, **options) == expected
     finally:

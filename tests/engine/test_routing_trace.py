@@ -7,7 +7,7 @@ from bessemer.engine import decode
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
-from bessemer.train import setup
+from bessemer.workers import side_by_side
 
 OPTIONS = dict(samples=3, max_new_tokens=20, seed=4, stop_ids=list(range(3, 20)))
 
@@ -51,7 +51,7 @@ def test_recording_changes_nothing(engine, prompts):
 
 def test_records_do_not_depend_on_batches_or_processes(engine, prompts, monkeypatch):
     expected = records(engine.generate(prompts, record_routing=True, **OPTIONS))
-    apart = records(Engine(engine.model, engine.tokenizer, setup.side_by_side(2)).generate(
+    apart = records(Engine(engine.model, engine.tokenizer, side_by_side(2)).generate(
         prompts, record_routing=True, batch_rows=4, **OPTIONS))  # fmt: skip
     monkeypatch.setattr(decode, "PREFILL_TOKENS", 20)
     alone = records(engine.generate(prompts, record_routing=True, **OPTIONS))

@@ -36,7 +36,7 @@ from bessemer.engine.engine import Engine, load_engine
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.train import setup
+from bessemer.workers import side_by_side
 
 torch.set_num_threads(1)
 TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>two and two</think> <answer>4</answer>", "盛钢水"] * 8
@@ -143,10 +143,10 @@ def test_batches_and_workers_change_nothing(engine):
     asked = requests("loglikelihood", pairs(engine))
     together = BessemerLM(engine).loglikelihood(asked)
     alone = BessemerLM(engine, batch_tokens=1).loglikelihood(asked)
-    two = Engine(engine.model, engine.tokenizer, setup.side_by_side(2))
-    side_by_side = BessemerLM(two, batch_tokens=200).loglikelihood(asked)
+    two = Engine(engine.model, engine.tokenizer, side_by_side(2))
+    twice = BessemerLM(two, batch_tokens=200).loglikelihood(asked)
     two.workers.stop()
-    for one, other, third in zip(together, alone, side_by_side, strict=True):
+    for one, other, third in zip(together, alone, twice, strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-5) and one[0] == pytest.approx(third[0], abs=1e-5)
         assert one[1] == other[1] == third[1]
 

@@ -22,7 +22,7 @@ from bessemer.runs.context import Interrupted
 from bessemer.runs.directory import write_done
 from bessemer.train import checkpoint, setup
 from bessemer.train.runtime import Runtime
-from bessemer.workers import Workers
+from bessemer.workers import Workers, side_by_side
 
 CHANGES = (rl_stage.COIN, "rollouts=4", "kl.reference_every=3", rl_stage.AHEAD,
            "lr=1e-2", "keep_every=2", "save_seconds=99", "top_p=0.9")  # fmt: skip
@@ -70,7 +70,7 @@ def state(root):
 def test_every_step_is_the_same_bits_on_one_worker_and_two(whole, monkeypatch, workers, step, number, begun):
     """Compared: sampled tokens, log-probabilities, rewards and every metric, including the gradient norm."""
     root, drawn = whole
-    monkeypatch.setattr(setup, "workers", lambda: setup.side_by_side(workers))
+    monkeypatch.setattr(setup, "workers", lambda: side_by_side(workers))
     before = state(root)
     found = replay(root, "zero", step, from_start=number < 2)
     (one,) = found.original

@@ -22,7 +22,7 @@ from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
 from bessemer.train import checkpoint, setup
 from bessemer.train.trainer import Trainer
-from bessemer.workers import Workers
+from bessemer.workers import Workers, side_by_side
 
 COIN = rl_stage.COIN
 ALL = (COIN, "rollouts=4", "top_p=0.9",
@@ -143,7 +143,7 @@ def test_killed_twice_it_ends_the_same_bit_for_bit(whole, base, tmp_path):
 
 
 def test_it_ends_the_same_on_one_process_and_on_two(whole, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "workers", lambda: setup.side_by_side(2))
+    monkeypatch.setattr(setup, "workers", lambda: side_by_side(2))
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL)
     stage.run()
     assert rl_stage.differences(leaves(stage), leaves(whole)) == []
@@ -172,7 +172,7 @@ def test_a_sampler_rounded_to_bf16_has_a_gap_and_replays_its_routing(whole, base
     rounded = (*ALL, "rollouts=2", rl_stage.CORRECTED, 'rollout.precision="bfloat16"')
     stages = []
     for n in (1, 2):
-        monkeypatch.setattr(setup, "workers", lambda n=n: setup.side_by_side(n))
+        monkeypatch.setattr(setup, "workers", lambda n=n: side_by_side(n))
         stages.append(rl_stage.Stage(base, tmp_path / f"run{n}", *rounded))
         run = stages[-1].run()
         assert {p.dtype for p in run.policy.model.parameters()} == {torch.float32}

@@ -23,6 +23,7 @@ from bessemer.errors import UserError
 from bessemer.hf.model_directory import load
 from bessemer.pipeline.stages.rl import RL
 from bessemer.train import setup
+from bessemer.workers import side_by_side
 
 COIN = rl_stage.COIN
 ALL = (COIN, "rollouts=4", "top_p=0.9",
@@ -140,9 +141,7 @@ def whole(base, tmp_path_factory):
 
 def test_a_run_with_workers_is_the_run_without_though_one_is_killed(ray, whole, base, tmp_path, monkeypatch):
     """One rollout ahead, two sampling rounds, replayed routing; a worker dies while the second policy is sampled."""
-    monkeypatch.setattr(
-        RaySampler, "trainer_workers", lambda rollout: setup.side_by_side(2)
-    )  # forked beside Ray's threads
+    monkeypatch.setattr(RaySampler, "trainer_workers", lambda rollout: side_by_side(2))  # forked beside Ray's threads
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "rollout.engine=ray", "rollout.workers=2")
     loop = stage.loop()
     loop.sampler.open()

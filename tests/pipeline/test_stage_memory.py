@@ -10,6 +10,7 @@ from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.rl.reference import Reference
 from bessemer.train import setup
+from bessemer.workers import side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("changes", [(), ("kl.weight=0.0",), ("optimizer=muon",), ("advantage=critic",)])
 def test_every_tensor_of_a_real_stage_is_counted(base, tmp_path, monkeypatch, changes):
     """A small network in float32 on two workers, after a rollout: weights, gradients, moments, copies, to 5 %."""
-    monkeypatch.setattr(setup, "workers", lambda: setup.side_by_side(2))
+    monkeypatch.setattr(setup, "workers", lambda: side_by_side(2))
     stage = rl_stage.Stage(base, tmp_path / "run", "rollouts=1", *changes)
     loop = stage.run()
     recipe = stage.recipe.model_copy(update={"model": {"preset": "tiny", **loop.policy.model.cfg.model_dump()}})

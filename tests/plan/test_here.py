@@ -16,6 +16,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
 from bessemer.train import setup
+from bessemer.workers import side_by_side
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = ["model.dim=32", "model.n_layers=2", "model.vocab_size=512", "pretrain.batch_rows=4", "pretrain.micro_rows=2",
@@ -159,7 +160,7 @@ def test_what_cannot_be_measured_is_guessed(monkeypatch):
 
 def test_measuring_leaves_random_numbers_and_processes_as_they_were(monkeypatch):
     recipe = Recipe.load(RECIPES / "tiny.toml", SMALL)
-    monkeypatch.setattr(setup, "workers", lambda: setup.side_by_side(2))
+    monkeypatch.setattr(setup, "workers", lambda: side_by_side(2))
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     before, state = children.read_text(), torch.random.get_rng_state()
     pace.Pace(recipe, seconds=0.02, worth=0.0).of_stages(recipe.stages)

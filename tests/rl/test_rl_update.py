@@ -12,8 +12,8 @@ from bessemer.rl.algorithms.grpo import compared as group_advantages
 from bessemer.rl.losses import GRPO, reference_logprobs
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.train import setup
 from bessemer.train.trainer import Trainer
+from bessemer.workers import side_by_side
 
 PROMPTS, SAMPLES, PAD = 3, 4, 2
 LR = 1e-3
@@ -22,7 +22,7 @@ LR = 1e-3
 def trainer(model, objective=None, eps=1e-4, workers=1):
     """eps is large because Adam divides a gradient by its own size: with the usual 1e-8, a rounding error in an entry
     that should be zero moves its weight by the whole learning rate."""
-    made = train_config(lr=LR, eps=eps, weight_decay=0.0, workers=setup.side_by_side(workers))
+    made = train_config(lr=LR, eps=eps, weight_decay=0.0, workers=side_by_side(workers))
     return Trainer(model, objective or GRPO(loss_of(), 0.001), None, *made)
 
 

@@ -15,6 +15,7 @@ from bessemer.data.batch import Batch
 from bessemer.rl.losses import GRPO, reference_logprobs
 from bessemer.train import objective, setup
 from bessemer.train.trainer import Trainer
+from bessemer.workers import side_by_side
 
 torch.set_num_threads(1)
 
@@ -72,7 +73,7 @@ def test_the_loss_is_that_of_transformers():
 
 def test_helpers_and_micro_batches_change_nothing():
     _, alone = trained()
-    workers = setup.side_by_side(2)
+    workers = side_by_side(2)
     try:
         _, helped = trained(workers=workers)
     finally:

@@ -11,7 +11,7 @@ from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
 from bessemer.addons.accelerate.precision.fp8_linear import PAPER, FP8Recipe
 from bessemer.addons.accelerate.precision.operand import quantise, transpose
 from bessemer.addons.accelerate.precision.weights import KEPT
-from bessemer.train import setup
+from bessemer.workers import side_by_side
 
 torch.set_num_threads(1)
 MATRICES = 2 * 5 + 2 + 2 * (2 + 2) + 5
@@ -65,7 +65,7 @@ def test_once_a_step_and_the_same_bits(quantised, dtype):
 def test_helper_processes_see_that_weights_changed():
     """A helper's cached operands must follow the weights in shared memory."""
     alone, wanted = steps()
-    workers = setup.side_by_side(2)
+    workers = side_by_side(2)
     try:
         helped, found = steps(workers=workers)
         assert found == wanted

@@ -22,9 +22,9 @@ from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.rl.losses import GRPO, reference_logprobs
 from bessemer.rl.reference import Reference
-from bessemer.train import lineage, objective, setup
+from bessemer.train import lineage, objective
 from bessemer.train.trainer import Trainer
-from bessemer.workers import Workers
+from bessemer.workers import Workers, side_by_side
 
 torch.set_num_threads(1)
 
@@ -170,7 +170,7 @@ def test_stopped_and_resumed_it_is_the_same_run_and_checkpoints_hold_adapters_al
 def test_helpers_change_nothing_and_bfloat16_keeps_float32_masters_of_adapters(bases, tmp_path):
     alone, helped, rounded = (adapted(bases["llama-tied"]) for _ in range(3))
     trainer(alone).run()
-    workers = setup.side_by_side(2)
+    workers = side_by_side(2)
     try:
         trainer(helped, workers=workers).run()
     finally:

@@ -20,7 +20,7 @@ from bessemer.model import ops
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.protocol import LanguageModel, train_in_fp8
 from bessemer.model.transformer import RECOMPUTES_ITSELF
-from bessemer.workers import Workers, cores
+from bessemer.workers import Workers, cores, side_by_side
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import LayoutConfig, Recipe
@@ -44,12 +44,6 @@ def workers() -> Workers:
     if found.n > 1:
         torch.set_num_threads(1)
     return found
-
-
-def side_by_side(n: int) -> Workers:
-    """This process and n - 1 helpers; this one alone if no add-on brings them."""
-    helpers = plugins.hook("workers")
-    return Workers() if helpers is None else helpers(n)
 
 
 def batch_rows(samples: int) -> int:

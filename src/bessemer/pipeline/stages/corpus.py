@@ -28,8 +28,8 @@ from bessemer.pipeline.inputs import NEEDLE, SHARDS, TASK
 from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import StageWork
 from bessemer.runs.context import StageContext
-from bessemer.train.setup import model_config, side_by_side
-from bessemer.workers import Workers, cores, shares
+from bessemer.train.setup import model_config
+from bessemer.workers import Workers, cores, shares, side_by_side
 
 UNLIMITED, PACKED = 5_000_000, 600_000
 """For the time it takes: tokens assumed of a part without a limit; tokens read, tokenised and packed in a second on two
