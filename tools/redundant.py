@@ -157,6 +157,11 @@ def codes(source: str, path: Path) -> dict[str, list[CodeType]]:
     return found
 
 
+def place(code: CodeType) -> tuple:
+    """Codes themselves cannot be compared: the interpreter writes into those that have run."""
+    return code.co_filename, code.co_qualname, code.co_firstlineno
+
+
 def rounds(pools: list[list], count: int) -> list:
     """Up to `count` different items, the next of each pool in turn."""
     picked: dict = {}
@@ -210,7 +215,7 @@ class Session:
             os.utime(path, (number, number))  # no bytecode of another mutant fits
             old, new = codes(texts[file], path)[name], codes(text, path)[name]
             pairs = zip(old, new, strict=False)
-            changed = {a: b for a, b in pairs if a != b and a.co_freevars == b.co_freevars}
+            changed = {place(a): b for a, b in pairs if a != b and a.co_freevars == b.co_freevars}
             if not changed:  # another closure, which a function that exists cannot get
                 path.write_text(texts[file], encoding="utf-8")
                 continue
@@ -224,7 +229,7 @@ class Session:
             print(f"{number + 1}/{len(picked)} killed by {len(killers)} of {len(who[file, line])}: {label}", flush=True)
         return True
 
-    def failures(self, session, tests: set[str], changed: dict[CodeType, CodeType], stop=False) -> set[str]:
+    def failures(self, session, tests: set[str], changed: dict[tuple, CodeType], stop=False) -> set[str]:
         """Which of the test functions do not pass; with `stop`, the first of them."""
         items = [item for item in session.items if item.nodeid.partition("[")[0] in tests]
         (self.copy / "notes.jsonl").unlink(missing_ok=True)
@@ -233,7 +238,7 @@ class Session:
             try:
                 os.setsid()
                 for function in self.functions:
-                    function.__code__ = changed.get(function.__code__, function.__code__)
+                    function.__code__ = changed.get(place(function.__code__), function.__code__)
                 for item, following in zip(items, [*items[1:], None], strict=True):
                     failed = {test for test, good in self.notes() if not good}
                     if item.nodeid.partition("[")[0] in failed and following is not None:
