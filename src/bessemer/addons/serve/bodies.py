@@ -8,6 +8,7 @@ thread, one after another.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from bessemer.addons.serve.metrics import CLIENT_GONE
-from bessemer.addons.serve.protocol import ApiError, Body, invalid, unknown_fields
+from bessemer.addons.serve.protocol import HARMLESS, SAME, ApiError, Body, generation_fields, invalid
 
 LARGE = 32_768
 """A body of at least this many bytes is parsed in a thread."""
@@ -138,3 +139,23 @@ def _check_type(given: str) -> None:
     if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
         what = "the body must be JSON: send Content-Type: application/json"
         raise ApiError(415, what, code="unsupported_media_type")
+
+
+def unknown_fields(value: object, body: type[Body]) -> list[str]:
+    """Names in a JSON object that are not fields of `body` and have no effect. Raises ApiError for one that means
+    something here, unless it asks for nothing: clients of vLLM send `"echo": false` to chats."""
+    if not isinstance(value, dict):
+        return []
+    own = {info.alias or name for name, info in body.model_fields.items()}
+    unknown = [name for name, given in value.items() if name not in own and given is not None]
+    for name in unknown:
+        if value[name] is False or value[name] in ("", [], {}):
+            continue
+        near = difflib.get_close_matches(name[:64], own, n=1, cutoff=0.85)
+        if not near and (name in HARMLESS or not body.generates or name not in generation_fields()):
+            continue
+        alike = next((names for names in SAME if name in names), ())
+        better = next((one for one in (*alike, *near) if one in own), None)
+        hint = f"did you mean {better!r}?" if better else "leave it out"
+        raise ApiError(400, f"this endpoint has no field {name[:64]!r}; {hint}", param=name, code="unknown_parameter")
+    return unknown

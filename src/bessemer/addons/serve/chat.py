@@ -20,9 +20,8 @@ from bessemer.addons.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, 
 from bessemer.addons.serve.grammar import json_grammar
 from bessemer.addons.serve.models import LoadedModel, Vocabulary
 from bessemer.addons.serve.protocol import ChatRequest, ResponseFormat, Thinking, Turn, invalid, unsupported
-from bessemer.addons.serve.reasoning_parser import AnswerEvent, ReasoningParser
+from bessemer.addons.serve.reasoning_parser import AnswerEvent, ReasoningParser, think_ids
 from bessemer.addons.serve.requests import Token
-from bessemer.addons.serve.token_controls import think_ids
 from bessemer.addons.serve.tool_calling import CallWriter, ToolUse, messages_of, text_size, tool_use
 from bessemer.addons.tasks.tool_texts import Tool, description
 from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, render_ids

@@ -9,7 +9,6 @@ other servers have or that OpenAI adds, and a header of the answer names them.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -314,30 +313,10 @@ HARMLESS = frozenset({"stream_options", "add_special_tokens", "metadata", "inclu
 
 
 @cache
-def _generation_fields() -> frozenset[str]:
+def generation_fields() -> frozenset[str]:
     """The fields of all endpoints that generate."""
     bodies: list[type[Body]] = [Body, *Body.__subclasses__(), *Generation.__subclasses__()]
     return frozenset(info.alias or n for body in bodies if body.generates for n, info in body.model_fields.items())
-
-
-def unknown_fields(value: object, body: type[Body]) -> list[str]:
-    """Names in a JSON object that are not fields of `body` and have no effect. Raises ApiError for one that means
-    something here, unless it asks for nothing: clients of vLLM send `"echo": false` to chats."""
-    if not isinstance(value, dict):
-        return []
-    own = {info.alias or name for name, info in body.model_fields.items()}
-    unknown = [name for name, given in value.items() if name not in own and given is not None]
-    for name in unknown:
-        if value[name] is False or value[name] in ("", [], {}):
-            continue
-        near = difflib.get_close_matches(name[:64], own, n=1, cutoff=0.85)
-        if not near and (name in HARMLESS or not body.generates or name not in _generation_fields()):
-            continue
-        alike = next((names for names in SAME if name in names), ())
-        better = next((one for one in (*alike, *near) if one in own), None)
-        hint = f"did you mean {better!r}?" if better else "leave it out"
-        raise ApiError(400, f"this endpoint has no field {name[:64]!r}; {hint}", param=name, code="unknown_parameter")
-    return unknown
 
 
 ERROR_TYPES = {

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bessemer.addons.serve.requests import Token
-from bessemer.addons.serve.token_controls import think_ids
 from bessemer.data.chat import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
 
 TEXT, OPEN, CLOSE = 0, 1, 2
 TaggedText = tuple[str, int]
@@ -227,3 +227,11 @@ def _overlap(text: str, stop: str) -> int:
     """Length of the longest proper prefix of `stop` that ends `text`."""
     longest = min(len(text), len(stop) - 1)
     return next((k for k in range(longest, 0, -1) if text.endswith(stop[:k])), 0)
+
+
+def think_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+    """The ids of <think> and </think>; None for a model that never learned to think."""
+    try:
+        return tokenizer.think_id, tokenizer.think_end_id
+    except UserError:
+        return None, None

@@ -73,19 +73,18 @@ class Control(Protocol):
         wrong; None if it goes on."""
 
 
-class Controls:
-    """The controls of the live sequences; here there are none. Add-ons derive from it."""
+class Controls(Protocol):
+    """The controls of the live sequences."""
 
     def of(self, request: ServedRequest) -> Control | None:
         """The control that a request asks for, if any. UserError for one that cannot be had."""
-        return None
 
     def follow(self, live: list[ServedSequence]) -> None:
         """The sequences that are live from now on."""
 
     def bound(self) -> list[int]:
         """The rows whose next token is not drawn from the logits as they are, in the order that `change` expects."""
-        return []
+        ...
 
     def change(self, sequences: list[ServedSequence], logits_BV: Tensor, vocab: int) -> None:
         """Changes the logits of the bound rows in place. Tokens at -inf are not sampled; of those below `vocab` at

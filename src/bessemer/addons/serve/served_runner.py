@@ -19,14 +19,17 @@ class ServedRunner(ModelRunner[ServedSequence]):
     """Or one like it, of another family's model."""
 
     def __init__(self, steps: StepBackend, tokenizer: Tokenizer, cache: PrefixCache, drafts: int = 0) -> None:
-        self.controls, self._tokenizer = Controls(), tokenizer
+        self.controls: Controls | None = None
+        """Brought by the first request with a control."""
+        self._tokenizer = tokenizer
         super().__init__(steps, tokenizer, cache, drafts)
 
     def _look_at_requests(self) -> None:
         """What the requests of the live sequences have in common."""
         super()._look_at_requests()
         requests = [sequence.request for sequence in self.sequences]
-        self.controls.follow(self.sequences)
+        if self.controls is not None:
+            self.controls.follow(self.sequences)
         free = [sequence.control is None for sequence in self.sequences]
         self.drafts.limit(free)
         self._drafted = self.drafts.depth * sum(free)
@@ -36,7 +39,9 @@ class ServedRunner(ModelRunner[ServedSequence]):
 
     def control_of(self, request: ServedRequest) -> Control | None:
         """The control of a request's sequence. The first request with one brings the controls of all."""
-        if request.control is not None and type(self.controls) is Controls:
+        if request.control is None:
+            return None
+        if self.controls is None:
             self.controls = request.control.controls(self._tokenizer, self.steps.model)
         return self.controls.of(request)
 
@@ -58,18 +63,18 @@ class ServedRunner(ModelRunner[ServedSequence]):
                     sequence.control.start(sequence)
 
     def sample(self) -> None:
-        if bound := self.controls.bound():
-            self._choose_bound(bound, self.sampled)
+        if self.controls is not None and (bound := self.controls.bound()):
+            self._choose_bound(self.controls, bound, self.sampled)
         super().sample()
 
-    def _choose_bound(self, bound: list[int], sampled: SampledTokens) -> None:
+    def _choose_bound(self, controls: Controls, bound: list[int], sampled: SampledTokens) -> None:
         """Replaces the tokens of the rows that are not free to follow their logits; the others cost nothing more."""
         index = indices(bound, self.logits_BV.device)
         first, last = bound[0], bound[-1]
         one_after_another = bound == list(range(first, last + 1))
         own_BV = self.logits_BV[first : last + 1] if one_after_another else self.logits_BV[index]
         changed_BV = own_BV.clone()
-        self.controls.change([self.sequences[b] for b in bound], changed_BV, self.vocab)
+        controls.change([self.sequences[b] for b in bound], changed_BV, self.vocab)
         chosen = sample_rows(changed_BV, self.vocab, self.rows.at(index), scored_BV=own_BV)
         for column, values in zip(sampled[:3], chosen[:3], strict=True):
             column[index] = values

@@ -19,8 +19,7 @@ from typing import TextIO
 from rich.cells import cell_len
 
 from bessemer.addons.serve.chat_style import template_style
-from bessemer.addons.serve.reasoning_parser import StreamDecoder
-from bessemer.addons.serve.token_controls import think_ids
+from bessemer.addons.serve.reasoning_parser import StreamDecoder, think_ids
 from bessemer.config.units import show_tokens
 from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR, Message, render_ids
 from bessemer.data.tokenizer import Tokenizer

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bessemer.addons.serve.grammar import Grammars, GrammarState
 from bessemer.addons.serve.penalties import Penalties, PenaltyParams
+from bessemer.addons.serve.reasoning_parser import think_ids
 from bessemer.addons.serve.requests import Control, Controls, ServedRequest, ServedSequence
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.sequence import FinishReason
@@ -141,11 +142,3 @@ class TokenControls(Controls):
         every_V = torch.ones(vocab, dtype=torch.bool)
         allowed_BV = torch.stack([every_V if mask is None else mask for mask in masks]).to(logits_BV.device)
         logits_BV[:, :vocab].masked_fill_(~allowed_BV, float("-inf"))
-
-
-def think_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
-    """The ids of <think> and </think>; None for a model that never learned to think."""
-    try:
-        return tokenizer.think_id, tokenizer.think_end_id
-    except UserError:
-        return None, None

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from bessemer.addons.serve.grammar import calls_grammar
 from bessemer.addons.serve.protocol import ChatRequest, NamedTool, ToolSpec, Turn, invalid
-from bessemer.addons.serve.token_controls import think_ids
+from bessemer.addons.serve.reasoning_parser import think_ids
 from bessemer.addons.tasks.tool_calls import MOST_CALLS, CallParser, CallPiece
 from bessemer.addons.tasks.tool_texts import Tool, read_tools
 from bessemer.data.chat import THINK, THINK_END, Message
