@@ -2,7 +2,6 @@
 
 import pytest
 import rl_stage
-import test_rl_queue
 from rl_parts import reward
 
 from bessemer.engine.generation import Completion
@@ -33,7 +32,10 @@ def nothing(problem, answer, verdict):
     return 0.0
 """
 
-base = test_rl_queue.base
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return rl_stage.write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
