@@ -57,6 +57,8 @@ def tool_use(body: ChatRequest) -> ToolUse:
 
 def tools_of(specs: Sequence[ToolSpec]) -> tuple[Tool, ...]:
     """The tools of a request. Raises ApiError for a tool that cannot be used."""
+    if not specs:
+        return ()
     try:
         return read_tools([spec.model_dump(exclude_none=True) for spec in specs])
     except UserError as error:
