@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bessemer import plugins
 from bessemer.system import granted_cores
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ class Workers:
 
 def side_by_side(n: int) -> Workers:
     """This process and n - 1 helpers; this one alone if no add-on brings them."""
+    from bessemer import plugins  # not above: commands count cores before anything heavy is loaded
+
     helpers = plugins.hook("workers") if n > 1 else None
     return Workers() if helpers is None else helpers(n)
 
