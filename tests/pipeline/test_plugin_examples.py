@@ -132,7 +132,7 @@ def test_process_supervision_gives_each_calculation_a_reward(base, tmp_path):
     stage = rl_stage.Stage(base, tmp_path / "run", f'advantage="{EXAMPLES}/process.py:Process"', "rollouts=1")
     loop = stage.run()
     assert len(stage.values("rl/steps")) == len(stage.values("rl/steps_right")) == 1
-    rows = [row for group in loop.generator.start(3, 12, 2).finish().groups for row in group]
+    rows = [row for group in loop.generator.rollout(3, 12, 2).groups for row in group]
     right, wrong = "(3*7)+6=21+6=27\n2+2=5\n", "x=3\n"
     for row, text in zip(rows, (right, wrong) * len(rows), strict=False):
         row.completion = replace(row.completion, tokens=array("i", loop.tokenizer.encode(text)))

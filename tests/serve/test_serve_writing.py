@@ -86,7 +86,6 @@ class Plain:
 
     think_id = property(lambda self: TOKENIZER.special_id("<no such token>"))
     think_end_id = think_id
-    stream = TOKENIZER.stream
 
 
 LETTERS = {TOKENIZER.token_bytes(i): i for i in range(TOKENIZER.vocab_size)}
