@@ -86,6 +86,7 @@ class Plain:
 
     think_id = property(lambda self: TOKENIZER.special_id("<no such token>"))
     think_end_id = think_id
+    is_special, token_bytes = TOKENIZER.is_special, TOKENIZER.token_bytes
 
 
 LETTERS = {TOKENIZER.token_bytes(i): i for i in range(TOKENIZER.vocab_size)}
