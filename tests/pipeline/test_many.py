@@ -80,8 +80,8 @@ precision = "float32"
 
 CRITIC = f'advantage = "critic"\nreward = "{rl_stage.COIN_TERM}"'
 ROOT = Path(__file__).parents[2]
-FILTER = f'hooks = [{{ name = "{ROOT}/examples/plugins/difficulty.py:DifficultyFilter", pool = 2, explore = 0.3 }}]'
-REPLAY = 'top_p = 0.9\nhooks = ["routing-replay", { name = "correction", form = "token-truncate" }]'
+FILTER = f'{{ name = "{ROOT}/examples/plugins/difficulty.py:DifficultyFilter", pool = 2, explore = 0.3 }}'
+HOOKS = f'hooks = [{FILTER}, "routing-replay", {{ name = "correction", form = "token-truncate" }}]\ntop_p = 0.9'
 
 
 AFTER_RL = ("05-helpful", "06-taught")
@@ -109,7 +109,7 @@ def base(tmp_path_factory):
     pairs = "".join(json.dumps({"prompt": f"Say {n}.", **answers}) + "\n" for n in range(60))
     (folder / "pairs.jsonl").write_text(pairs)
     more, rl = MORE.format(talks=folder / "talks.jsonl"), after.partition("[[stage]]")[0]
-    rl = rl.replace('tasks = ["arithmetic"]', f'tasks = ["arithmetic", "{sums(folder)}"]\n{FILTER}\n{REPLAY}\n{CRITIC}')
+    rl = rl.replace('tasks = ["arithmetic"]', f'tasks = ["arithmetic", "{sums(folder)}"]\n{HOOKS}\n{CRITIC}')
     rl = rl.replace("samples = 6", "samples = 2")  # half the groups get equal rewards and are left out later
     recipe.write_text(f'{before}{more}[[stage]]\nkind = "rl"{rl}{LAST.format(pairs=folder / "pairs.jsonl")}')
     run(recipe, folder / "one", *SHORT[1::2])
