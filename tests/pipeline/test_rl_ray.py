@@ -239,6 +239,8 @@ def test_workers_that_die_again_and_again_stop_the_run(ray, opened, said, monkey
 
     class Doomed(RolloutWorker):
         def generate(self, version, weights, batch):
+            if version == 1:  # of the check at the start
+                return super().generate(version, weights, batch)
             os.kill(os.getpid(), signal.SIGKILL)
 
     sampler = opened(1, Doomed)
@@ -248,6 +250,35 @@ def test_workers_that_die_again_and_again_stop_the_run(ray, opened, said, monkey
     ):
         sampler.generate(PROMPTS, **ASKED)
     assert len(said) == 1
+
+
+def test_a_worker_that_computes_otherwise_than_the_trainer_is_refused_at_the_start(ray, opened):
+    class Turned(RolloutWorker):
+        def _make_engine(self):
+            engine = super()._make_engine()
+            load = engine.load
+            engine.load = lambda weights: load({n: w.flip(0) if n == "embed.weight" else w for n, w in weights.items()})
+            return engine
+
+    with pytest.raises(UserError, match=r"does not compute what the trainer computes.* differ by .*Likely causes"):
+        opened(1, Turned)
+
+
+def test_a_worker_that_keeps_its_old_weights_is_refused_at_the_next_exchange(ray, opened):
+    class Stale(RolloutWorker):
+        def generate(self, version, weights, batch):
+            if version > 1:
+                self.engine.load = lambda weights: None  # a reload that returns without a word
+            return super().generate(version, weights, batch)
+
+    sampler = opened(1, Stale)
+    sampler.generate(PROMPTS, **ASKED)  # the same weights under a new number
+    with torch.no_grad():
+        for gate in sampler.engine.model.gates().values():
+            gate.bias_E.add_(torch.arange(len(gate.bias_E)))
+        sampler.engine.model.norm.weight.mul_(1.1)
+    with pytest.raises(UserError, match=r"rollout worker on .* does not compute what the trainer computes"):
+        sampler.generate(PROMPTS, **ASKED)
 
 
 def test_a_worker_that_is_replaced_after_a_long_batch_has_its_time_to_start(own_ray, shared, said):

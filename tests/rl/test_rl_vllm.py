@@ -58,13 +58,11 @@ def test_a_request_in_its_words(engine):
     vllm_engine.check_length(plan.batches[0], 14)
 
 
-def test_its_settings_and_the_attention_that_a_shape_needs(tmp_path):
-    plain = vllm_engine.llm_arguments(tmp_path, 1, DEFAULTS)
+def test_its_settings_and_the_attention_that_a_shape_needs():
+    plain = vllm_engine.llm_arguments(1, DEFAULTS)
     assert plain["gpu_memory_utilization"] == 0.9
     assert not plain.keys() & {"max_model_len", "enable_sleep_mode", "distributed_executor_backend"}
-    more = vllm_engine.llm_arguments(
-        tmp_path, 4, VLLMSettings(gpu_memory_utilization=0.4, max_model_len=2048, sleep=True)
-    )
+    more = vllm_engine.llm_arguments(4, VLLMSettings(gpu_memory_utilization=0.4, max_model_len=2048, sleep=True))
     added = {"max_model_len": 2048, "enable_sleep_mode": True, "distributed_executor_backend": "mp"}
     assert more == plain | added | {"gpu_memory_utilization": 0.4, "tensor_parallel_size": 4}
     assert not vllm_engine.mla_off({"kv_lora_rank": 512, "qk_rope_head_dim": 64})
@@ -134,7 +132,9 @@ def test_older_releases_read_a_checkpoint(engine, tmp_path):
     files = vllm_weights.FileWeights(LLM(), tmp_path / "config.json")
     files.load(weights)
     ((method, found, config),) = asked
-    assert [path.name for path in files.folder.iterdir()] == ["config.json"], "a killed worker leaves no weights behind"
+    assert [path.name for path in files.file.folder.iterdir()] == ["config.json"], (
+        "a killed worker leaves no weights behind"
+    )
     assert method == "reload_weights" and config == "{}" and all(torch.equal(found[n], w) for n, w in weights.items())
 
 

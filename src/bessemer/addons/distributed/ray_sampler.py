@@ -26,10 +26,12 @@ from bessemer.addons.accelerate.helpers import Helpers
 from bessemer.addons.distributed import ray_cluster
 from bessemer.addons.distributed.rank0_sampler import Rank0Sampler
 from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLMSettings, settings_of
-from bessemer.addons.distributed.ray_worker import pack_weights
+from bessemer.addons.distributed.ray_worker import NewWeights, pack_weights
+from bessemer.addons.distributed.sampler_check import QUESTION, TOKENS, Probe, check, dtype_of, logprobs
 from bessemer.addons.distributed.worker_pool import RolloutJob, WorkerPool
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
+from bessemer.data.chat import question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import GenerationPlan, OnText, Options, Prompt
@@ -78,8 +80,6 @@ def _start_pool(name: str, settings: RaySettings, ctx: StageContext, engine: Eng
     cluster = ray_cluster.RayCluster(size, gpus_of_workers(settings) if ray_cluster.starts_own() else None)
     try:
         gpus = min(1, cluster.gpus()) if settings.gpus is None else settings.gpus
-        if name == "vllm" and not gpus:
-            raise UserError("vLLM rollouts need GPUs, but Ray has none")
         vllm = settings if isinstance(settings, VLLMSettings) else DEFAULTS
         assert ctx.source is not None
         directory = str((ctx.source / "model").resolve())
@@ -110,6 +110,8 @@ class RaySampler:
         self._moment: Hashable = None
         self._weights: ObjectRef | None = None
         """Number, moment and reference of the newest weights in Ray's store."""
+        self._probe: list[int] | None = None
+        """The ids with which workers check the weights that they load."""
         self.waited = 0.0
         """Seconds the trainer waited for samples."""
         self.handover = 0.0
@@ -177,16 +179,29 @@ class RaySampler:
         return self._pool
 
     def open(self) -> None:
-        assert self.pool is not None
+        """Starts the workers, and checks on a short answer that they compute what the trainer does."""
+        prompt = question_ids(self.tokenizer, QUESTION)
+        options = Options(max_new_tokens=TOKENS, temperature=1.0, seeds=[0], stop_ids=[])
+        ((answer,),) = self.generate([prompt], **options)
+        ids = [*prompt, *answer.tokens]
+        trainer = logprobs(self.engine.model, ids)[len(prompt) - 1 :]
+        check(answer.logprobs, trainer, (self.pool.dtype, dtype_of(self.engine.model)), "the sampler")
+        self._probe = ids
 
     def policy(self) -> Submit:
         moment, pool = self.moment(), self.pool
         if self._weights is None or self._moment != moment:
             began = time.monotonic()
-            self._weights = pool.ray.put(pack_weights(self.state()))
+            packed = pack_weights(self.state())
+            self._weights = pool.ray.put(NewWeights(packed, self._expected()))
             self._version, self._moment = self._version + 1, moment
             self.handover += time.monotonic() - began
         return partial(self._submit, self._version, self._weights)
+
+    def _expected(self) -> Probe | None:
+        """What a worker should compute from the weights of this moment; None before the check at the start."""
+        model, ids = self.engine.model, self._probe
+        return Probe(ids, logprobs(model, ids), dtype_of(model)) if ids else None
 
     def _submit(
         self, version: int, weights: ObjectRef, prompts: Sequence[Prompt], on_text: OnText | None = None,
@@ -237,7 +252,9 @@ class VLLMSampler(RaySampler):
                 'rollout.engine = "local" or "ray"'
             )
         if changed(config.rollout, "precision"):
-            raise UserError(f"{where}: rollout.precision has no effect with vLLM, which computes in BF16")
+            raise UserError(
+                f"{where}: rollout.precision has no effect with vLLM, which computes in BF16, on CPUs in float32"
+            )
         kinds = {hook.name: kind for hook, (kind, _) in zip(config.hooks, hooks_of(config), strict=True)}
         if asked := next((name for name, kind in kinds.items() if kind.options), ""):
             raise UserError(
@@ -253,7 +270,7 @@ class VLLMSampler(RaySampler):
 
     @classmethod
     def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> RaySampler:
-        if not any(hook.name == "correction" for hook in loop.settings.hooks):
+        if setup.device().type != "cpu" and not any(hook.name == "correction" for hook in loop.settings.hooks):
             loop.ctx.say(
                 "warning: vLLM samples in BF16 with kernels of its own, and there is no correction of the difference "
                 'between its probabilities and the trainer\'s; consider the hook "correction"'

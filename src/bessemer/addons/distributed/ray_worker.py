@@ -1,6 +1,7 @@
 """A rollout worker: one process with the whole network, which generates each job's samples from the job's weights.
 
-Every job carries weights with a version number, and a worker loads them if that number differs from its own. So a new
+Every job carries weights with a version number, and a worker loads them if that number differs from its own, and checks
+that its network then computes what the trainer's does (`sampler_check`). So a new
 worker needs nothing from the one it replaces. Weights travel as plain bytes by name, not pickled: `pack_weights`
 returns views of the tensors in the trainer's memory, so an object store copies them once, and a worker maps that copy
 and loads it into its network. The network then has the trainer's dtypes and, bit for bit, its values, routing biases
@@ -12,7 +13,7 @@ from __future__ import annotations
 import socket
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import bessemer
 from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMSettings
+from bessemer.addons.distributed.sampler_check import Probe, check, dtype_of, logprobs
 from bessemer.addons.distributed.vllm_engine import VLLMEngine
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Completion, GenerationBatch
@@ -74,6 +76,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         own.data.copy_(weights[name])
 
 
+class NewWeights(NamedTuple):
+    """What the trainer puts into the store after its updates."""
+
+    tensors: dict[str, PackedTensor]
+    probe: Probe | None = None
+    """With which a worker checks what it loaded."""
+
+
 class JobResult(NamedTuple):
     completions: list[Completion]
     seconds: float
@@ -83,7 +93,16 @@ class JobResult(NamedTuple):
 class WorkerEngine(Protocol):
     """A network that generates."""
 
+    @property
+    def dtype(self) -> str:
+        """In which it computes: "float32" or "bfloat16"."""
+        ...
+
     def load(self, weights: Mapping[str, Tensor]) -> None: ...
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        """The log-probability of every id after the first."""
+        ...
 
     def run(self, batch: GenerationBatch) -> list[Completion]: ...
 
@@ -99,6 +118,13 @@ class BessemerEngine:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         load_weights(self.model, weights)
 
+    @property
+    def dtype(self) -> str:
+        return dtype_of(self.model)
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        return logprobs(self.model, ids)
+
     def run(self, batch: GenerationBatch) -> list[Completion]:
         return self.engine.run(batch)
 
@@ -113,19 +139,27 @@ class RolloutWorker:
         """Version of the loaded weights; 0 before the first."""
 
     def open(self) -> dict[str, str]:
-        """Loads the network; returns the node's name and versions."""
+        """Loads the network; returns the node's name, versions, and the dtype in which it computes."""
         if self.engine is None:
             torch.set_num_threads(1)  # one core per worker; more cores are used by more workers
             setup.keep_memory()
             self.engine = self._make_engine()
-        return {**versions(), "node": socket.gethostname()}
+        return {**versions(), "node": socket.gethostname(), "dtype": self.engine.dtype}
 
-    def generate(self, version: int, weights: Mapping[str, PackedTensor], batch: GenerationBatch) -> JobResult:
-        """The samples of one batch, from the weights of this version."""
+    def generate(self, version: int, weights: NewWeights, batch: GenerationBatch) -> JobResult:
+        """The samples of one batch, from the weights of this version. UserError if the engine did not take them."""
         self.open()
         assert self.engine is not None
         if version != self.version:
-            self.engine.load(unpack_weights(weights))
+            self.engine.load(unpack_weights(weights.tensors))
+            if weights.probe is not None:
+                who = f"the rollout worker on {socket.gethostname()} ({self.kind})"
+                check(
+                    self.engine.score(weights.probe.ids),
+                    weights.probe.logprobs,
+                    (self.engine.dtype, weights.probe.dtype),
+                    who,
+                )
             self.version = version
         began = time.monotonic()
         return JobResult(self.engine.run(batch), time.monotonic() - began)

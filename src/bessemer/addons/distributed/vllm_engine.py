@@ -1,9 +1,10 @@
-"""vLLM in a rollout worker, behind the interface of `ray_worker.WorkerEngine`. Not yet run: written against the sources
-of vLLM 0.33 without a GPU.
+"""vLLM in a rollout worker, behind the interface of `ray_worker.WorkerEngine`. Run with vLLM 0.32 on CPUs
+(`bench/vllm_agrees.py`); on GPUs written against the sources of 0.33 and not yet run.
 
 Weights are loaded under Hugging Face names (`vllm_weights`), and vLLM's prefix cache, which belongs to older weights,
-is dropped. vLLM computes in BF16 and has its own random streams: a sample is a function of its key and the weights, but
-differs from our Engine's, and its log-probabilities differ from the trainer's by rounding, which `correction` corrects.
+is dropped. vLLM computes in BF16, on CPUs in float32, and has its own random streams: a sample is a function of its key
+and the weights, but differs from our Engine's, and its log-probabilities differ from the trainer's by rounding, which
+`correction` corrects.
 
 Its log-probabilities ("processed") are of the distribution that it samples from. That is the trained one only if
 nothing but the temperature changes the logits, so truncation and penalties are refused.
@@ -11,10 +12,11 @@ nothing but the temperature changes the logits, so truncation and penalties are 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,14 @@ from torch import Tensor
 
 from bessemer import system
 from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMSettings
-from bessemer.addons.distributed.vllm_weights import FileWeights, MappedWeights, WeightLoader, settings, transfers
+from bessemer.addons.distributed.vllm_weights import (
+    FileWeights,
+    MappedWeights,
+    ReopenedWeights,
+    WeightLoader,
+    settings,
+    transfers,
+)
 from bessemer.engine.generation import Completion, GenerationBatch
 from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
@@ -36,6 +45,12 @@ MLA_WIDTHS = (512, 64)
 MLA_OFF = "VLLM_MLA_DISABLE"
 KEY_BITS = (1 << 63) - 1
 """vLLM's seeds must not be negative."""
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # a worker has the cores that Ray gives it
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine ends with the worker, however that ends
+}
+"""Read when vLLM is imported or its engine is created; a user's own values win."""
 
 
 class VLLMEngine:
@@ -45,23 +60,49 @@ class VLLMEngine:
         if mla_off(json.loads((directory / "config.json").read_text(encoding="utf-8"))):
             os.environ.setdefault(MLA_OFF, "1")  # read when the engine is created
         system.without_segments()  # its memory pool, if it sleeps, refuses them
+        if not gpus:
+            for name, value in CPU_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
         try:
             from vllm import LLM, SamplingParams
+            from vllm.platforms import current_platform
         except ImportError:
             raise UserError("rollout.engine = \"vllm\" needs vLLM: pip install 'bessemer[vllm]'") from None
+        if not gpus and not current_platform.is_cpu():
+            raise UserError("this vLLM is built for GPUs, but Ray has none: add some, or install its build for CPUs")
         self.params = SamplingParams
         self.tokenizer = load_tokenizer(directory)
         self.cfg = own_config(directory)
-        mapped = transfers(LLM)
-        self.llm = LLM(**llm_arguments(directory, gpus, options), **settings(mapped))
+        mapped = bool(gpus) and transfers(LLM)
+        self.kind, self.arguments = LLM, {**llm_arguments(gpus, options), **settings(mapped)}
+        self.llm = self.kind(model=str(directory), **self.arguments)
         self.weights: WeightLoader
-        self.weights = MappedWeights(self.llm, gpus) if mapped else FileWeights(self.llm, directory / "config.json")
+        if not gpus:
+            self.weights = ReopenedWeights(self._reopen, directory / "config.json")
+        elif mapped:
+            self.weights = MappedWeights(self.llm, gpus)
+        else:
+            self.weights = FileWeights(self.llm, directory / "config.json")
         self.options, self.asleep = options, False
+        self.dtype = self.arguments["dtype"]
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         self._wake()
         self.weights.load(hub_state(weights, self.cfg))
         self.llm.reset_prefix_cache()
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        self._wake()
+        params = self.params(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        (output,) = self.llm.generate([{"prompt_token_ids": list(ids)}], params, use_tqdm=False)
+        return [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+
+    def _reopen(self, folder: Path) -> None:
+        """A new engine with the weights in `folder`; the old one is gone before it starts."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        self.llm = self.kind(model=str(folder), **self.arguments)
 
     def run(self, batch: GenerationBatch) -> list[Completion]:
         check_length(batch, self.options.max_model_len)
@@ -104,16 +145,18 @@ def mla_off(config: Mapping[str, Any]) -> bool:
     return widths[0] is not None and widths != MLA_WIDTHS
 
 
-def llm_arguments(directory: Path, gpus: int, options: VLLMSettings) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`."""
+def llm_arguments(gpus: int, options: VLLMSettings) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` beside the model. gpus 0: a build of vLLM for CPUs."""
     arguments: dict[str, Any] = dict(
-        model=str(directory),
-        dtype="bfloat16",
-        tensor_parallel_size=gpus,
         skip_tokenizer_init=True,
         logprobs_mode="processed_logprobs",  # under softmax(logits / temperature), as the trainer computes them
-        gpu_memory_utilization=options.gpu_memory_utilization,
     )
+    if gpus:
+        arguments |= dict(
+            dtype="bfloat16", tensor_parallel_size=gpus, gpu_memory_utilization=options.gpu_memory_utilization
+        )
+    else:  # its own operations are left out: in 0.32 the one for interleaved RoPE is wrong for several heads
+        arguments |= dict(dtype="float32", enforce_eager=True, compilation_config={"custom_ops": ["none"]})
     if gpus > 1:
         arguments["distributed_executor_backend"] = "mp"  # on this worker's own GPUs, not elsewhere in Ray
     if options.max_model_len is not None:

