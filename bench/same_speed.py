@@ -1,7 +1,7 @@
 """Speed of two versions of the package on one machine: training, GRPO step and decoding, the versions in turn.
 
     git worktree add OLD COMMIT
-    python bench/same_speed.py OLD . --rounds 5 --json bench/results/same_speed.json
+    python bench/same_speed.py OLD . --rounds 5 --set-old zero.minimum_pass=0 --json bench/results/same_speed.json
 
 Each round runs a shortened `tiny` recipe from both trees (the first one alternates) and then decodes with the round's
 own model, 64 prompts of countdown, greedy, float32, one thread. A figure is the median of the rounds' ratios NEW / OLD,
@@ -28,6 +28,8 @@ from machine import processor, spread
 
 CUT = ["pretrain.tokens=400K", "zero.rollouts=10", "corpus.vocab_sample=60000"]
 """What is cut off `tiny`, as `--set` values that both versions know."""
+NEW = ["zero.heldout.minimum_pass=0"]
+"""The same for this version alone: so little pre-training solves nothing."""
 
 PROMPTS, NEW_TOKENS = 64, 96
 
@@ -54,13 +56,13 @@ def decode(model_dir: Path) -> float:
     return max(speeds)
 
 
-def run(tree: Path, out: Path) -> dict[str, float]:
+def run(tree: Path, out: Path, own: list[str]) -> dict[str, float]:
     """One shortened run from a tree's sources, in processes of its own, and its three speeds."""
     sources = os.pathsep.join(str(tree.resolve() / folder) for folder in ("src", "claims/src"))
     env = os.environ | {"PYTHONPATH": sources}
-    settings = [word for value in CUT for word in ("--set", value)]
+    settings = [word for value in CUT + own for word in ("--set", value)]
     command = [sys.executable, "-m", "bessemer", "run", "tiny", "--out", str(out), *settings]
-    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     speeds = [line["values"].get("train/tokens_per_second") for line in lines if line["stage"] == "pretrain"]
     steps = [
@@ -82,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", type=Path, nargs="*")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--set-old", action="append", default=[], help="KEY=VALUE for the old version alone")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--decode", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -93,9 +96,12 @@ def main() -> None:
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
         for n in range(args.rounds):
-            versions = dict(zip(("old", "new"), args.trees, strict=True))
-            order = versions if n % 2 == 0 else reversed(versions)
-            speeds = {version: run(versions[version], Path(folder) / f"{n}-{version}") for version in order}
+            versions = {"old": (args.trees[0], args.set_old), "new": (args.trees[1], NEW)}
+            order = list(versions) if n % 2 == 0 else list(reversed(versions))
+            speeds = {}
+            for version in order:
+                tree, own = versions[version]
+                speeds[version] = run(tree, Path(folder) / f"{n}-{version}", own)
             rounds.append(speeds)
             print(n, {name: f"{speeds['new'][name] / old:.3f}" for name, old in speeds["old"].items()}, flush=True)
     ratios = {name: spread([r["new"][name] / r["old"][name] for r in rounds]) for name in rounds[0]["old"]}
