@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from machine import processor
 
-from bessemer.addons.curate.stage import build, load
+from bessemer.addons.curate.data_recipe import build, load
 from bessemer.addons.tasks.ngrams import run_hashes
 
 NGRAM = 5

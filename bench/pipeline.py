@@ -36,8 +36,8 @@ from machine import processor, spread
 
 from bessemer.addons.distributed.chunk import Overlapped, Serial
 from bessemer.addons.distributed.executor import Executor, Work
+from bessemer.addons.distributed.model_slice import Slice, cut
 from bessemer.addons.distributed.schedules import SCHEDULES, schedule
-from bessemer.addons.distributed.stage import Slice, cut
 from bessemer.addons.distributed.table import Pair, Step
 from bessemer.addons.distributed.timeline import Costs, Timeline, simulate
 from bessemer.model.config import preset

@@ -68,7 +68,7 @@ def test_help_and_keys_import_nothing_heavy(arguments):
 
 
 def test_a_worker_of_a_data_build_starts_without_torch():
-    assert "torch" not in loaded("import bessemer.addons.curate.steps, bessemer.addons.curate.stage")
+    assert "torch" not in loaded("import bessemer.addons.curate.steps, bessemer.addons.curate.data_recipe")
 
 
 def test_the_live_page_reads_a_run_and_imports_nothing_heavy(tmp_path):

@@ -13,10 +13,10 @@ from made_texts import jsonl, prose
 
 from bessemer.addons.curate import origins
 from bessemer.addons.curate.build import Build
+from bessemer.addons.curate.data_recipe import build, engine, load, plain
 from bessemer.addons.curate.jobs import Job
 from bessemer.addons.curate.output import check
 from bessemer.addons.curate.settings import Source
-from bessemer.addons.curate.stage import build, engine, load, plain
 from bessemer.addons.distributed import ray_cluster
 from bessemer.cli import main
 from bessemer.data import corpus, documents
@@ -122,7 +122,7 @@ def test_an_evaluation_of_which_nothing_is_searched_for_is_refused_before_any_wo
 
 def test_any_engine_makes_the_same_files(made, tmp_path, monkeypatch):
     build(load(made), tmp_path / "one")
-    monkeypatch.setattr("bessemer.addons.curate.stage.DEDUP_MEMORY", 3000)
+    monkeypatch.setattr("bessemer.addons.curate.data_recipe.DEDUP_MEMORY", 3000)
     build(load(made, ["engine.workers=3"]), tmp_path / "three")
     assert _files(tmp_path / "one") == _files(tmp_path / "three")
     assert sum("train-" in name and "tokens" in name for name in _files(tmp_path / "one")) >= 4

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.addons.curate.stage import load, plain
+from bessemer.addons.curate.data_recipe import load, plain
 from bessemer.addons.plan.recipe_help import describe_keys
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig

@@ -18,7 +18,7 @@ from test_executor import CFG, batch
 from test_overlap import Jittery, different, step
 
 from bessemer.addons.accelerate.precision.fp8_linear import PAPER
-from bessemer.addons.distributed import deepep, distributed, groups, mesh
+from bessemer.addons.distributed import deepep, distributed, mesh, process_groups
 from bessemer.addons.distributed.chunk import Serial
 from bessemer.addons.distributed.expert_parallel import AllToAll, Hop
 from bessemer.addons.distributed.mesh import Layout, Mesh
@@ -147,14 +147,14 @@ def overlapped(rank):
         mesh = Mesh(Layout(ep=2), CFG, backend=backend)
         exchange = InBF16(mesh.exchange())
         runs.append(step(table, [[0], [1]], 0, CFG, False, exchange, mesh.experts, 3 * rank, streams))
-    buffer = deepep.buffer_of(groups.get("meetings", [0, 1]), CFG.dim)
+    buffer = deepep.buffer_of(process_groups.get("meetings", [0, 1]), CFG.dim)
     used = [name for name, _ in buffer.calls]
     rows = benched(rank)
     exchange.inner.begin()
-    assert buffer.group is not groups.get("experts", [0, 1])
+    assert buffer.group is not process_groups.get("experts", [0, 1])
     met = meetings()
     said = out_of_step(rank, buffer)
-    groups.at_leave[0]()
+    process_groups.at_leave[0]()
     off, freed = different(runs[1], runs[0]), buffer.group is None
     return off, used.count("dispatch"), used.count("dispatch again"), said, freed, rows, met
 

@@ -25,7 +25,7 @@ from bessemer.data.batch import Batch
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.rl.losses import GRPO
-from bessemer.train.groups import ALIGN, NORM_BLOCK, placed
+from bessemer.train.flat_parameters import ALIGN, NORM_BLOCK, placed
 from bessemer.train.muon import Run
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer

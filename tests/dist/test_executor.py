@@ -11,8 +11,8 @@ from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
 from bessemer.addons.accelerate.precision.fp8_linear import PAPER
 from bessemer.addons.distributed.executor import Executor, Work
 from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.model_slice import Slice, cut, keep_experts
 from bessemer.addons.distributed.schedules import schedule
-from bessemer.addons.distributed.stage import Slice, cut, keep_experts
 from bessemer.data.batch import Batch
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from bessemer.addons.accelerate.kernels import library
 from bessemer.addons.distributed import completion, executor, zero1
 from bessemer.addons.distributed.mesh import Layout
+from bessemer.addons.distributed.model_slice import Slice
 from bessemer.addons.distributed.schedules import schedule
-from bessemer.addons.distributed.stage import Slice
 from bessemer.addons.distributed.watchdog import RankStatus
 
 

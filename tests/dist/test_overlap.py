@@ -15,8 +15,8 @@ from bessemer.addons.distributed import chunk
 from bessemer.addons.distributed.chunk import Chunk, Overlapped, Serial
 from bessemer.addons.distributed.executor import Executor, Work
 from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.model_slice import Slice, keep_experts
 from bessemer.addons.distributed.schedules import schedule
-from bessemer.addons.distributed.stage import Slice, keep_experts
 from bessemer.addons.distributed.table import Action, Pair, Table, actions
 from bessemer.data.batch import Batch
 from bessemer.model.config import preset

@@ -10,7 +10,7 @@ from bessemer.addons.accelerate.precision.activations import activation_bytes
 from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
 from bessemer.addons.accelerate.precision.fp8_linear import PAPER
 from bessemer.addons.distributed.chunk import Chunk, Serial
-from bessemer.addons.distributed.stage import Slice
+from bessemer.addons.distributed.model_slice import Slice
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.config import preset

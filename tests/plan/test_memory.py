@@ -15,8 +15,8 @@ from bessemer.addons.accelerate.precision.operand import quantise, transpose
 from bessemer.addons.distributed.collective import trainer_of
 from bessemer.addons.distributed.mesh import Layout, Mesh
 from bessemer.addons.distributed.model_shard import ModelShard
+from bessemer.addons.distributed.model_slice import cut
 from bessemer.addons.distributed.schedules import schedule
-from bessemer.addons.distributed.stage import cut
 from bessemer.addons.distributed.table import Action, Pair, actions, fullest
 from bessemer.addons.plan import dry_run, memory, plan_config
 from bessemer.addons.plan.cost import setup_memory

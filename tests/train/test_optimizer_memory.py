@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bessemer.train import update_rules
-from bessemer.train.groups import Group, ParameterSlot, Update
+from bessemer.train.flat_parameters import Group, ParameterSlot, Update
 from bessemer.train.muon import Matrices, runs
 from bessemer.train.optimizer import Optimizer
 from bessemer.workers import Workers

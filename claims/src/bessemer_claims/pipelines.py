@@ -21,11 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bessemer.addons.accelerate.kernels.deferred import gradient
-from bessemer.addons.distributed import groups
+from bessemer.addons.distributed import process_groups
 from bessemer.addons.distributed.chunk import Overlapped, Serial
 from bessemer.addons.distributed.executor import Executor, Work
+from bessemer.addons.distributed.model_slice import PhaseOutput, Phases, Slice
 from bessemer.addons.distributed.schedules import schedule
-from bessemer.addons.distributed.stage import PhaseOutput, Phases, Slice
 from bessemer.addons.distributed.table import Action, Step
 from bessemer.addons.distributed.timeline import Costs, simulate
 
@@ -133,7 +133,7 @@ def _on_a_rank(
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    groups.begin(300)
+    process_groups.begin(300)
     for number, case in enumerate(cases):
         table = schedule(case.schedule, ranks, micro)
         slices = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bessemer.train import update_rules
-from bessemer.train.groups import Group, Members, ParameterSlot, Update
+from bessemer.train.flat_parameters import Group, Members, ParameterSlot, Update
 from bessemer.workers import Workers, shares
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.model.ops import weight_cache
-from bessemer.train.groups import Group, Members, Update
+from bessemer.train.flat_parameters import Group, Members, Update
 from bessemer.train.muon import MuonGroup
 from bessemer.workers import Workers
 

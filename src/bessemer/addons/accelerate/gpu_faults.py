@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from bessemer.config.training import OptimizerConfig
-    from bessemer.train.groups import Group
+    from bessemer.train.flat_parameters import Group
 
 GIB = 1 << 30
 BROKEN = ("ECC error", "NVLink error", "busy or unavailable", "no CUDA-capable device", "unknown error", "not yet ini")

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from bessemer.train.groups import MovingAverage
+from bessemer.train.flat_parameters import MovingAverage
 
 
 def average_of(master: Tensor, decay: float) -> MovingAverage:

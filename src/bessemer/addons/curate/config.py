@@ -3,7 +3,7 @@
     name, seed, row_length, heldout, fim_rate, fim_parts
     [tokenizer] | [[source]] ... | [dedup] | [decontaminate] | [engine]
 
-Overrides are `key=value`, `table.key=value`, and `SOURCE.key=value` with a source's name. `stage.py` loads and
+Overrides are `key=value`, `table.key=value`, and `SOURCE.key=value` with a source's name. `data_recipe.py` loads and
 runs it.
 """
 

@@ -27,7 +27,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.cuda import Event
 from torch.utils._pytree import tree_map
 
-from bessemer.addons.distributed.stage import PhaseOutput, Phases
+from bessemer.addons.distributed.model_slice import PhaseOutput, Phases
 
 Handle = Future[Event | None] | Event | None
 """What the next phase waits for: an exchange in its thread, or on a GPU the end of a computation."""

@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import nn
 
-from bessemer.addons.distributed.stage import Slice, unheard
+from bessemer.addons.distributed.model_slice import Slice, unheard
 from bessemer.addons.distributed.table import Action, Step, actions
 
 Completed = Callable[[list[nn.Parameter]], object]

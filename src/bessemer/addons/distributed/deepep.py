@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from bessemer.addons.accelerate.precision import fp8_layers
 from bessemer.addons.accelerate.precision.fp8_linear import FP8Recipe
 from bessemer.addons.accelerate.precision.operand import TILE, Operand
-from bessemer.addons.distributed import groups, watchdog
+from bessemer.addons.distributed import process_groups, watchdog
 from bessemer.addons.distributed.exchange import Exchange, Sent, of_rows
 from bessemer.addons.distributed.expert_parallel import AllToAll, counted
 from bessemer.model import moe
@@ -154,7 +154,7 @@ def close() -> None:
         _buffers.popitem()[1].destroy()
 
 
-groups.at_leave.append(close)
+process_groups.at_leave.append(close)
 
 
 class DeepEP(Exchange):

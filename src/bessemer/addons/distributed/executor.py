@@ -35,11 +35,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bessemer.addons.accelerate.kernels.deferred import Store
-from bessemer.addons.distributed import groups, watchdog
+from bessemer.addons.distributed import process_groups, watchdog
 from bessemer.addons.distributed.chunk import Chunk, Overlapped, Serial
 from bessemer.addons.distributed.completion import Completed, CompleteGradients, alike
-from bessemer.addons.distributed.groups import Wanted
-from bessemer.addons.distributed.stage import Phases, Slice, holding
+from bessemer.addons.distributed.model_slice import Phases, Slice, holding
+from bessemer.addons.distributed.process_groups import Wanted
 from bessemer.addons.distributed.table import Action, Pair, Table, actions
 from bessemer.model.segments import Segments
 from bessemer.model.transformer import TrainOutputs
@@ -299,18 +299,18 @@ class Channels:
 
     def __init__(self, table: Table, pipelines: Sequence[Sequence[int]], device: torch.device):
         self.table, self._orders, world = table, orders(table), dist.get_rank()
-        groups.make(wanted(table, pipelines), device)
+        process_groups.make(wanted(table, pipelines), device)
         peers = next(list(peers) for peers in pipelines if world in peers)
         self.me = peers.index(world)
         self._to: dict[int, tuple[int, Any]] = {}
         self._from: dict[int, tuple[int, Any]] = {}
         for source, target in self._orders:
             if self.me == source:
-                self._to[target] = peers[target], groups.get("messages", (world, peers[target]))
+                self._to[target] = peers[target], process_groups.get("messages", (world, peers[target]))
             elif self.me == target:
-                self._from[source] = peers[source], groups.get("messages", (peers[source], world))
+                self._from[source] = peers[source], process_groups.get("messages", (peers[source], world))
         self._shared = {
-            ranks: groups.get("sums", sorted(peers[rank] for rank in ranks))
+            ranks: process_groups.get("sums", sorted(peers[rank] for rank in ranks))
             for ranks in sharing_ranks(table)
             if self.me in ranks
         }

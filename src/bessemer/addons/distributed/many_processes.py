@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 
 from bessemer import probe
-from bessemer.addons.distributed import groups, links, watchdog
+from bessemer.addons.distributed import links, process_groups, watchdog
 from bessemer.addons.distributed.on_ranks import ManyRanks
 from bessemer.addons.distributed.ranks import Ranks, launch
 from bessemer.addons.distributed.ray_settings import settings_of
@@ -57,7 +57,7 @@ def start(
     use, and at least those of its [layout]. `check` raises UserError if the run cannot do with that many; ranks that
     torchrun started are not checked, since their machines may be others."""
     if Ranks.started():
-        groups.set_environment()
+        process_groups.set_environment()
     gpus = gpus or find_gpus()
     if not Ranks.started():
         n_ranks, why = decide(recipe, asked, gpus)

@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from bessemer.addons.distributed import deepep, groups
+from bessemer.addons.distributed import deepep, process_groups
 from bessemer.addons.distributed.context_parallel import Context, WholeRows
 from bessemer.addons.distributed.exchange import Exchange
 from bessemer.addons.distributed.expert_parallel import AllToAll, Hop
-from bessemer.addons.distributed.groups import Use, Wanted
+from bessemer.addons.distributed.process_groups import Use, Wanted
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
@@ -247,12 +247,12 @@ class Mesh:
         if backend == "deepep":  # a group on the CPU, over which its buffers are set up
             wanted += [Wanted("meetings", tuple(ranks)) for ranks in layout.groups("ep")]
         self.device = device or torch.device("cpu")
-        groups.make(wanted, self.device)
+        process_groups.make(wanted, self.device)
         self.group: dict[str, dist.ProcessGroup] = {}
         """The group of each kind that this rank is in."""
         for kind, use in layout.kinds.items():
             mine = next(ranks for ranks in layout.groups(kind) if self.me in ranks)
-            self.group[kind] = groups.get(use, mine)
+            self.group[kind] = process_groups.get(use, mine)
 
     def of(self, cfg: ModelConfig) -> Mesh:
         """The same ranks and groups for another network, such as a critic or a teacher. If DeepEP cannot serve its
@@ -311,5 +311,5 @@ class Mesh:
         hopping = AllToAll(hops, self.experts.start, n, self.cfg.n_activated_experts)
         if self.backend == "all-to-all":
             return hopping
-        group = groups.get("meetings", next(ranks for ranks in layout.groups("ep") if self.me in ranks))
+        group = process_groups.get("meetings", next(ranks for ranks in layout.groups("ep") if self.me in ranks))
         return deepep.DeepEP(deepep.buffer_of(group, self.cfg.dim), self.ep, layout.node, experts, hopping)

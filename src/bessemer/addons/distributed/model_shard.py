@@ -29,11 +29,11 @@ from bessemer.train.loss import next_token_nats
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
-from bessemer.addons.distributed import groups, schedules, watchdog
+from bessemer.addons.distributed import process_groups, schedules, watchdog
 from bessemer.addons.distributed.context_parallel import Context
-from bessemer.addons.distributed.groups import Wanted
 from bessemer.addons.distributed.mesh import Mesh
-from bessemer.addons.distributed.stage import Phases, Slice, holding, keep, keep_experts
+from bessemer.addons.distributed.model_slice import Phases, Slice, holding, keep, keep_experts
+from bessemer.addons.distributed.process_groups import Wanted
 from bessemer.addons.distributed.table import Table
 
 _Read = TypeVar("_Read")
@@ -209,7 +209,8 @@ def forward(
     peers = [mesh.layout.rank(pp, mesh.dp, mesh.ep, mesh.cp) for pp in range(mesh.layout.pp)]
     ways = [(a, b) for a, b in pairwise(place) if a != b]
     pipelines = mesh.layout.groups("pp")
-    groups.make((Wanted("messages", (ranks[a], ranks[b])) for ranks in pipelines for a, b in ways), shard.device)
+    messages = (Wanted("messages", (ranks[a], ranks[b])) for ranks in pipelines for a, b in ways)
+    process_groups.make(messages, shard.device)
     if shard.exchange is not None:
         shard.exchange.begin()
     outputs: list[_Read | None] = []
@@ -225,7 +226,7 @@ def forward(
                 x = one.room(tokens_BT)
                 source = peers[place[stage - 1]]
                 with watchdog.waiting("activations", [source]):
-                    dist.recv(x, source, groups.get("messages", (source, mesh.me)))
+                    dist.recv(x, source, process_groups.get("messages", (source, mesh.me)))
             out = _run(one.phases(x, tokens_BT, batch.segments, mtp=False))
             if one.last:
                 assert one.head is not None, "the last stage has the head"
@@ -235,7 +236,7 @@ def forward(
             if place[stage + 1] != rank:
                 x = x.contiguous()
                 target = peers[place[stage + 1]]
-                sends.append((dist.isend(x, target, groups.get("messages", (mesh.me, target))), x))
+                sends.append((dist.isend(x, target, process_groups.get("messages", (mesh.me, target))), x))
         outputs.append(outcome)
     for handle, _ in sends:
         assert handle is not None, "every rank is in the default group"

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 import bessemer
 from bessemer import probe
-from bessemer.addons.distributed import groups, watchdog
+from bessemer.addons.distributed import process_groups, watchdog
 from bessemer.addons.distributed.watchdog import Watchdog
 from bessemer.errors import UserError
 from bessemer.train.runtime import Share
@@ -86,7 +86,7 @@ class Ranks:
         dist.init_process_group(
             backend, store=dist.PrefixStore("groups", store), rank=me, world_size=n, timeout=backend_timeout
         )
-        groups.begin(timeout + 60)
+        process_groups.begin(timeout + 60)
         ranks._watchdog = Watchdog(store, me, n, timeout, folder)
         if device.type == "cuda":
             watchdog.follow_device()
@@ -98,7 +98,7 @@ class Ranks:
         if self._watchdog is not None:
             self._watchdog.stop()
         if dist.is_initialized():
-            for free in groups.at_leave:
+            for free in process_groups.at_leave:
                 free()
             dist.destroy_process_group()
 

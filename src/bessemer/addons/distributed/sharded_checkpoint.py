@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bessemer.addons.accelerate.background import Background
-from bessemer.addons.distributed import groups
+from bessemer.addons.distributed import process_groups
 from bessemer.addons.distributed.checkpoint_reader import CheckpointReader
 from bessemer.addons.distributed.chunked_files import write_chunked
-from bessemer.addons.distributed.groups import Wanted
+from bessemer.addons.distributed.process_groups import Wanted
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.hf.mapping import Slot
@@ -40,8 +40,8 @@ class Saver:
         self.state_dir, self.config, self.keep = state_dir, config, keep
         # a group of its own, because its messages overlap those of the training
         everyone = tuple(range(dist.get_world_size()))
-        groups.make([Wanted("files", everyone)], torch.device("cpu"))
-        self._group = groups.get("files", everyone)
+        process_groups.make([Wanted("files", everyone)], torch.device("cpu"))
+        self._group = process_groups.get("files", everyone)
         self.background = Background("saving")
 
     def save(

@@ -31,7 +31,7 @@ from bessemer.addons.distributed.ranks import all_gather, reduce_scatter
 from bessemer.errors import UserError
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
-from bessemer.train.groups import ALIGN, NORM_BLOCK, Group, Members, ParameterSlot, Update, placed
+from bessemer.train.flat_parameters import ALIGN, NORM_BLOCK, Group, Members, ParameterSlot, Update, placed
 from bessemer.train.muon import Matrices, runs
 from bessemer.train.optimizer import Optimizer
 from bessemer.train.update_rules import adamw_

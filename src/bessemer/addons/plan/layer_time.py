@@ -19,7 +19,7 @@ from functools import cache
 from itertools import pairwise
 
 from bessemer.addons.accelerate.precision.operand import TILE
-from bessemer.addons.distributed.stage import partition
+from bessemer.addons.distributed.model_slice import partition
 from bessemer.addons.plan import layer_kernels
 from bessemer.addons.plan.hardware import Kernels, Op
 from bessemer.addons.plan.layer_kernels import Phase

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from bessemer.addons.accelerate.precision.activations import kept_bytes, stage_activation_bytes
 from bessemer.addons.distributed.context_attention import KEYS
 from bessemer.addons.distributed.mesh import Layout
-from bessemer.addons.distributed.stage import cut
+from bessemer.addons.distributed.model_slice import cut
 from bessemer.addons.distributed.table import Table
 from bessemer.addons.distributed.zero1 import vector_size
 from bessemer.model.accounting import ParamTensor, gain, layer_tensors, mtp_tensors

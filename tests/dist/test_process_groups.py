@@ -15,7 +15,7 @@ from ranks import on_ranks
 from test_distributed_trainer import across
 from test_executor import batch
 
-from bessemer.addons.distributed import chunk, distributed, executor, groups, schedules
+from bessemer.addons.distributed import chunk, distributed, executor, process_groups, schedules
 from bessemer.addons.distributed.mesh import Layout, Mesh
 from bessemer.addons.distributed.on_ranks import OnRanks
 from bessemer.addons.distributed.ranks import Ranks, _device
@@ -91,10 +91,10 @@ def test_nor_more_under_other_schedules(schedule):
 def test_equal_ranks_are_one_group_unless_they_may_run_side_by_side():
     wanted = [*Layout(ep=4).wanted()]
     assert {one.shared for one in wanted if len(one.ranks) > 1} == {
-        groups.Wanted("sums", (0, 1, 2, 3)), groups.Wanted("experts", (0, 1, 2, 3))
+        process_groups.Wanted("sums", (0, 1, 2, 3)), process_groups.Wanted("experts", (0, 1, 2, 3))
     }  # fmt: skip
     assert {one.shared for one in wanted if len(one.ranks) == 1} == {
-        groups.Wanted("sums", (rank,)) for rank in range(4)
+        process_groups.Wanted("sums", (rank,)) for rank in range(4)
     }
 
 
@@ -104,15 +104,15 @@ def test_what_nccl_and_cuda_are_asked_for(monkeypatch):
     monkeypatch.setattr(dist, "ProcessGroupNCCL", made, raising=False)
     most = {}
     for use in ("sums", "experts", "messages"):
-        backend, options = groups._backend(use, torch.device("cuda", 1))
+        backend, options = process_groups._backend(use, torch.device("cuda", 1))
         assert backend == "nccl" and options.is_high_priority_stream
         most[use] = getattr(options.config, "max_ctas", None)
     assert most == {"sums": 16, "experts": 20, "messages": 4}
-    assert groups._backend("sums", torch.device("cpu")) == (None, None)
-    for name in groups.ENVIRONMENT:
+    assert process_groups._backend("sums", torch.device("cpu")) == (None, None)
+    for name in process_groups.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    groups.set_environment()
+    process_groups.set_environment()
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and os.environ["CUDA_MODULE_LOADING"] == "EAGER"
 
 
