@@ -158,7 +158,7 @@ def test_options_of_a_run_are_refused_where_nothing_runs(call, recipe, tmp_path)
     assert "names no task" in call("eval", tmp_path, "--lm-eval", ",")[2]
 
 
-def test_an_interrupted_run_says_how_to_go_on(call, recipe):
+def test_an_interrupted_run_says_how_to_continue(call, recipe):
     status, out, err = call("run", recipe, "--set", "b.stop=true")
     assert status == 130 and out == "" and "continue with: bessemer run runs/note/recipe.toml" in err
 

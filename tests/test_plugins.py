@@ -116,7 +116,7 @@ def test_an_error_of_ours_keeps_its_traceback(folder):
         raise ZeroDivisionError
 
 
-def test_a_broken_package_is_named_and_stops_only_who_needs_it(folder):
+def test_a_broken_package_is_named_and_stops_only_what_needs_it(folder):
     (folder / "brought.py").write_text("import absent_library\n")
     (folder / "works.py").write_text("f = max\n")
     install(folder, "Others", "samplers", other="brought:f", fine="works:f")

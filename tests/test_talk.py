@@ -21,7 +21,7 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 
-def test_generate_says_what_was_cut_and_how_to_go_on(call, run):
+def test_generate_says_what_was_cut_and_how_to_continue(call, run):
     room = CONTEXT - 1 - len(load_engine(run / "01-zero" / "model").tokenizer.encode("the fox"))
     status, out, err = call("generate", run, "the fox", "--max-tokens", 9, "--seed", 4)
     assert status == 0 and out.startswith("the fox")

@@ -123,7 +123,7 @@ READERS = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb, "tracki
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_curves_go_on_after_a_kill_and_a_new_attempt_has_its_own(run, name):
+def test_curves_continue_after_a_kill_and_a_new_attempt_has_its_own(run, name):
     pytest.importorskip(trackers.TRACKERS[name][0])
     write(run, "base", range(1, 6))
     send(run, name)
@@ -209,7 +209,7 @@ def test_a_tracker_that_fails_stops_nothing_and_gets_the_rest_later(run, monkeyp
     assert len(mlflow(run)["base/train/loss"]) == len(tensorboard(run)["base/train/loss"]) == 3
 
 
-def test_a_record_that_cannot_be_read_or_written_is_said_in_one_line(run, capfd):
+def test_an_unreadable_or_unwritable_record_is_a_one_line_error(run, capfd):
     write(run, "base", range(1, 4))
     (run / "trackers.json").mkdir()
     with trackers.mirrored(run, ["tensorboard"]):
@@ -256,7 +256,7 @@ def test_a_killed_run_takes_its_mirror_with_it(run):
     assert len(tensorboard(run)["base/train/loss"]) == 3
 
 
-def test_what_cannot_be_sent_is_said(run, monkeypatch):
+def test_unsupported_requests_are_refused(run, monkeypatch):
     write(run, "base", range(1, 4))
     (run / "trackers.json").write_text("{")
     with pytest.raises(UserError, match=r"trackers\.json is damaged; delete it"):

@@ -21,7 +21,7 @@ def test_all_caches_give_the_same_attention():
     assert kept.step_groups().shape == expected.shape and not torch.allclose(kept.step_groups(), expected, atol=1e-3)
 
 
-def test_bytes_are_those_of_the_shapes():
+def test_bytes_match_those_of_the_shapes():
     found = Remembered(CFG, 3, 20).bytes()
     numbers = {
         "none": 0,

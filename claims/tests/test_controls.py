@@ -74,7 +74,7 @@ def test_targets_of_another_row_are_no_row_s_own_whatever_the_micro_batch(feed_o
     assert torch.equal(whole_step.extras["mtp_tokens_BT"], torch.cat(targets))
 
 
-def test_experts_chosen_by_token_are_those_of_its_entry(feed_of):
+def test_experts_chosen_by_token_match_those_of_its_entry(feed_of):
     feed = feed_of("pretrain.routing=token")
     for batch in (feed.batch(0, 2), feed.validation("countdown")[0]):
         assert torch.equal(batch.extras["choice_BTLK"], feed.table_VLK[batch.tokens_BT])

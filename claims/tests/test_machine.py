@@ -13,7 +13,7 @@ def test_short_sums_err_where_they_are_not_promoted():
 
 
 @pytest.mark.parametrize("recipe", [None, "paper"])
-def test_bytes_of_the_allocator_are_those_of_the_formula(recipe):
+def test_bytes_of_the_allocator_match_those_of_the_formula(recipe):
     cfg = preset("tiny", n_layers=2)
     expected = activation_bytes(cfg, 2, 64, fp8=recipe is not None, number_bytes=2)
     assert numerics.kept_bytes(cfg, 2, 64, recipe, 0) == pytest.approx(expected, rel=0.05)

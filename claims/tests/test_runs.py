@@ -53,7 +53,7 @@ def test_a_control_that_compares_equals_shows_no_effect(part):
         assert Doubt.ANYHOW not in run(rule, how.measured(same), rules).doubts, claim
 
 
-def test_what_stands_beside_a_rule_is_like_a_part_of_it():
+def test_text_beside_a_rule_counts_as_part_of_it():
     """Every comparison beside a rule has its arms and its texts, and none takes the name of a rule's metric."""
     rules, words = registry.rules().claim, registry.metrics()
     named: dict[str, set[str]] = {}
@@ -271,7 +271,7 @@ def test_saved_seeds_are_whole(held, own, saved):
     assert ours == saved and {one.seed for one in joined} == {*held, *own}
 
 
-def test_what_stands_beside_a_rule_changes_no_verdict():
+def test_text_beside_a_rule_changes_no_verdict():
     found = latent_as_good()
     worse = [result("MHA-norm", seed, bpb=1.9 + 0.001 * seed) for seed in (1, 2, 3)]  # MLA is 5 % worse than this arm
     [card] = cards.make(["L6"], runs.best(found + worse))

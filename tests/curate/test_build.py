@@ -185,7 +185,7 @@ def program(*arguments):
     return Fork(work)
 
 
-def test_killed_anywhere_it_goes_on_and_makes_the_same(made, tmp_path):
+def test_killed_anywhere_it_continues_and_makes_the_same(made, tmp_path):
     build(load(made), tmp_path / "whole")
     out = tmp_path / "out"
     kills = 0

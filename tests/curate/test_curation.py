@@ -57,7 +57,7 @@ def test_keys_can_be_set_from_the_command_line(recipe):
         load(path.with_name("none.toml"))
 
 
-def test_a_training_recipe_is_told_apart():
+def test_a_training_recipe_is_recognised():
     with pytest.raises(UserError, match=r"tiny\.toml is a training recipe; run it with bessemer run"):
         load(Path(__file__).parents[2] / "recipes" / "tiny.toml")
 

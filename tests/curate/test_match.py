@@ -16,7 +16,7 @@ DEDUP = Dedup()
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=60))
 @settings(deadline=None, max_examples=200)
-def test_clusters_are_those_of_union_find(pairs):
+def test_clusters_match_those_of_union_find(pairs):
     pairs = [sorted(pair) for pair in pairs if pair[0] != pair[1]]
     parent = list(range(41))
 
@@ -103,7 +103,7 @@ def test_what_is_found_does_not_depend_on_memory(signed):
     assert _pairs(units, 200, bands) == _pairs(units, 1 << 30, bands)
 
 
-def test_copies_are_those_of_comparing_everything(signed):
+def test_copies_match_those_of_comparing_everything(signed):
     units, texts = signed
     normal = [" ".join(text.lower().split()) for text in texts]
     signatures = np.concatenate([np.load(unit.folder / "signatures.npy") for unit in units])

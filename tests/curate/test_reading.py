@@ -204,7 +204,7 @@ def test_a_line_of_a_gigabyte_is_left_out_in_little_memory(tmp_path):
     assert after - before < 100_000  # KB; the longest line that a source allows is 10,000
 
 
-def test_encodings_are_told_apart_and_counted(tmp_path):
+def test_encodings_are_detected_and_counted(tmp_path):
     chinese = "老鼠向狮子挑战，狮子断然拒绝了。“怎么，你害怕了？”老鼠问。“非常害怕，”狮子说。"
     russian = "Лиса и ворон жили в одном лесу и часто спорили о том, кто из них умнее."
     path = tmp_path / "a.txt"

@@ -13,7 +13,7 @@ texts = st.text(alphabet=SHARED, max_size=60)
 
 @given(st.lists(texts, max_size=6))
 @settings(deadline=None, max_examples=200)
-def test_words_are_those_of_readable_answers(many):
+def test_words_match_those_of_readable_answers(many):
     found = words(many)
     expected = [(number, word) for number, text in enumerate(many) for word in readable.words(text)]
     assert found.texts_W.tolist() == [number for number, _ in expected]

@@ -33,7 +33,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("ask", [True, False])
-def test_texts_are_those_of_transformers(name, ask):
+def test_texts_match_those_of_transformers(name, ask):
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     (theirs,), _ = render_jinja_template(
         [TALK], chat_template=TEMPLATES[name], add_generation_prompt=ask, tools=None, documents=None, **names

@@ -42,7 +42,7 @@ PARTS = st.one_of(st.sampled_from(ALPHABET), st.sampled_from(["<think>", "</thin
 
 @given(st.lists(st.lists(PARTS, max_size=40).map("".join), max_size=6))
 @settings(deadline=None, max_examples=300)
-def test_ids_are_those_of_the_tokenizer(tokenizer, encoder, texts):
+def test_ids_match_those_of_the_tokenizer(tokenizer, encoder, texts):
     assert [ids.tolist() for ids in encoder.encode_batch(texts)] == tokenizer.encode_batch(texts)
 
 

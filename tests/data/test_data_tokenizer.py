@@ -67,7 +67,7 @@ def test_numbers_up_to_three_digits_are_one_token_longer_ones_are_cut_in_threes(
         ("a\n  b", ["a", "\n", " ", " b"]),
     ],
 )
-def test_pre_split_is_that_of_v3(tokenizer, text, cuts):
+def test_pre_split_matches_that_of_v3(tokenizer, text, cuts):
     pieces = [text[start:end] for _, (start, end) in tokenizer._tok.pre_tokenizer.pre_tokenize_str(text)]
     assert pieces == cuts
 

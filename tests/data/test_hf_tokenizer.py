@@ -54,7 +54,7 @@ def theirs(directory, messages, ask=True, **switches):
 
 
 @pytest.mark.parametrize("messages", [QUESTION, TALK])
-def test_prompts_are_those_of_transformers(directory, messages):
+def test_prompts_match_those_of_transformers(directory, messages):
     """The template is applied, BOS occurs at most once, and no id differs."""
     tok = load_tokenizer(directory)
     ids = chat.render_ids(tok, messages)
@@ -135,7 +135,7 @@ def test_answers_are_marked_with_their_end_and_nothing_else(directory):
 
 
 @pytest.mark.parametrize("role", ["user", "tool"])
-def test_an_episode_goes_on_as_the_conversation_is_rendered(directory, role):
+def test_an_episode_continues_as_the_conversation_is_rendered(directory, role):
     """What is appended to a sampled answer; tool outputs come from the user, in their marks."""
     tok = load_tokenizer(directory)
     ids, answers = chat.render_answers(tok, [*QUESTION, ANSWER])

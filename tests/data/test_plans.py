@@ -40,7 +40,7 @@ def rows_of(packed) -> list[list[tuple[int, int]]]:
 
 @given(st.lists(st.integers(1, 60), max_size=80), st.integers(2, 40))
 @settings(deadline=None, max_examples=300)
-def test_a_plan_is_that_of_placing_piece_after_piece(lengths, row_length):
+def test_a_plan_matches_that_of_placing_piece_after_piece(lengths, row_length):
     assert rows_of(best_fit(np.array(lengths, np.int64), row_length)) == piece_by_piece(lengths, row_length)
 
 
@@ -48,7 +48,7 @@ def documents(n: int) -> np.ndarray:
     return np.maximum(8, np.random.default_rng(0).lognormal(6.2, 1, n).astype(int))
 
 
-def test_a_plan_of_long_rows_is_that_of_placing_piece_after_piece():
+def test_a_plan_of_long_rows_matches_that_of_placing_piece_after_piece():
     lengths = documents(1_500)
     assert rows_of(best_fit(lengths, 32_768)) == piece_by_piece(lengths.tolist(), 32_768)
 

@@ -68,7 +68,7 @@ def test_every_sample_once_whole_and_with_its_answers_marked(packed, tokenizer):
     assert facts["waste"] == pytest.approx(1 - facts["tokens"] / (facts["rows"] * ROW))
 
 
-def test_marked_tokens_are_what_the_assistant_said(packed, tokenizer):
+def test_marked_tokens_are_the_assistants_own(packed, tokenizer):
     _, _, rows = packed
     ids, trained = next(iter(samples_of(rows.batch(0, 1))))
     said = tokenizer.decode([token for token, mine in zip(ids, trained, strict=True) if mine], skip_special=True)

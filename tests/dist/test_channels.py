@@ -137,7 +137,7 @@ def test_a_wait_for_the_whole_device_in_the_middle_of_a_step_would_hang(ahead, m
     assert stuck(schedule("dualpipe", 4, 8), one_way, cold=True)
 
 
-def test_who_holds_a_stage_together():
+def test_what_keeps_a_stage_in_memory():
     assert sharing_ranks(schedule("1f1b", 4, 4)) == [(0, 3)]
     assert sharing_ranks(schedule("dualpipe", 4, 8)) == [(0, 3), (1, 2)]
     assert sharing_ranks(schedule("dualpipe-v", 4, 8)) == []

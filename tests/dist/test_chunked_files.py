@@ -33,7 +33,7 @@ def test_a_part_of_a_tensor_is_read_without_the_rest(large):
     assert reader.elements("model/large", 7, 7).shape == (0,)
 
 
-def test_whoever_reads_a_damaged_chunk_notices_and_nobody_else(large):
+def test_only_readers_of_a_damaged_chunk_notice(large):
     path, whole = large
     file = path / "rank-00000.safetensors"
     data = bytearray(file.read_bytes())

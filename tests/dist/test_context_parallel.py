@@ -155,7 +155,7 @@ def fp8_on_a_rank(rank, n):
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_attention_in_fp8_over_ranks_is_that_of_whole_rows(n):
+def test_attention_in_fp8_over_ranks_matches_that_of_whole_rows(n):
     """If no token attends to another chunk, equal except where the last digits flip a rounding. Otherwise the keys'
     gradients are quantised in parts, and are as far from the exact ones as those of whole rows."""
     for own_chunks, found in zip((True, False), zip(*on_ranks(n, fp8_on_a_rank, n), strict=True), strict=True):
@@ -254,7 +254,7 @@ def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
     return values, nats, weights, biases, (training.rows, training.tokens)
 
 
-def test_steps_held_out_loss_and_a_checkpoint_that_goes_on_without_cutting(tmp_path):
+def test_steps_held_out_loss_and_a_checkpoint_that_continues_without_cutting(tmp_path):
     """Two steps over cut rows and two over whole ones equal four steps of one process."""
     cut = on_ranks(4, steps_on_a_rank, Layout(pp=2, cp=2), "1f1b", 2, tmp_path, 0, 2)
     rest = on_ranks(2, steps_on_a_rank, Layout(pp=2), "1f1b", 2, tmp_path, 2, 2)

@@ -160,7 +160,7 @@ LAYOUTS = [("dualpipe", Layout(2, 1, 1)), ("zbv", Layout(2, 1, 2))]
 
 
 @pytest.mark.parametrize(("schedule", "layout"), LAYOUTS, ids=str)
-def test_a_critic_on_many_ranks_is_that_of_one_process(alone, tmp_path, schedule, layout):
+def test_a_critic_on_many_ranks_matches_that_of_one_process(alone, tmp_path, schedule, layout):
     """Values, returns, advantages and metrics; weights within a tenth of AdamW's steps, first moments closer. Bit for
     bit after a kill, and either can resume from the other's checkpoint."""
     folder, run, wanted = alone

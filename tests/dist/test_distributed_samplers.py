@@ -111,7 +111,7 @@ def episodes(rank, ranks=None):
     return [[(one.completion.tokens, one.verdict) for one in group] for group in groups], Talk.resets
 
 
-def test_episodes_are_those_of_one_process_and_rank_0_alone_has_environments():
+def test_episodes_match_those_of_one_process_and_rank_0_alone_has_environments():
     wanted, _ = episodes(0)
     Talk.resets = 0
     found = on_ranks(2, episodes, True)

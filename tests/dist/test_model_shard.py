@@ -86,7 +86,7 @@ def held_out(rank, layout, schedule, n, segmented):
      (Layout(1, 4, 1), "gpipe", 2, True)],
     ids=lambda value: str(value),
 )  # fmt: skip
-def test_held_out_loss_is_that_of_one_process(layout, schedule, n, segmented):
+def test_held_out_loss_matches_that_of_one_process(layout, schedule, n, segmented):
     nats, tokens = loss.heldout_nats(model_of(CFG, False), [batch(i, segmented) for i in range(n)])
     across, _ = loss.heldout_nats(model_of(CFG, False), [batch(i, False) for i in range(n)])
     assert (abs(across - nats) > 1e-4 * nats) == segmented, "segments do not see each other"

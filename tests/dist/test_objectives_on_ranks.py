@@ -191,7 +191,7 @@ LAYOUTS = [("labels", "dualpipe", Layout(2, 2, 1)), ("pairs", "zbv", Layout(2, 1
 
 
 @pytest.mark.parametrize(("judged", "schedule", "layout"), LAYOUTS, ids=str)
-def test_steps_are_those_of_one_process(base, alone, tmp_path, judged, schedule, layout):
+def test_steps_match_those_of_one_process(base, alone, tmp_path, judged, schedule, layout):
     """Losses and gradient norms to rounding, exported weights within a tenth of AdamW's steps, a second half repeated
     bit for bit after a kill, and checkpoints that do not depend on the layout."""
     (home, wanted), kinds = alone, (judged, "distilled")

@@ -213,7 +213,7 @@ def noted(rank):
     return streams.ran
 
 
-def test_the_order_is_that_of_the_trace():
+def test_the_order_matches_that_of_the_trace():
     """E.4: in each slot the exchange comes first, then what is computed meanwhile."""
     slots = [
         ("B", "exchange"), ("W", "compute"), ("F", "compute"),  # 1: combine B; previous attention W, attention F

@@ -77,7 +77,7 @@ def test_saved_under_one_layout_and_gone_on_with_under_others(tmp_path):
         assert torch.equal(ended.gates[name].bias_E, gate.bias_E), name
 
 
-def test_what_one_process_saved_many_go_on_with(tmp_path):
+def test_what_one_process_saved_many_continue_with(tmp_path):
     norms, _ = alone(0, 2, tmp_path)
     (more, _) = on_ranks(2, steps_of, "1f1b", Layout(2, 1, 1), 2, 4, tmp_path)
     _, values = at_home(1, ALL)
@@ -311,5 +311,5 @@ def in_the_background(rank, folder):
     return all(torch.equal(saved[name], value) for name, value in before.items())
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+def test_training_continues_while_a_checkpoint_is_written(tmp_path):
     assert on_ranks(2, in_the_background, tmp_path) == [True, True]

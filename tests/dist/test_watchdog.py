@@ -111,7 +111,7 @@ the_host_goes_on()
 """
 
 
-def test_a_device_that_waits_too_long_is_seen_though_its_host_goes_on(tmp_path):
+def test_a_device_that_waits_too_long_is_noticed_although_its_host_continues(tmp_path):
     """As with NCCL, a wait returns at once. The stacks and torch's flight recorder are written to files."""
     done = subprocess.run([sys.executable, "-c", QUEUED, tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == watchdog.EXIT

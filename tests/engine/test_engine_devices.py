@@ -19,7 +19,7 @@ def engine(cfg, tokenizer, torch_steps, monkeypatch):
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_a_tensor_lies_where_the_model_does(engine, prompts, drafts):
+def test_a_tensor_is_on_the_model_s_device(engine, prompts, drafts):
     """Without a device of its own, a tensor is made on `meta` here, and the first operation on it and on the model's
     numbers fails."""
     options = dict(max_new_tokens=20, seed=3, drafts=drafts)

@@ -54,7 +54,7 @@ def test_a_sample_is_the_same_in_every_company(engine, prompts):
     assert tokens(engine.generate(prompts, **{**options, "seed": 12})) != together
 
 
-def test_samples_differ_and_a_repeated_prompt_goes_on_counting(engine, prompts):
+def test_samples_differ_and_a_repeated_prompt_continues_counting(engine, prompts):
     four = tokens(engine.generate(prompts[4:5], samples=4, max_new_tokens=8, stop_ids=[]))[0]
     assert len({tuple(row) for row in four}) == 4
     pairs = tokens(engine.generate([prompts[4], prompts[5], prompts[4]], samples=2, max_new_tokens=8, stop_ids=[]))
@@ -263,7 +263,7 @@ def test_a_long_sequence_takes_at_most_14_bytes_a_token_while_it_grows():
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("stop", [[], ["e"]])
-def test_on_text_hears_every_answer_once_and_short_ones_first(engine, prompts, processes, stop):
+def test_on_text_gets_every_answer_once_and_short_ones_first(engine, prompts, processes, stop):
     heard = []
     mine = Engine(engine.model, engine.tokenizer, side_by_side(processes))
     found = mine.generate(

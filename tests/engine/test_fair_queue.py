@@ -27,7 +27,7 @@ def test_a_full_cache_changes_no_answer_and_leaves_nothing_behind(engine, prompt
     assert used(scheduler) == 0 and not scheduler.queue.running and scheduler.stats()["preempted"]
 
 
-def test_nobody_waits_for_one_who_sends_many(engine, prompts):
+def test_a_client_with_many_requests_does_not_delay_the_others(engine, prompts):
     scheduler = Scheduler(engine, rows=2, queue=FairQueue())
     for k in range(12):
         scheduler.add(Request(tuple(prompts[3]), stream_key(k), 10, client="many"))

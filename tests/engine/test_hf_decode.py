@@ -51,7 +51,7 @@ def prompts():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_tokens_are_those_of_transformers(kind, tokenizer, prompts):
+def test_greedy_tokens_match_those_of_transformers(kind, tokenizer, prompts):
     """Prompts of different lengths together; rows end at different steps, by length and by the stop id."""
     window = {"sliding_window": 128} if kind == "gemma3" else {}
     engine = Engine(model(kind, **window), tokenizer)
@@ -73,7 +73,7 @@ def test_greedy_tokens_are_those_of_transformers(kind, tokenizer, prompts):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_the_trainer(kind, temperature, tokenizer, prompts):
+def test_logprobs_match_those_of_the_trainer(kind, temperature, tokenizer, prompts):
     """The sampler's log-probability of each token against one full forward without a cache; measured: 2e-6."""
     window = {"sliding_window": 128} if kind == "gemma3" else {}
     engine = Engine(model(kind, **window), tokenizer)

@@ -30,7 +30,7 @@ def listed(completion):
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_they_are_those_of_the_definition(engine, prompts, kernels, request):
+def test_they_match_those_of_the_definition(engine, prompts, kernels, request):
     if not kernels:
         request.getfixturevalue("torch_steps")
     found, vocab, sizes = engine.generate(prompts, **CALL), engine.tokenizer.vocab_size, set()

@@ -41,7 +41,7 @@ def defined(sequence, logits_V):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_numbers_are_those_of_the_definition(seed):
+def test_the_numbers_match_those_of_the_definition(seed):
     chance, draw = random.Random(seed), torch.Generator().manual_seed(seed)
     penalties, live, number = Penalties(V, torch.device("cpu")), [], 0
     for _ in range(60):

@@ -61,7 +61,7 @@ def test_the_average_weighs_the_newest_most(decay):
     assert (loads.windows, loads.tokens) == (3, 15)
 
 
-def test_a_file_goes_on_as_if_nothing_had_been(tmp_path):
+def test_a_file_continues_as_if_uninterrupted(tmp_path):
     generator = torch.Generator().manual_seed(2)
     one, two, three = (torch.randint(6, (7, 3, 2), generator=generator) for _ in range(3))
     loads = ExpertLoads(3, 6, decay=0.7)

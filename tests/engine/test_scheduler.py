@@ -70,7 +70,7 @@ def test_a_request_gets_what_it_would_get_alone(engine, prompts, options):
 
 
 @torch.no_grad()
-def test_the_raw_logprob_is_that_of_temperature_1(engine, prompts):
+def test_the_raw_logprob_matches_that_of_temperature_1(engine, prompts):
     request = Request(tuple(prompts[5]), 3, 20, SamplingParams(0.6, top_p=0.8))
     ((tokens, _),), _ = drain(Scheduler(engine), [request])
     expected = plain_decoder.logprobs(engine.model, prompts[5], [event.token for event in tokens])

@@ -208,7 +208,7 @@ def test_what_cannot_guess_says_so(engine, cfg, tokenizer):
 
 @pytest.mark.parametrize("n_mtp", [1, 2])
 @pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_sampled_tokens_do_not_depend_on_who_shares_a_page(cfg, tokenizer, n_mtp, extra):
+def test_sampled_tokens_do_not_depend_on_the_other_sequences_of_a_page(cfg, tokenizer, n_mtp, extra):
     """A module's last keys of a prompt depend on what follows it. Neither other samples nor the prefix cache, whose
     pages come from prompts that went on differently and from finished answers, lend a sample other keys."""
     engine, drafts = flat(cfg, tokenizer, n_mtp=n_mtp, init_std=0.07), n_mtp

@@ -128,7 +128,7 @@ def test_questions_may_be_asked_alone(folder, engine, tokenizer, tmp_path):
     assert asked.endswith(escaped(expected) + "\n")
 
 
-def test_an_answer_that_was_cut_goes_on(engine, tokenizer):
+def test_an_answer_that_was_cut_continues(engine, tokenizer):
     """Nothing is lost or repeated at the seam, even inside a character; in the end the context is full."""
     talk = Conversation(engine, io.StringIO(), {"temperature": 0.0}, 7, notes=io.StringIO())
     talk.answer("the fox")
@@ -160,7 +160,7 @@ def scripted(engine, monkeypatch, *pieces):
     return engine
 
 
-def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(engine, tokenizer, monkeypatch):
+def test_ctrl_c_ends_the_answer_and_keeps_its_text(engine, tokenizer, monkeypatch):
     said = tokenizer.encode(" the fox")
     talk = Conversation(scripted(engine, monkeypatch, *said, KeyboardInterrupt()), io.StringIO())
     talk.answer("who?")

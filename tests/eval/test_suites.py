@@ -172,7 +172,7 @@ def cli(*arguments, cwd):
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def test_one_command_runs_what_has_data_and_goes_on_after_a_kill(model, data, tmp_path):
+def test_one_command_runs_what_has_data_and_continues_after_a_kill(model, data, tmp_path):
     call = (model, "--suite", "r1", "--data", data, "--only", "aime-2024,cnmo-2024,if-eval,mmlu", "--max-tokens", 6)
     first = cli(*call, "--samples", 3, "--out", "whole", "--json", cwd=tmp_path)
     assert first.returncode == 0, first.stderr

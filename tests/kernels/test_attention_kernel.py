@@ -142,7 +142,7 @@ def test_no_denormal_numbers(instructions):
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("column, value", [(3, float("nan")), (35, float("nan")), (35, float("inf"))])
-def test_what_is_not_finite_reaches_those_who_see_it(instructions, dtype, column, value):
+def test_non_finite_values_reach_their_readers(instructions, dtype, column, value):
     """NaN and infinity in a key and in a value."""
     q, kv, k_rope, table, dout = drawn(2, 150, 2, 32, 16, 32, dtype)
     clean, _ = kernel.attention(q, kv, k_rope, table, table, None, 0.3)

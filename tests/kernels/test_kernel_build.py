@@ -323,7 +323,7 @@ def test_a_cache_that_is_a_file(place):
 
 
 @needs_root
-def test_nobody_s_home(monkeypatch):
+def test_an_environment_server_that_is_gone(monkeypatch):
     """A container's user without HOME or an entry in /etc/passwd."""
     for name in ("HOME", "XDG_CACHE_HOME", cache.VARIABLE):
         monkeypatch.delenv(name, raising=False)
@@ -418,7 +418,7 @@ def state(monkeypatch, **environment: str) -> library.Status:
     return library._found.__wrapped__()[1]
 
 
-def test_the_reason_is_said(monkeypatch, compiler, tmp_path):
+def test_the_reason_is_reported(monkeypatch, compiler, tmp_path):
     assert state(monkeypatch, BESSEMER_KERNELS="off").why == "off (BESSEMER_KERNELS=off)"
     assert "is not one of auto, off, amx" in state(monkeypatch, BESSEMER_KERNELS="sse9").why
     compiler("echo 'error: broken' >&2; exit 1")

@@ -50,7 +50,7 @@ def quantised(request, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
-def test_fp8_loads_as_what_it_stands_for(quantised, dtype):
+def test_fp8_loads_as_the_values_it_encodes(quantised, dtype):
     directory, exact = quantised
     model = deepseek.load(directory, dtype=dtype)
     assert model.head.weight.dtype == (dtype or torch.bfloat16)

@@ -175,7 +175,7 @@ def test_transformers_computes_the_same_logits(scales, tmp_path):
         assert relative(theirs.eval()(ids).logits, ours(ids)) < 1e-5
 
 
-def test_what_transformers_would_misread_is_said(model, tmp_path):
+def test_what_transformers_would_misread_is_reported(model, tmp_path):
     """192 rows are 128 + 64 in the release but 96 + 96 to transformers 5.24."""
     with pytest.warns(UserWarning, match=r"self_attn\.q_a_proj\.weight \[24, 160\] does not divide into tiles of 128"):
         model.save(tmp_path, form=BlockFp8("float32"))
@@ -185,7 +185,7 @@ def test_what_transformers_would_misread_is_said(model, tmp_path):
 
 
 @pytest.mark.parametrize("scales", SCALES)
-def test_the_loss_is_that_of_e4m3(scales, tmp_path):
+def test_the_loss_matches_that_of_e4m3(scales, tmp_path):
     cfg = preset("tiny", n_activated_experts=16, n_limited_groups=4)
     source = random_model(cfg)
     source.save(tmp_path, form=BlockFp8(scales))

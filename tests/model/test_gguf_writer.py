@@ -106,7 +106,7 @@ def same(found, wanted):
 
 @pytest.mark.parametrize("changes", [{}, dict(q_lora_rank=0, n_dense_layers=0), dict(tie_embeddings=True)])
 @pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
-def test_every_tensor_is_that_of_the_source(source, tmp_path, changes, dtype):
+def test_every_tensor_matches_that_of_the_source(source, tmp_path, changes, dtype):
     directory, file = source(**changes), tmp_path / "out.gguf"
     gguf_file.write(directory, file, dtype)
     tensors, facts = read(file)
@@ -124,7 +124,7 @@ def test_the_default_dtype_is_the_stored_one(source, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
-def test_block_fp8_is_written_as_what_it_stands_for(source, tmp_path, dtype):
+def test_block_fp8_is_written_as_the_values_it_encodes(source, tmp_path, dtype):
     directory, file = source(dtype="bfloat16"), tmp_path / "out.gguf"
     stored, exact = {}, {}
     for key, tensor in load_file(directory / "model.safetensors").items():
@@ -200,7 +200,7 @@ def test_tokenizer_and_template(source, tmp_path, words):
         assert kinds[number] == wanted, tokens[number]
 
 
-def test_the_split_is_that_of_our_tokenizer():
+def test_the_split_matches_that_of_our_tokenizer():
     """The model package cannot import the data package, so both hold the rules."""
     assert hf_tokenizer.SPLITS == (tokenizer.DIGITS, tokenizer.CJK, tokenizer.WORDS)
 

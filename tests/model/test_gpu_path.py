@@ -435,7 +435,7 @@ HALF, CUDA = torch.bfloat16, torch.device("cuda")
         ((9, 0), HALF, (576, 512), True, ("efficient",), "math", "scores go through memory"),
     ],
 )
-def test_the_best_attention_that_works_is_chosen_and_a_slow_one_is_said(
+def test_the_best_working_attention_is_chosen_and_a_slow_fallback_is_reported(
     monkeypatch, recwarn, capability, dtype, widths, packed, broken, kind, said
 ):
     def trial(which, *_):

@@ -71,7 +71,7 @@ def test_thoughts(style):
     assert shut == chat.render([USER], style) + (_switch(False, style, True) if style == "r1" else "")
 
 
-def test_an_answer_that_has_begun_goes_on():
+def test_an_answer_that_has_begun_continues():
     held = [USER, {"role": "assistant", "content": "It is", "thinking": "3+7"}]
     whole = [USER, {"role": "assistant", "content": "<think>\n3+7</think>\n\nIt is"}]
     for style, messages in (("r1", whole), ("zero", [USER, {"role": "assistant", "content": "It is"}])):

@@ -30,7 +30,7 @@ def cfg(request):
     return tiny(**KINDS[request.param], n_mtp=0)
 
 
-def test_logits_are_those_of_the_naive_network(cfg, tmp_path):
+def test_logits_match_those_of_the_naive_network(cfg, tmp_path):
     model, ids = random_model(cfg), tokens(cfg, rows=1, length=9)
     model.save(tmp_path)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def attention_in_float64(mla, x_TD):
 
 
 @pytest.mark.parametrize("kind", ["MHA", "GQA", "MQA", "normed"])
-def test_gradients_are_those_of_one_head_after_the_other(kind):
+def test_gradients_match_those_of_one_head_after_the_other(kind):
     model = random_model(tiny(**KINDS[kind]))
     mla, T = model.layers[0].attn, 70  # more than one block of queries
     x = torch.randn(1, T, model.cfg.dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_one_head_after_the_other(kind):
         assert relative(parameter.grad, w[name].grad) < 1e-5, name
 
 
-def test_counts_are_those_of_the_tensors(cfg):
+def test_counts_match_those_of_the_tensors(cfg):
     model = Transformer(cfg)
     assert accounting.main_params(cfg) == sum(tensor.numel() for tensor in model.state_dict().values())
     weights = [p for name, p in model.named_parameters() if p.dim() == 2 and name != "embed.weight"]

@@ -30,7 +30,7 @@ def test_time_left_of_stage_and_run():
     assert re.search(r"\[2/3 two\]\s+52% 52/100 steps · loss \[red\]3.2 · 48s left · run 1m 28s left", line), line
 
 
-def test_the_run_s_time_stands_in_the_first_line():
+def test_the_first_line_gives_the_run_s_time():
     """Before a stage has done anything its estimate counts, and reading texts says nothing about training."""
     clock, out = Clock(), io.StringIO()
     progress = TimedProgress({"corpus": 60.0, "train": 100.0, "rl": 40.0}, out, clock)

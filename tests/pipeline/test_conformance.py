@@ -159,7 +159,7 @@ def test_a_row():
         ("fp8-study", "FP8 training", "fp8-1: paper"),
     ],
 )
-def test_the_values_are_said(recipe, item, words):
+def test_the_values_are_printed(recipe, item, words):
     assert of(recipe)[item][1].startswith(words)
 
 
@@ -309,7 +309,7 @@ def test_a_recipe_without_a_stage_says_so():
     assert found["Packing without cross-document mask"] == (SCALED, "rows of 256")
 
 
-def test_of_an_imported_model_nothing_of_ours_is_claimed():
+def test_the_card_of_an_imported_model_claims_none_of_our_training():
     found = rows(Recipe.load(ROOT / "recipes" / "smollm2.toml"))
     ours = [row for row in found if row["section"].startswith("V3 2") and row["here"] != "no such stage"]
     assert len(ours) > 3 and {(row["state"], row["here"]) for row in ours} == {(OFF, "the imported model's own")}

@@ -58,7 +58,7 @@ def test_a_chinese_word_is_a_character():
     assert found([FOX, HAN], "他说小明有十二个苹果她给了")["hit"] == 0
 
 
-def test_no_run_goes_on_into_the_next_text():
+def test_no_run_continues_into_the_next_text():
     half = FOX.prompt.split(" over ")
     assert found([FOX], half[0], "over " + half[1][:20])["hit"] == 0
     assert found([FOX], half[0] + " over " + half[1])["hit"] == 1
@@ -151,7 +151,7 @@ def test_identity_ignores_how_a_problem_is_asked():
     assert identity(one) != identity(two), "line 3 of two files, by chance with one answer"
 
 
-def test_what_is_left_out_is_said():
+def test_what_is_left_out_is_reported():
     search = ContaminationSearch([FOX])
     search.add_stage("sft", ["one two three"] * 5 + [FOX.prompt], most_words=7)
     search.add_stage("zero", [FOX.prompt], most_words=7)

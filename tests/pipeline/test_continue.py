@@ -104,7 +104,7 @@ def loss_of(folder, base, rows):
 
 
 @pytest.mark.parametrize(("run", "base"), [("ours", "pretrain"), ("foreign", "base")])
-def test_the_first_loss_is_that_of_the_model_it_goes_on_from(run, base, request):
+def test_the_first_loss_matches_that_of_the_model_it_continues_from(run, base, request):
     folder = request.getfixturevalue(run)
     rows = open_rows(at(folder, "new") / "mine", "heldout", None)
     nats = loss_of(folder, base, rows)

@@ -44,7 +44,7 @@ def test_a_task_without_documents_is_refused_before_the_run(tmp_path):
         resolve(tmp_path, f"jsonl:{path}")
 
 
-def test_the_recipe_sets_who_writes_a_task_s_documents(tmp_path):
+def test_the_recipe_sets_the_authors_of_a_task_s_documents(tmp_path):
     resolve(tmp_path, "countdown", direct=1.0, drill_share=0.0)
     task = _task(settings_of("task:countdown", direct=1.0, drill_share=0.0), "part")
     pages = [task.document(i) for i in range(50)]
@@ -52,7 +52,7 @@ def test_the_recipe_sets_who_writes_a_task_s_documents(tmp_path):
     assert sum("<think>" in tasks.get("countdown").document(i) for i in range(50)) > 25
 
 
-def test_pages_of_a_task_with_tools_are_those_of_the_task(tmp_path):
+def test_pages_of_a_task_with_tools_match_those_of_the_task(tmp_path):
     """Drills, too, and their problems are known to the search for contamination."""
     resolve(tmp_path, "tools:calculator:countdown")
     plain, tools = (_task(settings_of(f"task:{spec}"), "part") for spec in ("countdown", "tools:calculator:countdown"))

@@ -67,7 +67,7 @@ def test_realised_shares_follow_the_recipe(whole):
     assert epochs[last] == pytest.approx(0.25, abs=0.02), "its cap"
 
 
-def test_a_budget_that_whole_steps_overrun_is_said(whole, tmp_path, capsys):
+def test_a_budget_overrun_by_whole_steps_is_reported(whole, tmp_path, capsys):
     """40K tokens in steps of 64 rows of 256; at V3's size a step is no hundredth of the budget."""
     assert "3 of them train on 49.2K tokens where the budget is 40K" in beyond_budget(40_000, 256, Points(64))
     assert beyond_budget(40_960, 256, Points(16)) is None

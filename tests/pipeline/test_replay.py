@@ -170,7 +170,7 @@ def test_a_stop_leaves_no_traceback(whole, call, monkeypatch):
     assert status == 130 and "stopped; the run is as it was" in err
 
 
-def test_which_steps_can_be_replayed_is_said(whole, tmp_path):
+def test_replayable_steps_are_listed(whole, tmp_path):
     root, _ = whole
     with pytest.raises(UserError, match="has made 8 steps so far; there is no step 9"):
         replay(root, "zero", 9)

@@ -67,7 +67,7 @@ def test_one_round_takes_every_group_in_the_order_of_its_problems(generator, num
     assert ids(groups) == [task.problem("train", 4 * number + n, 7).id for n in range(4)]
 
 
-def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(generator):
+def test_groups_with_differing_rewards_come_first_and_no_extra_round_is_sampled(generator):
     made = generator(COIN, "max_resamples=6", "prompts_per_rollout=2")
     needed = set()
     for number in range(8):
@@ -121,7 +121,7 @@ def test_no_problem_is_asked_twice_in_a_run(generator):
     assert len(set(asked)) == len(asked) == 5 * 3 * 4
 
 
-def test_samples_of_a_later_lot_are_new_ones(generator):
+def test_samples_of_a_later_round_are_new(generator):
     """The seed names the round: the same problem in two rounds gets other samples."""
     made = generator(COIN, "max_resamples=2")
     chosen = problems(made, 0)
@@ -137,7 +137,7 @@ def test_samples_of_a_later_lot_are_new_ones(generator):
     assert all(a[0].completion.tokens != b[0].completion.tokens for a, b in zip(one, two, strict=True))
 
 
-def test_a_pool_that_is_all_dead_costs_its_lots_and_goes_on(base, tmp_path):
+def test_a_pool_of_dead_groups_costs_its_rounds_and_the_run_continues(base, tmp_path):
     """No group is ever alive: every rollout uses all its rounds, trains on dead groups without effect, and ends."""
     stage = rl_stage.Stage(base, tmp_path / "run", "max_resamples=3", "kl.weight=0", "rollouts=2")
     loop = stage.run()

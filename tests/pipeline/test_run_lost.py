@@ -104,7 +104,7 @@ for what in (many, lambda: save(folder, 1, State({}, {}, {}))):
 """
 
 
-def test_a_disk_without_inodes_is_not_said_to_lack_megabytes(tmp_path):
+def test_a_disk_without_inodes_is_not_reported_as_full(tmp_path):
     mount = f'mount -t tmpfs -o nr_inodes=6 none {tmp_path} && exec {sys.executable} -c "$1" {tmp_path}'
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mount, "sh", INODES], capture_output=True, text=True)
     if re.search("unshare|mount", done.stderr):

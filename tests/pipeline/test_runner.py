@@ -46,7 +46,7 @@ def test_a_run_leaves_what_the_contract_says_and_is_skipped_the_second_time(toy)
     assert not (toy.out / "03-compare" / "state").exists(), "a stage that saves nothing would seem to be resumed"
 
 
-def test_until_stops_after_a_stage_and_the_next_call_goes_on(toy):
+def test_until_stops_after_a_stage_and_the_next_call_continues(toy):
     assert run(toy, until="first") == {"first": "done", "second": "waiting", "compare": "waiting"}
     assert folders(toy) == ["01-first"]
     assert run(toy) == {"first": "skipped", "second": "done", "compare": "done"}
@@ -194,7 +194,7 @@ def test_a_directory_of_another_recipe_is_refused(toy):
         run(toy)
 
 
-def test_no_permission_is_told(toy, tmp_path):
+def test_missing_permission_is_reported(toy, tmp_path):
     toy.out = tmp_path / "closed" / "run"
     toy.out.parent.mkdir(mode=0o555)
     root = os.geteuid() == 0
@@ -212,7 +212,7 @@ def test_no_permission_is_told(toy, tmp_path):
             os.seteuid(0)
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on_after_it(toy):
+def test_a_full_disk_is_reported_and_the_run_resumes_afterwards(toy):
     toy.write(fill="true")
     with pytest.raises(UserError, match=r"disk full: cannot write .*(full|02-second).*free some space"):
         run(toy)
@@ -221,7 +221,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_after_it(toy):
     assert [line["step"] for line in toy.lines() if line["stage"] == "second"] == list(range(1, 21))
 
 
-def test_a_file_larger_than_the_system_allows_is_told(tmp_path):
+def test_a_file_larger_than_the_system_allows_is_reported(tmp_path):
     def write():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         told = pytest.raises(UserError, match=r"file\.json: it would exceed the maximum size of a file.*ulimit -f")

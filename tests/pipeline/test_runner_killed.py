@@ -37,7 +37,7 @@ def test_kill_9_again_and_again(toy, undisturbed):
     assert result == undisturbed
 
 
-def test_a_stop_signal_saves_and_says_how_to_go_on(toy, undisturbed):
+def test_a_stop_signal_saves_and_says_how_to_continue(toy, undisturbed):
     toy.write(pause=0.05)
     for number in (signal.SIGTERM, signal.SIGINT):
         process = toy.start()

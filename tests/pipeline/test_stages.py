@@ -283,7 +283,7 @@ def test_a_finished_stage_of_a_large_model_keeps_one_checkpoint_and_replay_says_
     assert status == 0 and "rollout 1" in out
 
 
-def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch):
+def test_rl_continues_with_new_problems_when_the_guard_went_back(copy, monkeypatch):
     """Three bad steps in a row (each computed twice, to locate the fault): back to step 0, on to new problems."""
     calls = iter(range(1000))
 

@@ -56,7 +56,7 @@ def test_v3_toml_is_the_paper_s_run():
         (["layout.cp=3"], None, ["rows of 4096 tokens cannot be split into 6 equal chunks", "4098"]),
     ],
 )
-def test_what_cannot_be_is_said(overrides, world, words):
+def test_impossible_settings_are_refused(overrides, world, words):
     with pytest.raises(UserError) as caught:
         dry_run.of_recipe(Recipe.load(V3, overrides), world)
     assert all(word in str(caught.value) for word in words), caught.value

@@ -213,7 +213,7 @@ def test_most_live_walks_the_table():
 
 
 @pytest.mark.parametrize(("name", "layout", "micro"), LAYOUTS, ids=str)
-def test_the_fullest_moments_are_those_of_a_walk(name, layout, micro):
+def test_the_fullest_moments_match_those_of_a_walk(name, layout, micro):
     """Whatever the stages weigh, no moment that was left out holds more."""
     table = schedule(name, layout.pp, micro)
     for saved in ({s: 1 for s in range(table.stages)}, {s: 3**s for s in range(table.stages)},

@@ -39,7 +39,7 @@ def test_dequantise_equals_a_loop(rows, columns, block, seed):
 
 @pytest.mark.parametrize("ue8m0", [False, True])
 @pytest.mark.parametrize("shape", [(128, 128), (200, 300), (5, 129), (576, 64)])
-def test_round_trip_error_is_that_of_e4m3(shape, ue8m0):
+def test_round_trip_error_matches_that_of_e4m3(shape, ue8m0):
     """Three mantissa bits: at most 1/16 of the value, or half the smallest step (2^-9 * S / 2) near zero."""
     weight = normal(*shape)
     stored, scale = quantise_blocks(weight, ue8m0=ue8m0)

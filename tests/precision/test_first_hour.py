@@ -32,7 +32,7 @@ def bench(monkeypatch):
 
 
 @pytest.mark.timeout(600)
-def test_a_rehearsal_goes_on_where_it_stopped_and_tells_of_checks_that_fail(tmp_path):
+def test_a_rehearsal_resumes_and_reports_failing_checks(tmp_path):
     ended = first_hour(tmp_path, "--only", "values", "layer")
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "first_hour.json").read_text())
@@ -168,7 +168,7 @@ def test_the_check_of_fp8_says_what_failed_even_if_only_pointers_were_timed_or_t
         assert found.verdict == "bad" and found.says == f"1 of 1 checks passed; {why}" and found.figures["checks"]
 
 
-def test_fp8_writes_its_checks_before_it_times_and_goes_on_past_a_kernel_that_fails(bench, tmp_path, monkeypatch):
+def test_fp8_writes_its_checks_before_it_times_and_continues_past_a_kernel_that_fails(bench, tmp_path, monkeypatch):
     fp8, path, cpu = bench[2], tmp_path / "fp8.json", torch.device("cpu")
     right = {"call": "gemm", "backend": "torch", "shape": "s", "difference": 0.0, "good": True}
     monkeypatch.setattr(fp8, "place", lambda interpret: cpu)

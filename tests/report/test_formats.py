@@ -26,7 +26,7 @@ def curve(shift, n=40):
     return [5.0 - 0.05 * step + shift * (step % 3) for step in range(n)]
 
 
-def test_the_gap_is_that_of_smoothed_losses():
+def test_the_gap_matches_that_of_smoothed_losses():
     base, other = curve(0.01), curve(0.02)
     (one,) = comparisons.format_gaps(run(stage("a", base, 1.0), stage("b", other, 1.01, fp8="paper")))
     e, f, wanted = base[0], other[0], [100 * (other[0] - base[0]) / base[0]]

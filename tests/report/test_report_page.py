@@ -54,7 +54,7 @@ def measured(root, stage, metric):
     }
 
 
-def test_values_under_the_pointer_are_those_of_the_run(opened, root):
+def test_values_under_the_pointer_match_those_of_the_run(opened, root):
     figure, box = chart(opened, "Accuracy")
     correct, formatted = measured(root, "zero", "rl/accuracy"), measured(root, "zero", "rl/format")
     for share in (0.3, 0.8):

@@ -195,7 +195,7 @@ def test_what_the_model_wrote_and_nothing_else_is_trained_on(model, tokenizer, o
     assert values["rl/turns"] > 1 and values["rl/length"] == sum(row.length for row in rows) / len(rows)
 
 
-def test_the_gradient_is_that_of_the_same_tokens_masked_by_hand(model, tokenizer, often):
+def test_the_gradient_matches_that_of_the_same_tokens_masked_by_hand(model, tokenizer, often):
     groups = rollout.sample(Engine(model, tokenizer), echoes(2), encode, samples=2, seed=5, max_new_tokens=40,
                             context=CONTEXT)  # fmt: skip
     rows = [row for group in groups for row in group]

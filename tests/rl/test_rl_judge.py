@@ -260,7 +260,7 @@ def test_pauses_obey_retry_after_and_grow(tmp_path, monkeypatch):
     )
 
 
-def test_nobody_is_at_the_address(tmp_path):
+def test_no_server_at_the_address(tmp_path):
     with pytest.raises(UserError, match=r"the judge at http://127\.0\.0\.1:9/v1 failed 4 times: .*refused"):
         judge(SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path).verdicts(questions(3))
 

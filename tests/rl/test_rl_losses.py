@@ -83,7 +83,7 @@ def test_k3_is_unbiased_and_never_negative():
     assert not grpo_terms(old, old, old, torch.zeros_like(old), 0.2, 0.2).kl.any()
 
 
-def test_times_the_ratio_its_gradient_is_that_of_the_divergence():
+def test_times_the_ratio_its_gradient_matches_that_of_the_divergence():
     """On samples of pi_old, k3 times the ratio has the gradient of KL(pi | ref) after each prefix; plain k3 has not."""
     sampler, reference = table(4), table(5)
 

@@ -66,7 +66,7 @@ def test_scores_do_not_depend_on_the_company(directory, monkeypatch):
     assert model.score([]) == []
 
 
-def test_a_score_is_that_of_the_last_token_on_the_scale(directory):
+def test_a_score_matches_that_of_the_last_token_on_the_scale(directory):
     model = RewardModel.load(directory)
     prompt, answer = ITEMS[3]
     ids = judged_ids(model.tokenizer, "harmless", prompt, answer)

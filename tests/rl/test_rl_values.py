@@ -52,7 +52,7 @@ def test_lambda_one_is_what_came_minus_what_was_expected_and_zero_is_one_step():
     assert torch.allclose(critics.gae(last, value, length, 0.0), one_step, rtol=0, atol=1e-14)
 
 
-def test_what_stands_behind_an_end_does_not_matter():
+def test_text_after_an_end_does_not_matter():
     value, reward, length = random(2, 6), random(2, 6, seed=1), torch.tensor([4, 6])
     other, more = value.clone(), reward.clone()
     other[0, 4:], more[0, 4:] = 1e6, -1e6

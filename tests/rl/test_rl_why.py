@@ -94,7 +94,7 @@ def test_a_planted_cause_is_named_first(name):
     assert one.causes[0].low < one.causes[0].part < one.causes[0].high and cause in headline(one)
 
 
-def test_a_bug_is_told_from_learning():
+def test_a_bug_is_distinguished_from_learning():
     bug = played(0, *PLANTED["a bug that pays for a word"][:3])
     assert "What pays for this is flawed_rewards:for_wait; right answers went from" in headline(bug)
     assert "right answers went" not in headline(played(0, *PLANTED["a leaked answer"][:3]))

@@ -359,7 +359,7 @@ def test_examples_come_from_the_run_and_answers_are_checked(chat):
 
 
 @pytest.mark.parametrize("model", ["zero", "r1"])
-def test_a_cut_answer_says_so_and_goes_on_from_inside_its_thought(chat, server, model):
+def test_a_cut_answer_says_so_and_continues_from_inside_its_thought(chat, server, model):
     """To continue, the page sends exactly what the model has written: the server ends up with one longer answer."""
     chat.page.click(f"text=/^{model}$/")
     chat.set(thinking="always", max_tokens=30, seed=3, temperature=0)

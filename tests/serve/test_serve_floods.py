@@ -109,7 +109,7 @@ def test_a_server_is_known_by_the_address_it_was_given(process):
     assert error_of(answer)["code"] == "unknown_host" and error_of(answer)["message"].endswith(f" or {HOST}")
 
 
-def test_a_flood_delays_nobody_and_fills_nothing(process):
+def test_a_flood_delays_no_one_and_fills_no_queue(process):
     pid, port = process
 
     async def flood(blocks, seconds=0.6, clients=8):

@@ -47,7 +47,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_log_probabilities_are_those_of_the_model(server, r1, engine, direct, way):
+def test_log_probabilities_match_those_of_the_model(server, r1, engine, direct, way):
     asked, scores = direct
     api = remote(server, r1, **WAYS[way])
     if way == "ids with BOS":  # exactly the ids sent are scored, so BOS must be among them

@@ -209,7 +209,7 @@ SOUP = [*TAGS, "\\boxed{", "}", "x", "y", " ", "\n\n", "<", "\\", "think>"]
 @given(st.lists(st.sampled_from(SOUP), max_size=12).map("".join))
 @example("<think>x\\boxed{</think><answer>}</answer>x")  # read, with text around it
 @example("<think>x</think>" + "\n\n" * 5 + "<answer>y</answer>")  # more white space than the form has
-def test_what_is_read_stands_after_the_thoughts_and_nowhere_else(text):
+def test_answers_are_read_only_after_the_thoughts(text):
     reply = parse_reply(text)
     rest = text.rpartition("</think>")[2]
     assert all(answer.strip() and answer in rest for answer in reply.answers)

@@ -192,7 +192,7 @@ def test_documents_are_of_the_train_split_and_their_verdicts_true():
 @pytest.mark.parametrize(
     ("share", "author"), [({"direct": 1.0}, "direct"), ({"direct": 0.0, "sloppy": 0.0}, "careful")]
 )
-def test_the_mix_decides_who_writes(share, author):
+def test_the_mix_sets_the_authors(share, author):
     task = get("code", **share)
     assert {task.written(index).author for index in range(40)} == {author}
     with pytest.raises(UserError, match="between 0 and 1"):
@@ -216,7 +216,7 @@ def file_of(tmp_path, *rows):
     return f"code:{path}"
 
 
-def test_the_time_limit_of_a_file_is_that_of_one_test(tmp_path):
+def test_the_time_limit_of_a_file_matches_that_of_one_test(tmp_path):
     tests = [{"input": [n], "output": n} for n in range(4)]
     task = get(file_of(tmp_path, {"prompt": "Same.", "entry_point": "f", "time_limit": 1.2, "tests": tests}))
     problem = task.problem("train" if task.size("train") else "test", 0)

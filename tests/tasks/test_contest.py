@@ -125,7 +125,7 @@ def test_much_input_and_much_output():
     assert judge_program("print(7)", [(numbers, "7"), (numbers, "7")], seconds=20).passed == 2  # also if it is not read
 
 
-def test_time_is_that_of_one_test_but_not_without_end(monkeypatch):
+def test_time_matches_that_of_one_test_but_not_without_end(monkeypatch):
     slow = "import time\ntime.sleep(0.4)\n" + RIGHT
     assert judge_program(slow, TESTS, seconds=1.1).reason == "correct"
     monkeypatch.setattr("bessemer.addons.tasks.sandbox.TOTAL_SECONDS", 0.0)

@@ -521,7 +521,7 @@ def made(monkeypatch):
     return made
 
 
-def test_an_environment_with_a_time_limit_of_its_own_scores_what_was_said(made):
+def test_an_environment_with_its_own_time_limit_scores_the_turns_so_far(made):
     task = get("verifiers:guess")
     made["guess"].limit, made["guess"].reward = 0.05, 1.0
     answered, cut = (task.reset(task.problem("train", 2), 1) for _ in range(2))

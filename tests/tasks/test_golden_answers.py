@@ -29,7 +29,7 @@ def test_every_line_has_the_fields_of_its_task():
             assert ("####" in entry["gold"]) == (entry["task"] == "gsm8k"), entry["id"]
 
 
-def test_no_answer_stands_twice_and_no_question_has_two_golds():
+def test_no_answer_is_listed_twice_and_no_question_has_two_golds():
     every = ANSWERS + SECOND
     assert len({entry["id"] for entry in every}) == len(every)
     assert len({(entry["question"], entry["completion"]) for entry in every}) == len(every)
@@ -42,7 +42,7 @@ def test_no_answer_stands_twice_and_no_question_has_two_golds():
     assert not {entry["question"] for entry in ANSWERS} & {entry["question"] for entry in SECOND}
 
 
-def test_the_shares_are_those_of_a_useful_measure():
+def test_the_shares_match_those_of_a_useful_measure():
     families = Counter(entry["family"] for entry in ANSWERS)
     right = sum(entry["label"] == "right" for entry in ANSWERS)
     assert len(ANSWERS) >= 340 and 0.55 <= right / len(ANSWERS) <= 0.60

@@ -121,7 +121,7 @@ def test_grades(answer, reason, canonical, asked):
     assert (verdict.reason, verdict.answer) == (reason, canonical)
 
 
-def test_pages_are_by_people_who_mostly_fail(pages):
+def test_most_pages_show_failed_attempts(pages):
     groups = defaultdict(list)
     for page in pages:
         groups[page.author].append(TASK.verify(page.problem, page.response).sound)

@@ -54,7 +54,7 @@ def test_what_a_fork_changes_is_gone():
     assert seen == []
 
 
-def test_a_bomb_hurts_nobody_else():
+def test_a_bomb_harms_no_other_program():
     assert same("b+a")
     with pytest.raises(referee.RefereeFault, match="timeout"):
         same(BOMB)

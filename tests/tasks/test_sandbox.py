@@ -176,7 +176,7 @@ def test_scratch_is_small_and_gone_afterwards(isolation):
     assert result.stdout == "[]\n" and "No space left" in result.stderr
 
 
-def test_system_call_numbers_are_those_of_the_kernel_headers():
+def test_system_call_numbers_match_those_of_the_kernel_headers():
     places = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"}
     header = Path(places.get(os.uname().machine, "/absent"))
     if not header.exists():
@@ -317,7 +317,7 @@ def test_judge(isolation, source, reason):
     assert judgement.reason == reason and judgement.correct == (reason == "correct")
 
 
-def test_time_is_that_of_all_tests_or_that_of_one_but_not_without_end(monkeypatch):
+def test_time_matches_that_of_all_tests_or_that_of_one_but_not_without_end(monkeypatch):
     slow = "import time\ndef f(n):\n    time.sleep(0.2)\n    return n * n + 1"
     assert judge(slow, "f", TESTS, seconds=0.7).reason == "timeout"
     limit = "import resource\ndef f():\n    return resource.getrlimit(resource.RLIMIT_CPU)[0]"
@@ -365,7 +365,7 @@ def test_the_same_program_has_the_same_time_on_a_crowded_machine(isolation, monk
 
 
 @pytest.mark.parametrize(("machine", "reason"), [(0.5, "timeout"), (1.0, "timeout"), (4.0, "correct")])
-def test_limits_are_those_of_the_reference_machine(machine, reason, monkeypatch):
+def test_limits_match_those_of_the_reference_machine(machine, reason, monkeypatch):
     monkeypatch.setattr("bessemer.addons.tasks.sandbox.process.speed", lambda: machine)
     assert judge(BUSY, "f", [([1], 1)], seconds=0.15).reason == reason
     assert judge("import time\ndef f(n):\n    time.sleep(0.5)", "f", [([1], None)], seconds=0.15).reason == "timeout"

@@ -54,7 +54,7 @@ def test_a_task_is_found_by_its_file_and_says_so(folder):
     assert shared_file(NAME, NAME) is None, "its splits are its own"
 
 
-def test_the_example_is_that_of_the_page():
+def test_the_example_matches_that_of_the_page():
     page = (ROOT / "docs" / "tasks.md").read_text()
     assert re.search('```python\n(""".*?)```', page, re.DOTALL)[1] == (EXAMPLES / "remainder.py").read_text()
 

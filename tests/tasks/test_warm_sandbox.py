@@ -123,7 +123,7 @@ def test_the_memory_of_a_program_holds_nothing_of_the_one_before(isolation, impo
 
 
 @isolated
-def test_verdicts_and_their_details_are_those_of_new_sandboxes(isolation, sandboxes):
+def test_verdicts_and_their_details_match_those_of_new_sandboxes(isolation, sandboxes):
     programs = [
         "print(input())", "1/0", "print(7", "import sys; sys.exit(3)", "import os; os._exit(3)", "while 1: pass",
         "x = 'a' * 10**10", "print('x' * 10**6)", "import random; print(len({random.random()}))",

@@ -111,7 +111,7 @@ def lines(page):
     return page.response.removeprefix("<think>").partition("</think>")[0].split("\n")
 
 
-def test_pages_are_short_and_by_people_who_often_fail():
+def test_pages_are_short_and_often_show_failed_attempts():
     groups = defaultdict(list)
     for page in PAGES:
         groups[page.author].append(TASK.verify(page.problem, page.response).sound)

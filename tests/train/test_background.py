@@ -14,7 +14,7 @@ from bessemer.errors import UserError
 from bessemer.train import checkpoint, checkpointed
 
 
-def test_training_goes_on_while_the_disk_stands_still(tmp_path, monkeypatch):
+def test_training_continues_while_the_disk_is_stuck(tmp_path, monkeypatch):
     """The checkpoint of step 2 is only written once step 6 is over, and holds the state after step 2. The disk never
     makes the training thread wait: none of the fsync calls come from it."""
     disk, sync = threading.Event(), os.fsync

@@ -56,7 +56,7 @@ def test_stopped_and_resumed_it_is_the_same_run(kind, tmp_path):
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
-def test_the_loss_is_that_of_transformers():
+def test_the_loss_matches_that_of_transformers():
     """Against transformers' loss from labels, summed over the trained tokens of the separate samples."""
     model, batch = CausalLM(made("llama")), rows(0, 2)
     loss = objective.next_token(model, batch, mtp_lambda=0.0, balance_alpha=0.0)

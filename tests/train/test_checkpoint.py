@@ -78,7 +78,7 @@ FILES = [
 
 @pytest.mark.parametrize("damage", [truncate, flip, os.remove])
 @pytest.mark.parametrize("name", FILES)
-def test_damage_is_told_and_passed_over(tmp_path, damage, name):
+def test_damage_is_reported_and_skipped(tmp_path, damage, name):
     good, bad = save(tmp_path, 1, state(1.0)), save(tmp_path, 2, state(2.0))
     damage(bad / name)
     told = []

@@ -46,7 +46,7 @@ def test_an_error_in_a_step_leaves_torch_as_it_was(gpu):
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_cublas_must_have_been_told_before(gpu, monkeypatch):
+def test_cublas_must_be_configured_before_first_use(gpu, monkeypatch):
     monkeypatch.setenv(determinism.VARIABLE, ":0:0")
     with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8"), determinism.kept(True, print):
         pass
@@ -72,7 +72,7 @@ print(*(os.environ.get(name, "-") for name in sys.argv[1:]))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="expandable segments are for Linux")
-def test_cuda_is_told_before_torch_is_there_unless_a_user_did():
+def test_cuda_is_configured_before_torch_is_imported_unless_the_user_did_it():
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
     clean = {name: value for name, value in os.environ.items() if name not in names}
 

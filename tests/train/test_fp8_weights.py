@@ -83,7 +83,7 @@ def operand_of(training):
     return operand, turned
 
 
-def test_whoever_writes_to_the_weights_is_noticed(tmp_path, quantised):
+def test_writes_to_the_weights_are_noticed(tmp_path, quantised):
     training, _ = steps(1, state_dir=tmp_path, ema_decay=0.5, copies=2)
     weight, optimizer = training.model.layers[1].ffn.experts.w13, training.optimizer
     first, turned = operand_of(training)

@@ -87,7 +87,7 @@ def test_where_no_forward_fits(network, stays):
     assert "more than the card holds" in text and "resumes" not in text
 
 
-def test_where_rows_are_shorter_micro_rows_is_lowered_all_the_same(network, stays):
+def test_micro_rows_is_lowered_where_rows_are_shorter_too(network, stays):
     """A forward then has more rows than micro_rows says."""
     fixed = sum(stays.values())
     total = int((fixed + 0.6 * gpu_faults.kept(network, 128, 1024, 2, True)) / gpu_faults.USABLE)

@@ -115,7 +115,7 @@ def test_without_checkpoints_three_bad_steps_stop():
         run.run()
 
 
-def test_step_without_loss_tokens_is_told_not_divided():
+def test_a_step_without_loss_tokens_is_reported_not_divided():
     told = []
     run = trainer(warn=told.append)
     batch = batches(0, 4)
@@ -125,7 +125,7 @@ def test_step_without_loss_tokens_is_told_not_divided():
     assert torch.equal(before, run.optimizer.masters()["norm.weight"])
 
 
-def test_gamma_without_any_bias_is_told():
+def test_gamma_without_any_bias_is_an_error():
     told = []
     trainer(model(n_expert_groups=1, n_limited_groups=1, topk_method="greedy"), warn=told.append)
     assert "gamma has no effect" in told[0]

@@ -23,7 +23,7 @@ from bessemer.model.accounting import flops_per_token
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("Tesla T4", None),
     ],
 )  # fmt: skip
-def test_peaks_are_those_of_the_card_and_of_no_other(card, tera):
+def test_peaks_match_those_of_the_card_and_of_no_other(card, tera):
     assert peak_flops(card) == (None if tera is None else pytest.approx(tera * 1e12))
 
 

@@ -75,7 +75,7 @@ def pefts_own(folder, weights, kind):
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gpt2"])
-def test_training_is_that_of_peft_in_a_plain_loop(bases, kind):
+def test_training_matches_that_of_peft_in_a_plain_loop(bases, kind):
     """Compared: the first step's gradients, and the adapters after three AdamW steps with clipped gradients."""
     model = adapted(bases[kind])
     theirs = pefts_own(bases[kind], model.adapters(), kind)
@@ -240,7 +240,7 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_what_cannot_be_served_is_said(bases, tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_served_is_refused(bases, tmp_path, monkeypatch):
     folder = bases["qwen2"]
     with pytest.raises(UserError, match=r'lora.targets names "q_prj".*did you mean "q_proj"'):
         adapted(folder, targets=["q_prj"])

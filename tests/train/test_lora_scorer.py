@@ -63,7 +63,7 @@ def rows(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gpt2"])
-def test_training_is_that_of_peft_in_a_plain_loop(bases, rows, kind):
+def test_training_matches_that_of_peft_in_a_plain_loop(bases, rows, kind):
     """peft gets one padded text per row, our model packed rows. No text begins with a BOS."""
     model = adapted(bases[kind])
     theirs = theirs_of(bases[kind])
@@ -133,7 +133,7 @@ def test_transformers_and_peft_read_what_is_saved_and_it_merges(bases, call, tmp
         load_scorer(base)
 
 
-def test_what_cannot_be_a_reward_model_is_said(bases):
+def test_a_model_that_cannot_score_is_refused(bases):
     with pytest.raises(UserError, match=r'lora\.targets names "score", but no matrix in the layers'):
         adapted(bases["qwen2"], targets=["score"])
     sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)

@@ -101,7 +101,7 @@ def test_logprobs_equal_reference(temperature, entropy):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("way", ["kernel", "torch", "reference"])
-def test_of_kept_tokens_logprobs_entropy_and_gradients_are_those_of_their_logits_alone(way, temperature, monkeypatch):
+def test_of_kept_tokens_logprobs_entropy_and_gradients_match_those_of_their_logits_alone(way, temperature, monkeypatch):
     """Against a float64 softmax over the kept tokens, row by row; the other logits get no gradient at all."""
     hidden, weight, target, _ = inputs()
     g = torch.Generator().manual_seed(2)

@@ -35,7 +35,7 @@ def test_rates_are_measured_for_both_dtypes():
     assert all(0.01 < rate < 1e7 for rate in rates.values())
 
 
-def test_the_rate_is_that_of_the_fastest_run(monkeypatch):
+def test_the_rate_matches_that_of_the_fastest_run(monkeypatch):
     """Four runs of 4, 2, 1 and 3 ms on a fake clock: 2 * 64^3 operations in 1 ms; the first two runs warm up."""
     now, took = [0.0], iter([0.009, 0.0001, 0.004, 0.002, 0.001, 0.003, 1.0])
     real = torch.mm
@@ -49,7 +49,7 @@ def test_the_rate_is_that_of_the_fastest_run(monkeypatch):
     assert measured.gemm_rate(torch.float32, seconds=0.006, size=64) == pytest.approx(2 * 64**3 / 0.001 / 1e9)
 
 
-def test_it_multiplies_in_the_dtype_asked_for(monkeypatch):
+def test_products_use_the_requested_dtype(monkeypatch):
     seen = []
     real = torch.mm
     monkeypatch.setattr(measured.torch, "mm", lambda x, w: seen.append((x.dtype, w.dtype, x.shape)) or real(x, w))

@@ -178,7 +178,7 @@ def test_counters_schedules_and_log(tmp_path):
     assert saved == [f"step-{10:08d}", f"step-{run.step:08d}"]
 
 
-def test_a_warm_up_in_steps_rises_evenly_while_batches_grow_and_goes_on_after_a_stop(tmp_path):
+def test_a_warm_up_in_steps_rises_evenly_while_batches_grow_and_continues_after_a_stop(tmp_path):
     def rates(**options):
         logged = []
         run = trainer(
