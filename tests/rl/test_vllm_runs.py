@@ -126,6 +126,14 @@ def test_samples_are_a_function_of_their_key_and_the_weights(engine, worker):
     assert max(gaps) < 1e-4
 
 
+def test_prompts_that_no_single_step_holds_are_sampled_with_their_seeds(engine, worker):
+    """8,100 tokens of prompts: a step that takes a part of one would rewind its generator."""
+    prompts = [[0, *((7 * n + t) % 200 + 8 for t in range(89))] for n in range(90)]
+    (batch,) = engine.plan(prompts, max_new_tokens=4, stop_ids=[], batch_rows=90, seeds=range(90)).batches
+    packed = exchange(engine, dict(engine.model.state_dict()))
+    assert len(worker.generate(worker.version + 1, packed, batch).completions) == 90
+
+
 def stale(worker):
     worker.engine.weights.load = lambda weights: None
 

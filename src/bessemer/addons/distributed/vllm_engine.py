@@ -155,8 +155,13 @@ def llm_arguments(gpus: int, options: VLLMSettings) -> dict[str, Any]:
         arguments |= dict(
             dtype="bfloat16", tensor_parallel_size=gpus, gpu_memory_utilization=options.gpu_memory_utilization
         )
-    else:  # its own operations are left out: in 0.32 the one for interleaved RoPE is wrong for several heads
-        arguments |= dict(dtype="float32", enforce_eager=True, compilation_config={"custom_ops": ["none"]})
+    else:
+        arguments |= dict(
+            dtype="float32",
+            enforce_eager=True,
+            compilation_config={"custom_ops": ["none"]},  # in 0.32 its interleaved RoPE is wrong for several heads
+            enable_chunked_prefill=False,  # a part of a prompt rewinds the sample's generator, which CPUs cannot
+        )
     if gpus > 1:
         arguments["distributed_executor_backend"] = "mp"  # on this worker's own GPUs, not elsewhere in Ray
     if options.max_model_len is not None:
