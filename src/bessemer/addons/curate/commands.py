@@ -26,14 +26,13 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Read, filter, deduplicate, decontaminate and tokenise; finished jobs are skipped."""
-    from bessemer.addons.curate import report
-    from bessemer.addons.curate import stage as curation
+    from bessemer.addons.curate import data_recipe, report
     from bessemer.config import places
     from bessemer.config.builtin import find_recipe
     from bessemer.runs.files import write_atomic
 
     recipe = find_recipe(recipe, data=True)
-    loaded = curation.load(recipe, set_ or [])
+    loaded = data_recipe.load(recipe, set_ or [])
     folder = out or Path("data") / loaded.name
     try:
         revisions = folder / places.REVISIONS
@@ -42,7 +41,7 @@ def build(
             write_atomic(revisions, "{}\n")
         begun = (folder / "work").exists() and not revisions.exists()  # by a version that pinned nothing: leave it so
         with places.of_recipe(recipe.absolute().parent, None if begun else revisions):
-            facts = curation.build(loaded, folder)
+            facts = data_recipe.build(loaded, folder)
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
