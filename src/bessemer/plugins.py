@@ -112,9 +112,9 @@ def find(kind: str, name: str, takes: str = "", derives: type | None = None) -> 
         member = _from_module(name)
     else:
         close = difflib.get_close_matches(name, names(kind), n=1)
-        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        known = f"did you mean {close[0]!r}? Known" if close else "known"
         raise UserError(
-            f"there is no {KINDS[kind]} {name!r}{meant}; known: {', '.join(names(kind)) or 'none'}, or your own, "
+            f"there is no {KINDS[kind]} {name!r}; {known}: {', '.join(names(kind)) or 'none'}, or your own, "
             "as FILE.py:NAME or package.module:NAME"
         )
     if derives is not None and isinstance(member, type) and issubclass(member, derives):
