@@ -18,18 +18,18 @@ SIZES = [("gpipe", 4, 3), ("1f1b", 4, 6), ("1f1b", 2, 4), ("interleaved", 4, 8),
 
 def everything(table):
     """All possible messages, derived from the stages alone."""
-    for lane, place in enumerate(table.place):
+    for lane, placement in enumerate(table.place):
         for micro in range(table.per_lane):
             for stage in range(1, table.stages):
-                yield place[stage - 1], place[stage], Action("F", stage, micro, lane)
-                yield place[stage], place[stage - 1], Action("B", stage - 1, micro, lane)
+                yield placement[stage - 1], placement[stage], Action("F", stage, micro, lane)
+                yield placement[stage], placement[stage - 1], Action("B", stage - 1, micro, lane)
 
 
 @pytest.mark.parametrize(("name", "ranks", "micro"), SIZES)
-def test_every_message_once_on_its_way(name, ranks, micro):
+def test_every_message_is_sent_once_in_its_direction(name, ranks, micro):
     table = schedule(name, ranks, micro)
-    wanted = sorted(found for found in everything(table) if found[0] != found[1])
-    assert sorted((*way, sent) for way, all_sent in orders(table).items() for sent in all_sent) == wanted
+    expected = sorted(message for message in everything(table) if message[0] != message[1])
+    assert sorted((*direction, sent) for direction, all_sent in orders(table).items() for sent in all_sent) == expected
     assert set(SCHEDULES) == {name for name, *_ in SIZES}
 
 
@@ -57,14 +57,14 @@ class Ends:
 
     def busy(self, rank):
         """Whether any request of this rank is incomplete."""
-        return any(asked for (_, who), asked in self.asked.items() if who == rank)
+        return any(requests for (_, who), requests in self.asked.items() if who == rank)
 
-    def has(self, way, wanted):
-        place = self.orders[way].index(wanted)
-        while self.posted[way] < min(place + 1 + AHEAD, len(self.orders[way])):
-            self.ask(*way, "receive", self.orders[way][self.posted[way]])
-            self.posted[way] += 1
-        return wanted in self.done
+    def has(self, direction, message):
+        place = self.orders[direction].index(message)
+        while self.posted[direction] < min(place + 1 + AHEAD, len(self.orders[direction])):
+            self.ask(*direction, "receive", self.orders[direction][self.posted[direction]])
+            self.posted[direction] += 1
+        return message in self.done
 
 
 def needed(action, table):
@@ -83,7 +83,7 @@ def one_way(source, target):
 def stuck(table, group, cold=False):
     """Runs every rank and returns those that cannot finish. `cold`: the first time a rank computes something, it waits
     for all work given to its device, as tuning and loading a kernel do."""
-    ends, at, here, moved = Ends(table, group), [0] * table.ranks, set(), True
+    ends, at, arrived, moved = Ends(table, group), [0] * table.ranks, set(), True
     known = [set() for _ in range(table.ranks)]
     while moved:
         moved = False
@@ -92,7 +92,7 @@ def stuck(table, group, cold=False):
                 step = steps[at[rank]]
                 parts = step if isinstance(step, Pair) else (step,)
                 waited = [pair for part in parts for pair in needed(part, table)]
-                if not all(sent in here if who == rank else ends.has((who, rank), sent) for who, sent in waited):
+                if not all(sent in arrived if who == rank else ends.has((who, rank), sent) for who, sent in waited):
                     break
                 kind = "F&B" if isinstance(step, Pair) else step.kind
                 if cold and kind not in known[rank] and ends.busy(rank):
@@ -101,7 +101,7 @@ def stuck(table, group, cold=False):
                 for part in parts:
                     sent = message(part, table.stages)
                     if sent is not None and table.place[sent.lane][sent.stage] == rank:
-                        here.add(sent)
+                        arrived.add(sent)
                     elif sent is not None:
                         ends.ask(rank, table.place[sent.lane][sent.stage], "send", sent)
                 at[rank], moved = at[rank] + 1, True
@@ -111,13 +111,13 @@ def stuck(table, group, cold=False):
 
 
 @pytest.mark.parametrize(("name", "ranks", "micro"), SIZES)
-def test_nobody_waits_for_ever_where_sends_wait_for_their_receivers(name, ranks, micro):
+def test_no_deadlock_with_blocking_sends(name, ranks, micro):
     assert stuck(schedule(name, ranks, micro), one_way) == []
 
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(sorted(SCHEDULES)), ranks=st.integers(1, 7), micro=st.integers(1, 24))
-def test_nor_in_any_other_size(name, ranks, micro):
+def test_no_deadlock_at_random_sizes(name, ranks, micro):
     try:
         table = schedule(name, ranks, micro)
     except UserError:
@@ -125,19 +125,19 @@ def test_nor_in_any_other_size(name, ranks, micro):
     assert stuck(table, one_way) == []
 
 
-def test_one_group_for_both_directions_would_hang():
+def test_one_group_for_both_directions_deadlocks():
     """Why each direction has its own group: two neighbours that send at the same time would wait for each other."""
     assert stuck(schedule("dualpipe", 4, 8), lambda source, target: frozenset((source, target)))
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_a_wait_for_the_whole_device_in_the_middle_of_a_step_would_hang(ahead, monkeypatch):
+def test_a_device_sync_within_a_step_deadlocks(ahead, monkeypatch):
     """Why `Executor.warm` comes before the messages; taking no message early is not enough."""
     monkeypatch.setattr("test_channels.AHEAD", ahead)
     assert stuck(schedule("dualpipe", 4, 8), one_way, cold=True)
 
 
-def test_what_keeps_a_stage_in_memory():
+def test_activations_held_by_each_stage():
     assert sharing_ranks(schedule("1f1b", 4, 4)) == [(0, 3)]
     assert sharing_ranks(schedule("dualpipe", 4, 8)) == [(0, 3), (1, 2)]
     assert sharing_ranks(schedule("dualpipe-v", 4, 8)) == []

@@ -22,30 +22,30 @@ def large(monkeypatch, tmp_path):
     return path, tensors["model/large"]
 
 
-def test_a_part_of_a_tensor_is_read_without_the_rest(large):
-    path, whole = large
+def test_reading_a_slice_reads_only_its_chunks(large):
+    path, tensor = large
     reader = CheckpointReader(path)
     assert reader.bytes_read == 0
-    assert torch.equal(reader.elements("model/large", 5_000, 5_500), whole[5_000:5_500])
+    assert torch.equal(reader.elements("model/large", 5_000, 5_500), tensor[5_000:5_500])
     assert reader.bytes_read == 3 << 10, "2,000 bytes lie in three chunks"
-    assert torch.equal(reader.elements("model/large", 5_500, 5_600), whole[5_500:5_600])
+    assert torch.equal(reader.elements("model/large", 5_500, 5_600), tensor[5_500:5_600])
     assert reader.bytes_read == 3 << 10, "the last chunk is not read again"
     assert reader.elements("model/large", 7, 7).shape == (0,)
 
 
-def test_only_readers_of_a_damaged_chunk_notice(large):
-    path, whole = large
+def test_damage_is_noticed_only_by_readers_of_its_chunk(large):
+    path, tensor = large
     file = path / "rank-00000.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
     reader = CheckpointReader(path)
-    assert torch.equal(reader.elements("model/large", 0, 10_000), whole[:10_000])
+    assert torch.equal(reader.elements("model/large", 0, 10_000), tensor[:10_000])
     with pytest.raises(checkpoint.Damaged, match=r"rank-00000.safetensors does not match"):
         reader.elements("model/large", 10_000, 15_000)
 
 
-def test_ranks_read_a_part_of_what_one_process_wrote(tmp_path):
+def test_ranks_read_slices_of_a_single_process_file(tmp_path):
     state = checkpoint.State({"model": {"a/b": torch.arange(40.0)}}, {}, {})
     path = checkpoint.save(tmp_path, 3, state)
     assert CheckpointReader(path).elements("model/a/b", 10, 30).tolist() == [*range(10, 30)]

@@ -47,38 +47,38 @@ class Replaying(NextToken):
 
 def prescribed(number, segmented):
     """A batch; one without segments replays experts."""
-    made = batch(number, segmented)
-    return made if segmented else replace(made, extras={"choice_BTLK": choice(made.tokens_BT, number)})
+    data = batch(number, segmented)
+    return data if segmented else replace(data, extras={"choice_BTLK": choice(data.tokens_BT, number)})
 
 
-def close(found, wanted, bound):
-    return float((found - wanted).norm()) <= bound * float(wanted.norm())
+def close(actual, expected, bound):
+    return float((actual - expected).norm()) <= bound * float(expected.norm())
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "size", "short"), [(1, 130, 0), (2, 100, 3), (4, 70, 1), (3, 64, 0)])
-def test_every_query_meets_every_key_it_may_see_once_and_its_own_first(n, size, short, monkeypatch):
+def test_every_query_attends_to_every_visible_key_once_starting_with_its_own(n, size, short, monkeypatch):
     monkeypatch.setattr(context_attention, "KEYS", 128)
     for rank in range(n):
         cut = Cut(None, n, rank, size)
         t = 2 * size - (short if rank == 0 else 0)
         here = torch.cat([torch.arange(size) + own * size for own in cut.own])[:t]
-        seen = torch.zeros(t, 2 * n * size, dtype=torch.int32)
+        counts = torch.zeros(t, 2 * n * size, dtype=torch.int32)
         for keys, queries in blocks(cut, t):
             begin = keys.chunk * size + keys.first
             for block in queries:
                 assert block.position == here[block.first]
-                first = seen[block.first : block.end].sum() == 0
+                first = counts[block.first : block.end].sum() == 0
                 visible = torch.ones(block.end - block.first, block.keys, dtype=torch.int32)
                 if block.diagonal:
                     positions = torch.arange(begin, begin + block.keys)
                     visible = (positions <= here[block.first : block.end, None]).int()
                 if first:
                     assert visible.any(1).all(), "softmax begins with a key that each of the queries sees"
-                seen[block.first : block.end, begin : begin + block.keys] += visible
-        assert torch.equal(seen, (torch.arange(2 * n * size) <= here[:, None]).int())
+                counts[block.first : block.end, begin : begin + block.keys] += visible
+        assert torch.equal(counts, (torch.arange(2 * n * size) <= here[:, None]).int())
 
 
 def attend_on_a_rank(rank, n, segmented, dtype):
@@ -108,16 +108,16 @@ def rope_of(length):
 
 @pytest.mark.parametrize(("n", "segmented", "dtype"), [(2, False, torch.float32), (3, True, torch.float32),
                                                        (4, True, torch.bfloat16)])  # fmt: skip
-def test_attention_over_ranks_is_attention(n, segmented, dtype):
+def test_context_parallel_attention_matches_whole_rows(n, segmented, dtype):
     """Output and gradients of the input and of every weight: float32 to its last digits, BF16 within its rounding."""
     bound = 2e-6 if dtype == torch.float32 else 2e-2
     layer, x, dy, segments = one_layer(segmented, dtype)
     x.requires_grad_()
     y = layer.attn(x, rope_of(T), segments)
     y.backward(dy)
-    for mine, theirs, dx, grads in on_ranks(n, attend_on_a_rank, n, segmented, dtype):
-        assert close(torch.from_numpy(theirs), y.detach()[:, mine].float(), bound)
-        assert close(torch.from_numpy(dx), x.grad[:, mine].float(), 2 * bound)
+    for positions, theirs, dx, grads in on_ranks(n, attend_on_a_rank, n, segmented, dtype):
+        assert close(torch.from_numpy(theirs), y.detach()[:, positions].float(), bound)
+        assert close(torch.from_numpy(dx), x.grad[:, positions].float(), 2 * bound)
         for name, parameter in layer.attn.named_parameters():
             assert close(torch.from_numpy(grads[name]), parameter.grad.float(), 2 * bound), name
 
@@ -142,7 +142,7 @@ def fp8_case(n, own_chunks):
 
 
 def fp8_on_a_rank(rank, n):
-    found = []
+    outputs = []
     context, cut = Context(dist.group.WORLD, n, rank), Cut(dist.group.WORLD, n, rank, 128)
     for own_chunks in (True, False):
         x, dy, rope, segments = fp8_case(n, own_chunks)
@@ -150,26 +150,29 @@ def fp8_on_a_rank(rank, n):
         y, dx, grads = fp8_attention(x[:, mine], dy[:, mine], rope[mine], segments, core=FP8Core(cut))
         for grad in grads.values():
             dist.all_reduce(grad)
-        found.append((mine.numpy(), y.numpy(), {"x": dx.numpy(), **{k: v.numpy() for k, v in grads.items()}}))
-    return found
+        outputs.append((mine.numpy(), y.numpy(), {"x": dx.numpy(), **{k: v.numpy() for k, v in grads.items()}}))
+    return outputs
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_attention_in_fp8_over_ranks_matches_that_of_whole_rows(n):
+def test_context_parallel_fp8_attention_matches_whole_rows(n):
     """If no token attends to another chunk, equal except where the last digits flip a rounding. Otherwise the keys'
     gradients are quantised in parts, and are as far from the exact ones as those of whole rows."""
-    for own_chunks, found in zip((True, False), zip(*on_ranks(n, fp8_on_a_rank, n), strict=True), strict=True):
+    for own_chunks, outputs in zip((True, False), zip(*on_ranks(n, fp8_on_a_rank, n), strict=True), strict=True):
         x, dy, rope, segments = fp8_case(n, own_chunks)
         y, dx, grads = fp8_attention(x, dy, rope, segments)
         layer, x = Transformer(CFG).initialise(3).layers[1], x.requires_grad_()
         layer.attn(layer.attn_norm(x), rope, segments).backward(dy)
         exact = {"norm": layer.attn_norm.weight.grad, **{k: p.grad for k, p in layer.attn.named_parameters()}}
-        for mine, y_theirs, theirs in found:
-            assert close(torch.from_numpy(y_theirs), y[:, mine], 1e-5)
-            for name, whole, right in [("x", dx[:, mine], x.grad[:, mine]), *((k, grads[k], exact[k]) for k in grads)]:
-                one = torch.from_numpy(theirs[name])
-                assert close(one, whole, 2e-3 if own_chunks else 0.08), name
-                assert (one - right).norm() < 1.1 * (whole - right).norm(), name
+        for positions, y_theirs, gradients in outputs:
+            assert close(torch.from_numpy(y_theirs), y[:, positions], 1e-5)
+            for name, expected, right in [
+                ("x", dx[:, positions], x.grad[:, positions]),
+                *((k, grads[k], exact[k]) for k in grads),
+            ]:
+                actual = torch.from_numpy(gradients[name])
+                assert close(actual, expected, 2e-3 if own_chunks else 0.08), name
+                assert (actual - right).norm() < 1.1 * (expected - right).norm(), name
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------
@@ -187,7 +190,7 @@ def gradients_on_a_rank(rank, layout, name, micro, segmented, recompute):
     for parameter, p in part.model.named_parameters():
         dist.all_reduce(p.grad, group=part.mesh.group["expert" if ".experts." in parameter else "dense"])
         grads[parameter] = p.grad.numpy()
-    loads = {gate: one.load_E.numpy() for gate, one in part.gates.items()}
+    loads = {gate: router.load_E.numpy() for gate, router in part.gates.items()}
     return sums.values, (sums.divisor, sums.tokens, sums.rows), grads, loads, part.mesh.experts.start
 
 
@@ -209,31 +212,31 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("layout", "name", "micro", "segmented", "recompute"), STEPS, ids=str)
-def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro, segmented, recompute):
+def test_a_context_parallel_step_matches_one_process(layout, name, micro, segmented, recompute):
     """Every metric and gradient, MTP and balance terms included, to float32's last digits; loads exactly, without what
     follows a row's last trained token where rows are not segmented. In FP8 the keys' gradients and the tiles along
     tokens are rounded in other parts."""
-    found = on_ranks(layout.world, gradients_on_a_rank, layout, name, micro, segmented, recompute)
+    actual = on_ranks(layout.world, gradients_on_a_rank, layout, name, micro, segmented, recompute)
     model, bound = stepped(recompute), 0.1 if recompute == "fp8" else 2e-5
     trainer = Trainer(model, Replaying(), None, *config(counts_padding=segmented))
     model.train()
     sums = trainer.collective.accumulate(
         [prescribed(n, segmented) for n in range(layout.dp * layout.ep * micro)], TERMS
     )
-    wanted = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     names = set()
-    for values, counted, grads, loads, first in found:
+    for values, counted, grads, loads, first in actual:
         assert counted == (sums.divisor, sums.tokens, sums.rows)
         for key, value in sums.values.items():
             assert values[key] == pytest.approx(value, rel=1e-5), key
         for gate, load in loads.items():
             assert torch.equal(torch.from_numpy(load), trainer.gates[gate].load_E), gate
         for parameter, grad in grads.items():
-            whole = wanted[parameter].grad
-            whole = whole[first : first + len(grad)] if ".experts." in parameter else whole
-            assert close(torch.from_numpy(grad), whole, bound), parameter
+            expected = parameters[parameter].grad
+            expected = expected[first : first + len(grad)] if ".experts." in parameter else expected
+            assert close(torch.from_numpy(grad), expected, bound), parameter
         names |= grads.keys()
-    assert names == wanted.keys()
+    assert names == parameters.keys()
 
 
 def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
@@ -250,25 +253,25 @@ def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
     training.save()
     training.finish()
     weights = {n: t.numpy() for n, t in training.optimizer.masters().items()}
-    biases = {gate: one.bias_E.numpy() for gate, one in part.gates.items()}
+    biases = {gate: router.bias_E.numpy() for gate, router in part.gates.items()}
     return values, nats, weights, biases, (training.rows, training.tokens)
 
 
-def test_steps_held_out_loss_and_a_checkpoint_that_continues_without_cutting(tmp_path):
+def test_context_parallel_steps_heldout_loss_and_resume_without_it(tmp_path):
     """Two steps over cut rows and two over whole ones equal four steps of one process."""
     cut = on_ranks(4, steps_on_a_rank, Layout(pp=2, cp=2), "1f1b", 2, tmp_path, 0, 2)
-    rest = on_ranks(2, steps_on_a_rank, Layout(pp=2), "1f1b", 2, tmp_path, 2, 2)
+    remainder = on_ranks(2, steps_on_a_rank, Layout(pp=2), "1f1b", 2, tmp_path, 2, 2)
     trainer = Trainer(Transformer(CFG).initialise(1), next_token, None, *config())
     for step in range(4):
-        wanted = trainer.update([batch(100 * step + n) for n in range(2)])
-        for values, *_ in cut if step < 2 else rest:
+        expected = trainer.update([batch(100 * step + n) for n in range(2)])
+        for values, *_ in cut if step < 2 else remainder:
             for key in ("train/total", "train/loss", "train/mtp_1", "train/balance", "train/grad_norm"):
-                assert values[step % 2][key] == pytest.approx(wanted[key], rel=1e-4), (step, key)
+                assert values[step % 2][key] == pytest.approx(expected[key], rel=1e-4), (step, key)
         if step % 2 == 0:
             continue
         nats, tokens = loss.heldout_nats(trainer.model, [batch(n) for n in range(1000, 1003)])
         masters = trainer.optimizer.masters()
-        for _, theirs, weights, biases, counted in cut if step < 2 else rest:
+        for _, theirs, weights, biases, counted in cut if step < 2 else remainder:
             assert theirs == (pytest.approx(nats, rel=1e-4), tokens) and counted == (trainer.rows, trainer.tokens)
             for name, weight in weights.items():
                 assert (torch.from_numpy(weight) - masters[name]).abs().max() < 0.1 * LR, name
@@ -278,10 +281,10 @@ def test_steps_held_out_loss_and_a_checkpoint_that_continues_without_cutting(tmp
         assert (cut[0][2][name] == cut[1][2][name]).all(), "the ranks of a row have the same weights to the bit"
 
 
-def test_rows_that_cannot_be_cut_are_refused():
-    with pytest.raises(UserError, match=r"rows of 26 tokens cannot be split into 4 equal chunks.*such as 24"):
+def test_rows_that_cannot_be_split_are_refused():
+    with pytest.raises(UserError, match=r"26 tokens.*4 equal chunks.*24"):
         Context(None, 2, 0).positions(26)
-    with pytest.raises(UserError, match=r"pp 1 x dp 1 x ep 1 x cp 4 on 6 ranks: it makes 4 ranks"):
+    with pytest.raises(UserError, match=r"cp 4 on 6 ranks.*4 ranks"):
         check(Layout(cp=4), CFG, 6)
     assert all(near.cp == 2 for near in nearest(Layout(cp=2, dp=2), CFG, 8))
     assert all(near.cp == 1 for near in nearest(Layout(cp=3), CFG, 8))

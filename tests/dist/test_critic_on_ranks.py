@@ -50,9 +50,9 @@ def groups(number, n=5):
         layers = CFG.n_layers - CFG.n_dense_layers
         routing = torch.rand(len(prompt + answer) - 1, layers, CFG.n_routed_experts, generator=draw)
         routing = routing.topk(CFG.n_activated_experts).indices.short()
-        made = completion(answer, "", logp, "stop", len(prompt), routing=routing)
+        sample = completion(answer, "", logp, "stop", len(prompt), routing=routing)
         reward = float(answer[0] % 2) + 0.1 * len(answer)
-        return ScoredSample(Problem("p", "", "en"), prompt, made, Verdict(True, True, "", None), reward)
+        return ScoredSample(Problem("p", "", "en"), prompt, sample, Verdict(True, True, "", None), reward)
 
     return [[one(prompt) for _ in range(3)] for prompt in (ids(2, 8) for _ in range(n))]
 
@@ -87,12 +87,12 @@ class Run:
             batches = rollout.to_batches(
                 part, PAD, SETTINGS.micro_tokens, "sequence", self.policy.collective.n_pipelines
             )
-            mine = list(self.policy.collective.mine(batches))
-            self.critic.before_step(mine)
-            self.policy.update(mine)
-        found = {name: [row.per_token[name] for row in flat] for name in ("value", "return")}
-        found["advantage"] = [row.advantage for row in flat]
-        return found, self.critic.metrics()
+            own = list(self.policy.collective.mine(batches))
+            self.critic.before_step(own)
+            self.policy.update(own)
+        actual = {name: [row.per_token[name] for row in flat] for name in ("value", "return")}
+        actual["advantage"] = [row.advantage for row in flat]
+        return actual, self.critic.metrics()
 
     def state(self):
         """The critic's master weights and moments as in the checkpoint."""
@@ -120,7 +120,7 @@ def two_rollouts(folder, *where):
 
 def on_a_rank(rank, folder, alone, schedule, layout):
     """Two rollouts; the second again after a kill, and again from a checkpoint of one process."""
-    run, both = two_rollouts(folder / "run", schedule, layout)
+    run, results = two_rollouts(folder / "run", schedule, layout)
     ended = run.state()
     again = Run(folder / "between", schedule, layout)
     assert again.resumed and again.policy.step == again.critic.trainer.step == 2
@@ -131,7 +131,7 @@ def on_a_rank(rank, folder, alone, schedule, layout):
     scorer = Scorer(run.critic.trainer.collective.mesh.cfg)
     gather_into(run.critic.trainer.collective.shard, scorer)
     return {
-        "both": both, "ended": ended, "repeated": repeated, "again": again.state(), "moved": moved.rollout(2),
+        "both": results, "ended": ended, "repeated": repeated, "again": again.state(), "moved": moved.rollout(2),
         "whole": {name: value.numpy() for name, value in scorer.state_dict().items()},
         "held": sum(group.master.numel() for group in run.critic.trainer.optimizer.groups),
         "counted": [float(gate.load_E.sum()) for gate in run.critic.trainer.gates.values()],
@@ -145,12 +145,12 @@ def alone(tmp_path_factory):
     return folder, *two_rollouts(folder / "run")
 
 
-def near(found, wanted):
+def near(actual, expected):
     """The results of two rollouts agree up to rounding; the second's values were learnt from the first."""
-    for (mine, metrics), (theirs, known) in zip(found, wanted, strict=True):
-        for name, of_rows in theirs.items():
-            for one, other in zip(mine[name], of_rows, strict=True):
-                assert one == pytest.approx(other, rel=1e-3, abs=2e-4), name
+    for (own, metrics), (on_rank, known) in zip(actual, expected, strict=True):
+        for name, of_rows in on_rank.items():
+            for value, of_row in zip(own[name], of_rows, strict=True):
+                assert value == pytest.approx(of_row, rel=1e-3, abs=2e-4), name
         share = metrics["critic/clip_share"]  # on few tokens, rounding decides which error is the larger
         assert metrics == pytest.approx(known | {"critic/clip_share": share}, rel=1e-3, abs=1e-5)
         assert share == pytest.approx(known["critic/clip_share"], abs=0.03)
@@ -160,48 +160,48 @@ LAYOUTS = [("dualpipe", Layout(2, 1, 1)), ("zbv", Layout(2, 1, 2))]
 
 
 @pytest.mark.parametrize(("schedule", "layout"), LAYOUTS, ids=str)
-def test_a_critic_on_many_ranks_matches_that_of_one_process(alone, tmp_path, schedule, layout):
+def test_critic_on_ranks_matches_one_process(alone, tmp_path, schedule, layout):
     """Values, returns, advantages and metrics; weights within a tenth of AdamW's steps, first moments closer. Bit for
     bit after a kill, and either can resume from the other's checkpoint."""
-    folder, run, wanted = alone
+    folder, run, expected = alone
     ranks = on_ranks(layout.world, on_a_rank, tmp_path, folder / "between", schedule, layout)
-    assert max(map(abs, (value for row in wanted[1][0]["value"] for value in row))) > 0.01
-    weights, held = run.state(), 0
-    for found in ranks:
-        near(found["both"], wanted)
-        near([found["moved"]], wanted[1:])
-        assert found["both"][1] == found["repeated"], "the same after a kill"
-        assert found["ended"].keys() == found["again"].keys() == weights.keys()
-        assert all((value == found["again"][name]).all() for name, value in found["ended"].items())
+    assert max(map(abs, (value for row in expected[1][0]["value"] for value in row))) > 0.01
+    weights, n_held = run.state(), 0
+    for actual in ranks:
+        near(actual["both"], expected)
+        near([actual["moved"]], expected[1:])
+        assert actual["both"][1] == actual["repeated"], "the same after a kill"
+        assert actual["ended"].keys() == actual["again"].keys() == weights.keys()
+        assert all((value == actual["again"][name]).all() for name, value in actual["ended"].items())
         for name, value in weights.items():
-            mine, label = torch.from_numpy(found["ended"][name]), name.removeprefix("extras/critic/")
+            own, label = torch.from_numpy(actual["ended"][name]), name.removeprefix("extras/critic/")
             if label.startswith("model/"):
-                assert (mine - torch.from_numpy(value)).abs().max() < 0.1 * LR, name
+                assert (own - torch.from_numpy(value)).abs().max() < 0.1 * LR, name
             elif label.startswith("optimizer/m/"):
-                assert (mine - torch.from_numpy(value)).norm() <= 1e-3 * mine.norm() + 1e-9, name
-        for name, value in found["whole"].items():
+                assert (own - torch.from_numpy(value)).norm() <= 1e-3 * own.norm() + 1e-9, name
+        for name, value in actual["whole"].items():
             if ".experts." not in name:
-                assert (found["ended"][f"extras/critic/model/{name}"] == value).all(), name
-        assert not any(found["counted"]), "values count no expert's load"
-        held += found["held"]
+                assert (actual["ended"][f"extras/critic/model/{name}"] == value).all(), name
+        assert not any(actual["counted"]), "values count no expert's load"
+        n_held += actual["held"]
     n = sum(value.numel() for value in run.critic.trainer.model.parameters())
     copies = 2 if schedule == "dualpipe" else 1  # DualPipe holds every stage twice
-    assert n <= held / copies < n + 100_000, "every rank has a share"
+    assert n <= n_held / copies < n + 100_000, "every rank has a share"
     shutil.rmtree(tmp_path / "between" / "step-00000004")
     moved = Run(tmp_path / "between")
     assert moved.resumed and moved.critic.trainer.optimizer.steps == 2
-    near([moved.rollout(2)], wanted[1:])
+    near([moved.rollout(2)], expected[1:])
 
 
-def test_in_bfloat16_a_checkpoint_has_the_critic_s_masters(tmp_path):
+def test_bfloat16_checkpoint_stores_critic_masters(tmp_path):
     run = Run(tmp_path, dtype=torch.bfloat16)
     run.rollout(1)
     run.policy.save()
     run.policy.finish()
-    again = Run(tmp_path, dtype=torch.bfloat16)
+    resumed = Run(tmp_path, dtype=torch.bfloat16)
     masters = run.critic.trainer.optimizer.masters()
     assert masters["layers.0.attn.wo.weight"].bfloat16().float().ne(masters["layers.0.attn.wo.weight"]).any()
-    found = again.critic.trainer.optimizer.masters()
-    assert all(torch.equal(found[name], value) for name, value in masters.items())
-    rounded = again.critic.trainer.model.state_dict()
+    actual = resumed.critic.trainer.optimizer.masters()
+    assert all(torch.equal(actual[name], value) for name, value in masters.items())
+    rounded = resumed.critic.trainer.model.state_dict()
     assert all(torch.equal(rounded[n], x) for n, x in run.critic.trainer.model.state_dict().items())

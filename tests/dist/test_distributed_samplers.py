@@ -41,33 +41,33 @@ def texts(groups):
 
 def generated(rank, kind):
     ranks, calls = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu")), []
-    made = engine()
+    own = engine()
     if kind == "sharded":
-        sampler = LocalSampler(made, lambda: calls.append(rank), runtime_of(ranks))
+        sampler = LocalSampler(own, lambda: calls.append(rank), runtime_of(ranks))
     else:
         sampler = Rank0Sampler(
-            LocalSampler(made, lambda: None) if rank == 0 else None,
-            made.tokenizer,
+            LocalSampler(own, lambda: None) if rank == 0 else None,
+            own.tokenizer,
             lambda: calls.append(rank),
             runtime_of(ranks),
         )
     return texts(sampler.policy()(PROMPTS, **ASKED).take()), calls
 
 
-@pytest.mark.parametrize(("samples", "rows", "n", "wanted"), [
+@pytest.mark.parametrize(("samples", "rows", "n", "expected"), [
     (1024, 256, 8, 128), (1024, 256, 4, 256), (1024, 256, 3, 171), (9, 2, 2, 2), (3, 64, 8, 1), (2048, 512, 4, 512),
 ])  # fmt: skip
-def test_every_rank_has_as_many_batches(samples, rows, n, wanted):
-    assert rows_of_batch(samples, rows, n) == wanted <= rows
-    assert samples < n or -(-samples // wanted) / n > 0.8
+def test_ranks_get_equal_batch_counts(samples, rows, n, expected):
+    assert rows_of_batch(samples, rows, n) == expected <= rows
+    assert samples < n or -(-samples // expected) / n > 0.8
 
 
 @pytest.mark.parametrize("kind", ["sharded", "rank0"])
-def test_all_ranks_have_the_samples_of_one_process(kind):
-    wanted = texts(engine().generate(PROMPTS, **ASKED))
-    assert len({text for group in wanted for text in group}) > 4
-    for rank, (found, calls) in enumerate(on_ranks(2, generated, kind)):
-        assert found == wanted and calls == [rank], "the weights were refreshed once"
+def test_samples_match_one_process_on_all_ranks(kind):
+    expected = texts(engine().generate(PROMPTS, **ASKED))
+    assert len({text for group in expected for text in group}) > 4
+    for rank, (actual, calls) in enumerate(on_ranks(2, generated, kind)):
+        assert actual == expected and calls == [rank], "the weights were refreshed once"
 
 
 class Talk(Environment):
@@ -108,15 +108,15 @@ def episodes(rank, ranks=None):
         sampler, problems, None, samples=3, seeds=[5, 6], cap=20, context=200, once=once, temperature=1.0, top_p=1.0,
         batch_rows=2, stop_ids=range(20, 200),
     )  # fmt: skip
-    return [[(one.completion.tokens, one.verdict) for one in group] for group in groups], Talk.resets
+    return [[(sample.completion.tokens, sample.verdict) for sample in group] for group in groups], Talk.resets
 
 
-def test_episodes_match_those_of_one_process_and_rank_0_alone_has_environments():
-    wanted, _ = episodes(0)
+def test_episodes_match_one_process_with_environments_on_rank_0():
+    expected, _ = episodes(0)
     Talk.resets = 0
-    found = on_ranks(2, episodes, True)
-    assert [one for one, _ in found] == [wanted, wanted] and [resets for _, resets in found] == [6, 0]
-    assert max(len(tokens) for group in wanted for tokens, _ in group) > 20, "of two turns and what lies between"
+    actual = on_ranks(2, episodes, True)
+    assert [groups for groups, _ in actual] == [expected, expected] and [resets for _, resets in actual] == [6, 0]
+    assert max(len(tokens) for group in expected for tokens, _ in group) > 20, "of two turns and what lies between"
 
 
 def changed(mine, step):
@@ -135,32 +135,35 @@ def ordered(rank, folder):
             helper.take_part(order)
             loaded.append(id(helper._loaded[order["role"]].engine))
         return loaded
-    mine, judging, student, step = engine(), engine(2), engine(), 0
-    plain, judge = DealtEngine(mine, folder / "1", ranks), DealtEngine(judging, folder / "2", ranks, "judge")
-    trained, found = DealtEngine(student, folder / "3", ranks, "student", lambda: step), []
-    prompts = [mine.tokenizer.encode(text) for text in PROMPTS]
+    own, judging, student, step = engine(), engine(2), engine(), 0
+    plain, judge = DealtEngine(own, folder / "1", ranks), DealtEngine(judging, folder / "2", ranks, "judge")
+    trained, actual = DealtEngine(student, folder / "3", ranks, "student", lambda: step), []
+    prompts = [own.tokenizer.encode(text) for text in PROMPTS]
     for _ in range(2):
-        found += [texts(one.generate(prompts, **ASKED)) for one in (plain, judge)]
+        actual += [texts(dealt.generate(prompts, **ASKED)) for dealt in (plain, judge)]
     for _ in range(2):
         changed(student, step)
         step += 1
-        found += [texts(trained.generate(prompts, **ASKED)) for _ in range(2)]
-    found.append(texts(DealtEngine(mine, folder / "3", ranks, "student").generate(prompts, **ASKED)))
+        actual += [texts(trained.generate(prompts, **ASKED)) for _ in range(2)]
+    actual.append(texts(DealtEngine(own, folder / "3", ranks, "student").generate(prompts, **ASKED)))
     ranks.order({"end": True})
-    return found
+    return actual
 
 
-def test_ranks_that_wait_for_a_stage_generate_what_rank_0_orders(tmp_path):
+def test_waiting_ranks_generate_for_rank_0(tmp_path):
     """The others load every model once, follow the weights of a model that changes, and load what it began as again."""
-    wanted = {}
+    expected = {}
     for seed in (1, 2, 9, 10):
-        mine = engine(seed)
-        wanted[seed] = texts(mine.generate([mine.tokenizer.encode(text) for text in PROMPTS], **ASKED))
+        own = engine(seed)
+        expected[seed] = texts(own.generate([own.tokenizer.encode(text) for text in PROMPTS], **ASKED))
         for name in {1: "13", 2: "2"}.get(seed, ""):
-            mine.model.save(tmp_path / name)
-            mine.tokenizer.save(tmp_path / name)
-    found, loaded = on_ranks(2, ordered, tmp_path)
-    assert found == [wanted[seed] for seed in (1, 2, 1, 2, 9, 9, 10, 10, 1)] and len({*map(str, wanted.values())}) == 4
+            own.model.save(tmp_path / name)
+            own.tokenizer.save(tmp_path / name)
+    actual, loaded = on_ranks(2, ordered, tmp_path)
+    assert (
+        actual == [expected[seed] for seed in (1, 2, 1, 2, 9, 9, 10, 10, 1)]
+        and len({*map(str, expected.values())}) == 4
+    )
     assert loaded[:2] == loaded[2:4] and len(set(loaded[:8])) == 3
 
 
@@ -170,9 +173,9 @@ def led_by_rank_0(rank, folder):
     ctx = StageContext("part", folder, {}, None, None, folder, None, None, StopFlag(), runtime=runtime_of(ranks))
 
     def make(alone):
-        mine = engine()
-        prompts = [mine.tokenizer.encode(text) for text in PROMPTS]
-        made.append(texts(DealtEngine(mine, folder, alone.runtime.ranks).generate(prompts, **ASKED)))
+        own = engine()
+        prompts = [own.tokenizer.encode(text) for text in PROMPTS]
+        made.append(texts(DealtEngine(own, folder, alone.runtime.ranks).generate(prompts, **ASKED)))
 
     def fail(alone):
         raise UserError("the judge does not answer")
@@ -185,9 +188,9 @@ def led_by_rank_0(rank, folder):
     return made
 
 
-def test_a_part_that_rank_0_leads_ends_alike_on_all_ranks(tmp_path):
-    mine = engine()
-    mine.model.save(tmp_path)
-    mine.tokenizer.save(tmp_path)
-    wanted = texts(mine.generate([mine.tokenizer.encode(text) for text in PROMPTS], **ASKED))
-    assert on_ranks(2, led_by_rank_0, tmp_path) == [[wanted], []]
+def test_rank_0_errors_and_stops_reach_all_ranks(tmp_path):
+    own = engine()
+    own.model.save(tmp_path)
+    own.tokenizer.save(tmp_path)
+    expected = texts(own.generate([own.tokenizer.encode(text) for text in PROMPTS], **ASKED))
+    assert on_ranks(2, led_by_rank_0, tmp_path) == [[expected], []]

@@ -64,11 +64,11 @@ def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None
 
 def samples(lot, micro, replay=True):
     """RL micro-batches, with another policy's experts to replay."""
-    made = [replayed(lot * micro + number) for number in range(micro)]
-    for one in made:
-        choice = {"choice_BTLK": one.extras["choice_BTLK"]} if replay else {}
-        one.extras = {"advantage_BT": one.loss_BT - 0.3, "old_logp_BT": -4.0 * one.loss_BT, **choice}
-    return made
+    lot_batches = [replayed(lot * micro + number) for number in range(micro)]
+    for data in lot_batches:
+        choice = {"choice_BTLK": data.extras["choice_BTLK"]} if replay else {}
+        data.extras = {"advantage_BT": data.loss_BT - 0.3, "old_logp_BT": -4.0 * data.loss_BT, **choice}
+    return lot_batches
 
 
 def alone(training):
@@ -88,22 +88,22 @@ def warmed(rank, name, layout, micro, warms):
         warm(training.collective._executor, work),
     )
     run = training.collective._executor.run
-    training.collective._executor.run = lambda *given: (calls.append(tuning.allowed()), run(*given))
+    training.collective._executor.run = lambda *arguments: (calls.append(tuning.allowed()), run(*arguments))
     values = [update(training, step, micro) for step in range(2)]
-    for one in values:
-        del one["train/tokens_per_second"]
+    for data in values:
+        del data["train/tokens_per_second"]
     masters = {name: value.numpy() for name, value in training.optimizer.masters().items()}
     return values, masters, {name: load.numpy() for name, load in training.loads.items()}, calls
 
 
-def test_a_warm_up_leaves_no_trace():
+def test_warm_up_changes_nothing():
     """Metrics, weights and expert loads are bit for bit those without it. Kernels are tuned in it and never after."""
     layout = Layout(2, 1, 2)
     cold, warm = (on_ranks(layout.world, warmed, "dualpipe", layout, 4, warms) for warms in (False, True))
     for one, other in zip(cold, warm, strict=True):
         assert one[0] == other[0] and (one[3], other[3]) == ([True] * 2, [True, False, False])
-        for found, wanted in ((other[1], one[1]), (other[2], one[2])):
-            assert found.keys() == wanted.keys() and all((found[name] == wanted[name]).all() for name in wanted)
+        for actual, expected in ((other[1], one[1]), (other[2], one[2])):
+            assert actual.keys() == expected.keys() and all((actual[name] == expected[name]).all() for name in expected)
 
 
 def update(training, step, micro):
@@ -116,9 +116,9 @@ def on_a_rank(rank, name, layout, micro, dtype=torch.float32, fp8=False):
     weights = {name: value.numpy() for name, value in training.optimizer.masters().items()}
     moments = {n: v.float().numpy() for n, v in training.optimizer.state_dict().items() if n.startswith("m/")}
     biases = {name: gate.bias_E.numpy() for name, gate in training.gates.items()}
-    held = sum(t.nbytes for g in training.optimizer.groups for t in g.moments.values())
+    n_bytes = sum(t.nbytes for g in training.optimizer.groups for t in g.moments.values())
     experts = training.collective.mesh.experts
-    return values, weights, moments, biases, (experts.start, experts.stop), held
+    return values, weights, moments, biases, (experts.start, experts.stop), n_bytes
 
 
 def replaying(rank, name, layout, micro):
@@ -144,19 +144,19 @@ LAYOUTS = [("1f1b", Layout(2, 1, 2), 3), ("dualpipe", Layout(2, 1, 2), 4), ("gpi
 
 
 @pytest.mark.parametrize(("name", "layout", "micro"), LAYOUTS, ids=str)
-def test_steps_across_ranks_are_the_trainer_s(name, layout, micro):
+def test_steps_on_ranks_match_one_process(name, layout, micro):
     """Loss and norm to float32's last digits, routing biases exactly, weights within a tenth of an AdamW step (whose
     first steps divide a gradient by itself, however small)."""
-    both = on_ranks(layout.world, replaying, name, layout, micro)
-    found = [steps for steps, _ in both]
-    replays_as_at_home([one for _, one in both], layout.dp * layout.ep, micro)
+    results = on_ranks(layout.world, replaying, name, layout, micro)
+    actual = [steps for steps, _ in results]
+    replays_as_at_home([replay for _, replay in results], layout.dp * layout.ep, micro)
     trainer, values = at_home(layout.dp * layout.ep, micro)
     weights, state = trainer.optimizer.masters(), trainer.optimizer.state_dict()
     held = set()
-    for theirs, own, moments, biases, (begin, end), _ in found:
-        for mine, wanted in zip(theirs, values, strict=True):
+    for on_rank, own, moments, biases, (begin, end), _ in actual:
+        for mine, expected in zip(on_rank, values, strict=True):
             for key in ("train/total", "train/loss", "train/mtp_1", "train/balance", "train/grad_norm"):
-                assert mine[key] == pytest.approx(wanted[key], rel=1e-4), key
+                assert mine[key] == pytest.approx(expected[key], rel=1e-4), key
             if layout.ep > 1:  # at most once to the other rank, in every sparse layer and MTP module
                 sparse = CFG.n_layers - CFG.n_dense_layers + CFG.n_mtp
                 assert 0.2 * sparse < mine["moe/sent_bytes/node"] / (4 * CFG.dim) <= sparse
@@ -172,21 +172,21 @@ def test_steps_across_ranks_are_the_trainer_s(name, layout, micro):
     assert held == weights.keys()
 
 
-def replays_as_at_home(found, lots, micro):
+def replays_as_at_home(actual, lots, micro):
     """Metrics, gradients (the first moments after one step) and expert loads."""
 
     def step(replay):
         trainer = alone(Trainer(model_of(CFG), SAMPLED, None, *config(terms={})))
         return trainer, trainer.update([b for lot in range(lots) for b in samples(lot, micro, replay)])
 
-    (trainer, wanted), (without, _) = step(True), step(False)
+    (trainer, expected), (without, _) = step(True), step(False)
     state, free = trainer.optimizer.state_dict(), without.optimizer.state_dict()
     assert (state["m/layers.3.ffn.experts.w2"] - free["m/layers.3.ffn.experts.w2"]).norm() > 0.1 * state[
         "m/layers.3.ffn.experts.w2"
     ].norm()
-    for values, moments, loads, (begin, end) in found:
+    for values, moments, loads, (begin, end) in actual:
         for key in ("ratio", "entropy", "clip_share", "logp_gap", "logp_gap_max", "sampler_kl", "mtp_1", "grad_norm"):
-            assert values[f"train/{key}"] == pytest.approx(wanted[f"train/{key}"], rel=1e-5, abs=1e-7), key
+            assert values[f"train/{key}"] == pytest.approx(expected[f"train/{key}"], rel=1e-5, abs=1e-7), key
         for name, value in moments.items():
             part = slice(begin, end) if ".experts." in name else slice(None)
             m = torch.from_numpy(value)
@@ -194,24 +194,24 @@ def replays_as_at_home(found, lots, micro):
         assert all(load == trainer.loads[gate].tolist() for gate, load in loads.items())
 
 
-def test_moments_are_shared_out():
+def test_moments_are_sharded():
     """dp 4: each rank holds a quarter of the moments that one process holds, up to padding."""
-    found = on_ranks(4, on_a_rank, "gpipe", Layout(1, 4, 1), 1)
+    actual = on_ranks(4, on_a_rank, "gpipe", Layout(1, 4, 1), 1)
     trainer, _ = at_home(1, 1)
-    whole = sum(t.nbytes for g in trainer.optimizer.groups for t in g.moments.values())
-    assert all(whole / 4 <= held < whole / 4 + 200_000 for *_, held in found)
+    n_bytes = sum(t.nbytes for g in trainer.optimizer.groups for t in g.moments.values())
+    assert all(n_bytes / 4 <= n_held < n_bytes / 4 + 200_000 for *_, n_held in actual)
 
 
-def test_in_bfloat16_and_in_fp8():
+def test_bfloat16_and_fp8_steps_match_one_process():
     """All ranks end with the same weights, and with losses and norms near those of one process."""
     for fp8 in (False, True):
-        found = on_ranks(2, on_a_rank, "gpipe", Layout(1, 1, 2), 2, torch.bfloat16, fp8)
+        actual = on_ranks(2, on_a_rank, "gpipe", Layout(1, 1, 2), 2, torch.bfloat16, fp8)
         _, values = at_home(2, 2, torch.bfloat16, fp8)
-        for theirs, *_ in found:
-            for mine, wanted in zip(theirs, values, strict=True):
-                assert mine["train/total"] == pytest.approx(wanted["train/total"], rel=2e-3)
-                assert mine["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=5e-2)
-        assert all((found[0][1][n] == found[1][1][n]).all() for n in found[0][1] if ".experts." not in n)
+        for on_rank, *_ in actual:
+            for own, expected in zip(on_rank, values, strict=True):
+                assert own["train/total"] == pytest.approx(expected["train/total"], rel=2e-3)
+                assert own["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=5e-2)
+        assert all((actual[0][1][n] == actual[1][1][n]).all() for n in actual[0][1] if ".experts." not in n)
 
 
 def with_few(rank, name, layout, fp8, phases):
@@ -229,32 +229,32 @@ def with_few(rank, name, layout, fp8, phases):
      ("dualpipe", Layout(2, 1, 1), False, ("attend",))],
     ids=str,
 )  # fmt: skip
-def test_fillers_are_computed_and_never_counted(name, layout, fp8, phases):
+def test_fillers_do_not_count_in_loads(name, layout, fp8, phases):
     """They do not count as rows or tokens, in the loss, or in what moves the routing biases and gives MaxVio: with MTP,
     in FP8, and if backward recomputes the gate."""
     trainer = Trainer(model_of(CFG, fp8), next_token, None, *config())
-    wanted = trainer.update(batches(0, 0, 3))
+    expected = trainer.update(batches(0, 0, 3))
     routed = {gate: CFG.n_activated_experts * 3 * 2 * (13 if gate == "mtp0" else 14) for gate in trainer.gates}
-    seen = set()
+    counts = set()
     for values, rows, tokens, loads in on_ranks(2, with_few, name, layout, fp8, phases):
         assert (rows, tokens) == (trainer.rows, trainer.tokens)
         for key in ("train/total", "train/balance", "train/grad_norm"):
-            assert values[key] == pytest.approx(wanted[key], rel=1e-3 if fp8 else 1e-5), key
+            assert values[key] == pytest.approx(expected[key], rel=1e-3 if fp8 else 1e-5), key
         for gate, load in loads.items():
             assert load.sum() == routed[gate], gate
             assert (load == trainer.loads[gate].numpy()).all(), gate
-            assert values[f"moe/max_vio/{gate}"] == wanted[f"moe/max_vio/{gate}"]
-        seen |= loads.keys()
-    assert seen == trainer.loads.keys()
+            assert values[f"moe/max_vio/{gate}"] == expected[f"moe/max_vio/{gate}"]
+        counts |= loads.keys()
+    assert counts == trainer.loads.keys()
 
 
 def padded(lot, micro):
     """Micro-batches of different lengths."""
-    made = []
-    for number, one in enumerate(batches(0, lot, micro)):
-        one.loss_BT[:, 14 - 3 * number - 4 :] = 0  # of 14 tokens
-        made.append(Batch(one.tokens_BT[:, : 14 - 2 * number], one.loss_BT[:, : 14 - 2 * number]))
-    return made
+    rows = []
+    for number, data in enumerate(batches(0, lot, micro)):
+        data.loss_BT[:, 14 - 3 * number - 4 :] = 0  # of 14 tokens
+        rows.append(Batch(data.tokens_BT[:, : 14 - 2 * number], data.loss_BT[:, : 14 - 2 * number]))
+    return rows
 
 
 def with_padding(rank, name, layout, kernels):
@@ -277,18 +277,18 @@ def padding_left_out(name, layout):
     [("gpipe", Layout(1, 2, 1)), ("dualpipe", Layout(2, 1, 1))],
     ids=str,
 )
-def test_padding_is_left_out_of_the_loads_on_every_rank(name, layout, kernels):
+def test_padding_does_not_count_in_loads(name, layout, kernels):
     """Backward recomputes the gates of a micro-batch after forward has met shorter ones."""
     trainer = Trainer(model_of(CFG), next_token, None, *config(counts_padding=False))
     trainer.update(padded(0, 3))
-    lengths = [row.nonzero()[0].max() + 1 for one in padded(0, 3) for row in one.loss_BT.numpy()]
+    lengths = [row.nonzero()[0].max() + 1 for data in padded(0, 3) for row in data.loss_BT.numpy()]
     for gate, load in trainer.loads.items():
         assert load.sum() == sum(length - (gate == "mtp0") for length in lengths) * CFG.n_activated_experts, gate
-    seen = set()
+    counts = set()
     for loads in on_ranks(2, with_padding, name, layout, kernels):
         assert all((load == trainer.loads[gate].numpy()).all() for gate, load in loads.items())
-        seen |= loads.keys()
-    assert seen == trainer.loads.keys()
+        counts |= loads.keys()
+    assert counts == trainer.loads.keys()
 
 
 def without_mtp(rank, layout):
@@ -299,30 +299,30 @@ def without_mtp(rank, layout):
 
 def reading(layout, ahead):
     """Three steps that read rows, the last with a single row."""
-    training, asked, logged = across(layout, "1f1b", read_ahead=ahead), [], []
+    training, requests, logged = across(layout, "1f1b", read_ahead=ahead), [], []
     plan, T = training.plan, batch(0, False).tokens_BT.shape[1]
     plan.tokens, plan.batch_rows = 5 * T, lambda tokens: 2 if tokens < 4 * T else 1
 
     def rows(first, n):
-        asked.append((training.reading // T, first, n))
+        requests.append((training.reading // T, first, n))
         return batch(first, False).rows(0, n)
 
     training.batches, training.log = rows, lambda step, tokens, values: logged.append(values["train/total"])
     assert training.run()
-    return asked, logged, training.tokens // T, training.rows
+    return requests, logged, training.tokens // T, training.rows
 
 
-def test_a_weight_of_zero_leaves_mtp_out_and_reading_ahead_changes_nothing():
-    both = on_ranks(2, without_mtp, Layout(2, 1, 1))
-    for _, (plain, ahead) in both:
+def test_zero_mtp_weight_skips_mtp_and_reading_ahead_is_exact():
+    results = on_ranks(2, without_mtp, Layout(2, 1, 1))
+    for _, (plain, ahead) in results:
         assert plain == ahead and plain[2:] == (5, 5)
         assert plain[0] == [(0, 0, 1), (0, 1, 1), (2, 2, 1), (2, 3, 1), (4, 4, 1)]
-    found = [values for values, _ in both]
+    actual = [values for values, _ in results]
     model = model_of(CFG)
     model.train()
     losses = [next_token(model, b, 0.0, TERMS["balance_alpha"]) for b in batches(0, 0, 2)]
     total = sum(float(loss.total.detach()) for loss in losses) / sum(float(loss.tokens) for loss in losses)
-    for values in found:
+    for values in actual:
         assert values["train/total"] == pytest.approx(total, rel=1e-5)
         assert "moe/max_vio/mtp0" not in values
 
@@ -333,17 +333,17 @@ def poisoned(rank, layout):
     if rank == 1:  # the last stage of the pipeline
         with torch.no_grad():
             training.model.head.weight[3, 3] = float("nan")
-    before = {name: value.clone() for name, value in training.optimizer.masters().items()}
-    said = update(training, 0, 2)
-    after = training.optimizer.masters().items()
-    return said, warnings, all(torch.equal(value, before[name]) or name == "head.weight" for name, value in after)
+    earlier = {name: value.clone() for name, value in training.optimizer.masters().items()}
+    message = update(training, 0, 2)
+    later = training.optimizer.masters().items()
+    return message, warnings, all(torch.equal(value, earlier[name]) or name == "head.weight" for name, value in later)
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all():
-    found = on_ranks(2, poisoned, Layout(2, 1, 1))
-    for said, warnings, untouched in found:
-        assert said == {"train/skipped": 1} and untouched
-        assert "the loss of micro-batch 0 on rank 1 is not finite (step 1, rows 0 to 3)" in warnings[0]
+def test_nonfinite_step_on_one_rank_is_skipped_on_all():
+    actual = on_ranks(2, poisoned, Layout(2, 1, 1))
+    for message, warnings, untouched in actual:
+        assert message == {"train/skipped": 1} and untouched
+        assert all(words in warnings[0] for words in ("micro-batch 0 on rank 1", "not finite", "step 1, rows 0 to 3"))
 
 
 def with_muon(rank, name, layout, micro):
@@ -356,62 +356,62 @@ def with_muon(rank, name, layout, micro):
 
 
 @pytest.mark.parametrize(("name", "layout", "micro"), [("dualpipe", Layout(2, 1, 2), 4), ("gpipe", Layout(1, 4, 1), 1)])
-def test_muon_s_matrices_are_turned_whole(name, layout, micro):
+def test_muon_orthogonalises_whole_matrices(name, layout, micro):
     """Shares end within matrices; the weights equal those of one process to a tenth of a step."""
-    found = on_ranks(layout.world, with_muon, name, layout, micro)
+    actual = on_ranks(layout.world, with_muon, name, layout, micro)
     trainer, values = at_home(layout.dp * layout.ep, micro, optimizer="muon")
     weights, matrices = trainer.optimizer.masters(), model_of(CFG).hidden_matrices()
-    for theirs, own, (begin, end), *_ in found:
-        for mine, wanted in zip(theirs, values, strict=True):
-            assert mine["train/total"] == pytest.approx(wanted["train/total"], rel=1e-4)
+    for on_rank, own, (begin, end), *_ in actual:
+        for mine, expected in zip(on_rank, values, strict=True):
+            assert mine["train/total"] == pytest.approx(expected["train/total"], rel=1e-4)
         for parameter, value in own.items():
             part = slice(begin, end) if ".experts." in parameter else slice(None)
             moved = (torch.from_numpy(value) - weights[parameter][part]).abs().max()
             assert moved < 0.1 * LR, (parameter, float(moved))
-    whole = sum(p.numel() for n, p in model_of(CFG).named_parameters() if n in matrices)
-    assert sum(cut for *_, cut in found) >= 3, "some matrices lie in two shares"
+    complete = sum(p.numel() for n, p in model_of(CFG).named_parameters() if n in matrices)
+    assert sum(cut for *_, cut in actual) >= 3, "some matrices lie in two shares"
     if layout.dp == 4:  # a rank has a fourth, and the padding of these small buckets
-        assert all(whole / 4 <= own < 1.3 * whole / 4 for *_, own, _ in found)
+        assert all(complete / 4 <= own < 1.3 * complete / 4 for *_, own, _ in actual)
 
 
 def matrices(name, ep):
     """The matrices of Muon on a rank of this shape, (number, (rows, columns)), of experts and of the rest."""
     with torch.device("meta"):
         model = Transformer(preset(name))
-    found = {True: [], False: []}
+    actual = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if stacked := model.hidden_matrices().get(name):
             expert = ".experts." in name
             number = stacked * (parameter.shape[0] // ep if expert else 1)
-            found[expert].append((number, (parameter.shape[-2] // stacked, parameter.shape[-1])))
-    return found
+            actual[expert].append((number, (parameter.shape[-2] // stacked, parameter.shape[-1])))
+    return actual
 
 
 @pytest.mark.parametrize(("world", "ep"), [(8, 1), (64, 1), (128, 8), (512, 8)])
-def test_muon_s_vectors_are_little_larger_than_the_matrices(world, ep):
+def test_muon_shards_have_little_padding(world, ep):
     """V2-Lite's shapes. A dense matrix is larger than a share of 128; it is whole on one of those that hold it."""
-    for expert, found in matrices("v2-lite", ep).items():
+    for expert, actual in matrices("v2-lite", ep).items():
         shares = world // ep if expert else world
-        sizes, work = [number * math.prod(shape) for number, shape in found], [0.0] * shares
+        sizes, work = [number * math.prod(shape) for number, shape in actual], [0.0] * shares
         assert sum(sizes) <= zero1.vector_size(sizes, shares) < 1.01 * sum(sizes)
         for part in zero1.buckets(sizes, shares):
             starts, size = placed(sizes[part], shares)
-            runs = [Run(start, *one) for start, one in zip(starts, found[part], strict=True)]
-            each = size // shares
-            cut = divided(runs, each)
-            for run, owner in zip(cut, owners(runs, each, work), strict=True):
-                assert run.start < (owner + 1) * each and run.start + run.numel > owner * each
-            whole = [inside(runs, rank * each, (rank + 1) * each) for rank in range(shares)]
+            runs = [Run(start, *one) for start, one in zip(starts, actual[part], strict=True)]
+            share = size // shares
+            cut = divided(runs, share)
+            for run, owner in zip(cut, owners(runs, share, work), strict=True):
+                assert run.start < (owner + 1) * share and run.start + run.numel > owner * share
+            complete = [inside(runs, rank * share, (rank + 1) * share) for rank in range(shares)]
             places = [one.start + i * one.numel for one in cut for i in range(one.n)]
-            places += [rank * each + one.start + i * one.numel for rank, some in enumerate(whole)
+            places += [rank * share + one.start + i * one.numel for rank, some in enumerate(complete)
                        for one in some for i in range(one.n)]  # fmt: skip
             assert sorted(places) == [one.start + i * one.numel for one in runs for i in range(one.n)]
-        dearest = max(run.cost / run.n for run in (Run(0, *one) for one in found))
+        dearest = max(run.cost / run.n for run in (Run(0, *one) for one in actual))
         assert max(work) < sum(work) / shares + 3 * dearest, "the work is spread"
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(1, 5))
-def test_parameters_lie_apart(sizes, shares):
+def test_parameters_do_not_overlap_in_buckets(sizes, shares):
     parts = [sizes[part] for part in zero1.buckets(sizes, shares)]
     assert [size for part in parts for size in part] == sizes and all(parts)
     starts, size = placed(sizes, shares)

@@ -39,8 +39,8 @@ def batch(number, segmented):
 
 def replayed(number):
     """A batch with random experts to replay; the gate still chooses at the last three tokens of a row."""
-    made = batch(number, False)
-    return replace(made, extras={"choice_BTLK": choice(made.tokens_BT, number)})
+    data = batch(number, False)
+    return replace(data, extras={"choice_BTLK": choice(data.tokens_BT, number)})
 
 
 def choice(tokens_BT, number):
@@ -53,16 +53,16 @@ def choice(tokens_BT, number):
 
 def run(executor, work):
     """Runs the work; every parameter is reported once, when its gradient is complete."""
-    told = {}
+    reports = {}
 
     def completed(parameters):
         for parameter in parameters:
-            assert parameter not in told
-            told[parameter] = None if parameter.grad is None else parameter.grad.clone()
+            assert parameter not in reports
+            reports[parameter] = None if parameter.grad is None else parameter.grad.clone()
 
     executor.run(work, completed)
-    assert told.keys() == {p for part in executor.slices.values() for p in part.parameters()}
-    for parameter, grad in told.items():
+    assert reports.keys() == {p for part in executor.slices.values() for p in part.parameters()}
+    for parameter, grad in reports.items():
         assert parameter.grad is grad is None or torch.equal(parameter.grad, grad)
 
 
@@ -93,10 +93,10 @@ def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
     exchange = mesh.exchange()
     slices = {(lane, stage): Slice(model, stage, table.stages, exchange) for lane, stage in table.slices_on(mesh.pp)}
     executor = Executor(table, mesh.pp, slices, layout.groups("pp"))
-    first, found = (mesh.dp * layout.ep + mesh.ep) * micro, []
-    for made in (lambda number: batch(number, False), replayed):
+    first, actual = (mesh.dp * layout.ep + mesh.ep) * micro, []
+    for make in (lambda number: batch(number, False), replayed):
         model.zero_grad()
-        batches = [made(first + number) for number in range(micro)]
+        batches = [make(first + number) for number in range(micro)]
         work = [
             [
                 Work(b.tokens_BT, None, lambda out, head, b=b: next_token.of(out, head, b, **TERMS).total,
@@ -110,8 +110,8 @@ def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
         named = {n: p for part in slices.values() for n, p in part.named_parameters() if p.grad is not None}
         for n in sorted(named):
             dist.all_reduce(named[n].grad, group=mesh.group["expert" if ".experts." in n else "dense"])
-        found.append((sum(executor.losses), {n: p.grad.numpy() for n, p in named.items()}))
-    return found, (mesh.experts.start, mesh.experts.stop)
+        actual.append((sum(executor.losses), {n: p.grad.numpy() for n, p in named.items()}))
+    return actual, (mesh.experts.start, mesh.experts.stop)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
@@ -121,27 +121,27 @@ def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
      ("gpipe", Layout(1, 1, 4, node=2), 2)],
     ids=lambda value: str(value),
 )  # fmt: skip
-def test_pipeline_experts_and_data_at_once(name, layout, micro, fp8):
+def test_pipeline_expert_and_data_parallel_match_one_process(name, layout, micro, fp8):
     """One step with the gates' choice, and one that replays other experts."""
-    found = on_ranks(layout.world, on_a_rank_of_a_mesh, name, layout, micro, fp8)
+    actual = on_ranks(layout.world, on_a_rank_of_a_mesh, name, layout, micro, fp8)
     totals = []
-    for step, made in enumerate((lambda number: batch(number, False), replayed)):
-        total, grads = whole(layout.dp * layout.ep * micro, CFG, fp8, False, made)
+    for step, make in enumerate((lambda number: batch(number, False), replayed)):
+        total, grads = whole(layout.dp * layout.ep * micro, CFG, fp8, False, make)
         totals.append(total)
         # in FP8, tiles along tokens start with each rank's own tokens, so weight gradients round differently
-        assert sum(steps[step][0] for steps, _ in found) == pytest.approx(total, rel=1e-6)
-        for steps, (begin, end) in found:
+        assert sum(steps[step][0] for steps, _ in actual) == pytest.approx(total, rel=1e-6)
+        for steps, (begin, end) in actual:
             for parameter, grad in steps[step][1].items():
-                wanted = grads[parameter][begin:end] if ".experts." in parameter else grads[parameter]
-                error = (torch.from_numpy(grad) - wanted).norm() / wanted.norm()
+                expected = grads[parameter][begin:end] if ".experts." in parameter else grads[parameter]
+                error = (torch.from_numpy(grad) - expected).norm() / expected.norm()
                 assert error < (0.06 if fp8 else 3e-6), (step, parameter, float(error))
     assert abs(totals[1] - totals[0]) > 1e-4 * totals[0], "other experts, another loss"
 
 
-def whole(micro, cfg, fp8, segmented, made=None):
+def whole(micro, cfg, fp8, segmented, make=None):
     model, total = model_of(cfg, fp8), 0.0
     for number in range(micro):
-        b = batch(number, segmented) if made is None else made(number)
+        b = batch(number, segmented) if make is None else make(number)
         out = model.train_outputs(b.tokens_BT, b.segments, choice_BTLK=b.extras.get("choice_BTLK"))
         loss = next_token.of(out, model.head_weight, b, **TERMS).total
         loss.backward()
@@ -150,16 +150,16 @@ def whole(micro, cfg, fp8, segmented, made=None):
 
 
 def compare(name, ranks, micro, cfg=CFG, fp8=False, segmented=False, bound=2e-6):
-    found = on_ranks(ranks, on_a_rank, name, ranks, micro, cfg, fp8, segmented)
+    actual = on_ranks(ranks, on_a_rank, name, ranks, micro, cfg, fp8, segmented)
     total, grads = whole(micro, cfg, fp8, segmented)
-    assert sum(loss for loss, _ in found) == pytest.approx(total, rel=1e-6)
-    held = set()
-    for _, theirs in found:
-        held |= theirs.keys()
-        for parameter, grad in theirs.items():
+    assert sum(loss for loss, _ in actual) == pytest.approx(total, rel=1e-6)
+    n_held = set()
+    for _, on_rank in actual:
+        n_held |= on_rank.keys()
+        for parameter, grad in on_rank.items():
             error = (torch.from_numpy(grad) - grads[parameter]).norm()
             assert error <= bound * grads[parameter].norm(), (parameter, float(error))
-    assert held == grads.keys()
+    assert n_held == grads.keys()
 
 
 @pytest.mark.parametrize(
@@ -167,11 +167,11 @@ def compare(name, ranks, micro, cfg=CFG, fp8=False, segmented=False, bound=2e-6)
     [("gpipe", 2, 3), ("1f1b", 2, 4), ("1f1b", 4, 5), ("interleaved", 2, 4), ("zb1p", 3, 4), ("zbv", 2, 4),
      ("dualpipe", 2, 4), ("dualpipe", 4, 8), ("dualpipe-v", 2, 5)],
 )  # fmt: skip
-def test_every_schedule_is_the_whole_network(name, ranks, micro):
+def test_every_schedule_matches_the_whole_network(name, ranks, micro):
     compare(name, ranks, micro)
 
 
-def test_without_mtp_with_segments_and_tied_to_no_other():
+def test_segments_without_mtp_and_tied_weights():
     compare("1f1b", 2, 3, CFG.model_copy(update={"n_mtp": 0}), segmented=True)
     compare("dualpipe", 2, 4, segmented=True)
 
@@ -180,13 +180,13 @@ def test_rows_too_short_for_the_last_mtp_module():
     compare("dualpipe", 2, 4, CFG.model_copy(update={"n_mtp": 15}), segmented=True)
 
 
-def test_in_fp8():
+def test_fp8_matches_the_whole_network():
     """Every stage quantises what the whole network quantises there, so FP8 agrees too."""
     compare("dualpipe", 2, 4, fp8=True)
     compare("zb1p", 2, 3, fp8=True)
 
 
-def test_slices_are_the_layers_once_each():
+def test_slices_partition_the_layers():
     for stages in range(1, 6):
         cuts = cut(CFG, stages)
         assert [i for layers in cuts for i in layers] == list(range(CFG.n_layers)) and len(cuts) == stages
@@ -201,7 +201,7 @@ def test_slices_are_the_layers_once_each():
         assert all(stage in part.owners(name) for name, _ in part.named_parameters())
 
 
-def test_slices_that_the_table_does_not_give_are_refused():
+def test_wrong_slices_are_refused():
     model = model_of(CFG, False)
-    with pytest.raises(ValueError, match=r"rank 1 of 1f1b holds \[\(0, 1\)\], was given \[\(0, 0\)\]"):
+    with pytest.raises(ValueError, match=r"rank 1.*\[\(0, 1\)\].*\[\(0, 0\)\]"):
         Executor(schedule("1f1b", 2, 2), 1, {(0, 0): Slice(model, 0, 2)}, [range(2)])

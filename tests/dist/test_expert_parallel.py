@@ -13,8 +13,8 @@ from bessemer.model import moe
 E, K, D, F = 8, 3, 160, 24
 
 
-def relative(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
+def relative(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
 
 
 def problem(rank, n, seed=0):
@@ -34,8 +34,8 @@ class PlainExchange(AllToAll):
     """The naive all-to-all: a row for every token and expert, summed on the token's rank."""
 
     def dispatch(self, x_ND, routing, recipe=None):
-        each = moe.Routing(routing.expert_NK.reshape(-1, 1), routing.weight_NK.reshape(-1, 1), routing.balance)
-        return super().dispatch(x_ND.repeat_interleave(routing.expert_NK.shape[1], 0), each, recipe)
+        choices = moe.Routing(routing.expert_NK.reshape(-1, 1), routing.weight_NK.reshape(-1, 1), routing.balance)
+        return super().dispatch(x_ND.repeat_interleave(routing.expert_NK.shape[1], 0), choices, recipe)
 
     def combine(self, y_MD, sent):
         y = super().combine(y_MD, sent)
@@ -63,10 +63,10 @@ def there_and_back(rank, n, kind, fp8, as_gpu=False):
         exchange.on_cpu = expert_parallel.on_cpu = lambda device: False
     x, expert, weight, w13, w2, dy = problem(rank, n)
     made = exchange_of(kind, rank, n)
-    mine = slice(rank * (E // n), (rank + 1) * (E // n))
+    own = slice(rank * (E // n), (rank + 1) * (E // n))
     experts = moe.Experts.__new__(moe.Experts)
     torch.nn.Module.__init__(experts)
-    experts.w13, experts.w2 = (torch.nn.Parameter(w[mine].clone()) for w in (w13, w2))
+    experts.w13, experts.w2 = (torch.nn.Parameter(w[own].clone()) for w in (w13, w2))
     experts.fp8 = PAPER if fp8 else None
     x.requires_grad_(), weight.requires_grad_()
     sent = made.dispatch(x, moe.Routing(expert, weight, x.new_zeros(())), experts.fp8)
@@ -93,43 +93,43 @@ def at_home(n, fp8):
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
 @pytest.mark.parametrize(("kind", "n"), [("plain", 2), ("one", 2), ("plain", 4), ("one", 4), ("two", 4)])
-def test_several_ranks_are_one(kind, n, fp8):
-    found = on_ranks(n, there_and_back, n, kind, fp8)
+def test_ranks_match_one_process(kind, n, fp8):
+    actual = on_ranks(n, there_and_back, n, kind, fp8)
     y, grads, _ = at_home(n, fp8)
     # In FP8 another order of sums sometimes flips a rounding, and tiles along the tokens begin elsewhere.
     bound = 4e-2 if fp8 else 2e-6
-    assert relative(torch.cat([torch.from_numpy(f[0]) for f in found]), y) < (1e-6 if not fp8 else 1e-2)
-    for i, wanted in enumerate(grads):
-        assert relative(torch.cat([torch.from_numpy(f[1][i]) for f in found]), wanted) < bound, i
+    assert relative(torch.cat([torch.from_numpy(f[0]) for f in actual]), y) < (1e-6 if not fp8 else 1e-2)
+    for i, expected in enumerate(grads):
+        assert relative(torch.cat([torch.from_numpy(f[1][i]) for f in actual]), expected) < bound, i
 
 
 def both_ways(rank, n, kind):
     """Whether the CPU's and the GPU's paths have the same rows, and how far apart their results are."""
-    told = []
+    reports = []
     for fp8 in (False, True):
         (y, grads, sent, count), (y2, grads2, sent2, count2) = (
             there_and_back(rank, n, kind, fp8, as_gpu) for as_gpu in (False, True)
         )
         exchange.on_cpu = expert_parallel.on_cpu = lambda device: device.type == "cpu"
         away = [abs(a - b).max(initial=0.0) for a, b in zip((y, *grads), (y2, *grads2), strict=True)]
-        told.append((sent == sent2 and count == count2, max(away)))
-    return told
+        reports.append((sent == sent2 and count == count2, max(away)))
+    return reports
 
 
 @pytest.mark.parametrize("kind", ["one", "two"])
-def test_a_gpu_s_way_gives_the_same(kind):
+def test_sort_based_gpu_path_matches(kind):
     """Rows are found without a wait, and sums follow the row order instead of being atomic: the same float32 bits."""
-    for told in on_ranks(4, both_ways, 4, kind):
-        assert told == [(True, 0.0), (True, 0.0)]
+    for reports in on_ranks(4, both_ways, 4, kind):
+        assert reports == [(True, 0.0), (True, 0.0)]
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bfloat16", "fp8"])
-def test_the_host_waits_once_in_a_hop(monkeypatch, fp8):
+def test_host_waits_once_per_hop(monkeypatch, fp8):
     """On the meta device, where only the row counts can be read; forward and backward."""
-    asked = []
+    requests = []
 
     def counted(mine_P2, group):
-        asked.append(group)
+        requests.append(group)
         return [[12, 20], [9, 12]], [[10, 14], [16, 16]]
 
     def sent(x, send, receive, group):
@@ -139,24 +139,26 @@ def test_the_host_waits_once_in_a_hop(monkeypatch, fp8):
     monkeypatch.setattr(expert_parallel, "counted", counted)
     monkeypatch.setattr(expert_parallel, "_rows", sent)
     hops = tuple(Hop(name, 2, 0, 0, 4, name) for name in ("network", "node"))
-    made, recipe = AllToAll(hops, 0, 2, 2), PAPER if fp8 else None
+    exchange, recipe = AllToAll(hops, 0, 2, 2), PAPER if fp8 else None
     x = torch.empty(16, 256, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(16, 2, device="meta", requires_grad=True)
-    arrived = made.dispatch(x, moe.Routing(torch.empty(16, 2, dtype=torch.int64, device="meta"), weight, None), recipe)
-    assert asked == ["network", "node"] and arrived.rows_MD.shape == (30, 256)
-    y = made.combine(arrived.rows_MD * arrived.weight_M[:, None].bfloat16(), arrived)
+    arrived = exchange.dispatch(
+        x, moe.Routing(torch.empty(16, 2, dtype=torch.int64, device="meta"), weight, None), recipe
+    )
+    assert requests == ["network", "node"] and arrived.rows_MD.shape == (30, 256)
+    y = exchange.combine(arrived.rows_MD * arrived.weight_M[:, None].bfloat16(), arrived)
     y.backward(torch.empty_like(y))
-    assert asked == ["network", "node"] and x.grad.shape == x.shape and weight.grad.shape == weight.shape
+    assert requests == ["network", "node"] and x.grad.shape == x.shape and weight.grad.shape == weight.shape
 
 
-def test_bytes_on_every_link():
+def test_bytes_per_link_are_counted():
     """Counted from the routing: copies per expert, per rank, and per node and rank."""
     n, local = 4, E // 4
     row = D * 4
     parts = [problem(rank, n) for rank in range(n)]
     for kind in ("plain", "one", "two"):
-        found = on_ranks(n, there_and_back, n, kind, False)
-        for rank, (_, _, sent, counts) in enumerate(found):
+        actual = on_ranks(n, there_and_back, n, kind, False)
+        for rank, (_, _, sent, counts) in enumerate(actual):
             assert counts == [
                 sum(int((part[1] == e).sum()) for part in parts) for e in range(rank * local, rank * local + local)
             ]
@@ -169,7 +171,7 @@ def test_bytes_on_every_link():
                 assert sent["network"] == row * sum(len({r // 2 for r in ranks} - {rank // 2}) for ranks in homes)
         if kind == "two":
             # within a node: tokens of both nodes' ranks with this local number, sent to the node's other rank
-            for rank, (_, _, sent, _) in enumerate(found):
+            for rank, (_, _, sent, _) in enumerate(actual):
                 other = rank ^ 1
                 senders = [rank, rank ^ 2]
                 expected = sum(any(int(e) // local == other for e in token) for s in senders for token in parts[s][1])

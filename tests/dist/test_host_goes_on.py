@@ -94,10 +94,10 @@ class Device(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, torch.Tensor) and self.late.arriving:
-                found = self.late.arriving.pop(x.untyped_storage().data_ptr(), None)
-                if found is not None:
-                    found.work.wait()
-                    found.x.detach().copy_(found.hidden)
+                actual = self.late.arriving.pop(x.untyped_storage().data_ptr(), None)
+                if actual is not None:
+                    actual.work.wait()
+                    actual.x.detach().copy_(actual.hidden)
                     self.late.read += 1
         return function(*args, **(kwargs or {}))
 
@@ -105,8 +105,8 @@ class Device(TorchDispatchMode):
 def steps(name, layout, micro):
     training = across(layout, name)
     values = [update(training, step, micro) for step in range(2)]
-    for one in values:
-        del one["train/tokens_per_second"]
+    for data in values:
+        del data["train/tokens_per_second"]
     return values, training.optimizer.masters()
 
 
@@ -114,17 +114,17 @@ def on_a_rank(rank, name, layout, micro):
     os.environ["BESSEMER_KERNELS"] = "off"  # they read by address, which no dispatch mode sees
     library.forget()
     with Device(Late(rank)):  # with torch's own messages; some operations differ under any mode
-        wanted, weights = steps(name, layout, micro)
+        expected, weights = steps(name, layout, micro)
     executor.dist = late = Late(rank)
     marks = []
     RankStatus.mark = lambda: marks.append(1) or (lambda: not late.arriving)
     with Device(late):
-        found, mine = steps(name, layout, micro)
-    equal = found == wanted and all(torch.equal(mine[name], weight) for name, weight in weights.items())
+        actual, own = steps(name, layout, micro)
+    equal = actual == expected and all(torch.equal(own[name], weight) for name, weight in weights.items())
     return equal, late.read, late.early, len(marks)
 
 
-def test_no_message_is_read_early_or_changed_before_it_has_left():
+def test_messages_are_neither_read_early_nor_changed_in_flight():
     layout, micro = Layout(2), 4
     for equal, read, early, marks in on_ranks(layout.world, on_a_rank, "dualpipe", layout, micro):
         assert equal, "a message was read before it had arrived, or changed before it had left"
@@ -148,8 +148,8 @@ class LateSums(Late):
 
 
 class Summed(Received):
-    def __init__(self, late, operation, out, given, group, own):
-        hidden, self.given, self.kept = torch.empty_like(out), given, given.clone()
+    def __init__(self, late, operation, out, arguments, group, own):
+        hidden, self.given, self.kept = torch.empty_like(out), arguments, arguments.clone()
         super().__init__(late, out, hidden, operation(hidden, self.kept, group=group, async_op=True))
         mine = out[own].clone()
         out.fill_(torch.nan if out.is_floating_point() else 255)  # bytes of NaN
@@ -183,15 +183,15 @@ def in_buckets(micro=1, **options):
     return values, masters, [one if isinstance(one, str) else training.optimizer.groups.index(one) for one in order]
 
 
-def equal(one, other):
-    return all(torch.equal(one[name], weight) for name, weight in other.items())
+def equal(first, second):
+    return all(torch.equal(first[name], weight) for name, weight in second.items())
 
 
 def sums_on_a_rank(rank):
-    wanted, weights, _ = in_buckets(micro=2, bucket=1 << 30, clip=1e9)
-    values, mine, order = in_buckets(micro=2, clip=1e9)
-    found = {"the bits of one bucket": equal(mine, weights), "order": order}
-    found["norm"] = abs(values["train/grad_norm"] / wanted["train/grad_norm"] - 1)
+    expected, weights, _ = in_buckets(micro=2, bucket=1 << 30, clip=1e9)
+    values, own, order = in_buckets(micro=2, clip=1e9)
+    actual = {"the bits of one bucket": equal(own, weights), "order": order}
+    actual["norm"] = abs(values["train/grad_norm"] / expected["train/grad_norm"] - 1)
     os.environ["BESSEMER_KERNELS"] = "off"
     library.forget()
     with Device(Late(rank)):
@@ -201,38 +201,38 @@ def sums_on_a_rank(rank):
         sums = LateSums(rank)
         zero1.reduce_scatter, zero1.all_gather = sums.reduce_scatter, sums.all_gather
         with Device(sums):
-            same, mine, _ = in_buckets()
-        return same == values and equal(mine, weights), sums.changed, sums.read
+            is_equal, own, _ = in_buckets()
+        return is_equal == values and equal(own, weights), sums.changed, sums.read
 
-    found["late"] = late()
+    actual["late"] = late()
     leave, wait, needed = Slice._leave, Summed.wait, zero1.Zero1.needed
     Slice._leave = lambda part, number: leave(part, 0)
-    found["told too early"] = late()
+    actual["told too early"] = late()
     Slice._leave = leave
     zero1.Zero1.needed = lambda optimizer, parameters: None
-    found["weights not waited for"] = late()
+    actual["weights not waited for"] = late()
     zero1.Zero1.needed = needed
     Summed.wait = lambda work: work.given.dtype == torch.uint8 and wait(work)
-    found["sums not waited for"] = late()
-    return found
+    actual["sums not waited for"] = late()
+    return actual
 
 
-def test_buckets_are_summed_in_backward_and_gathered_in_forward():
+def test_buckets_reduce_in_backward_and_gather_in_forward():
     """The bits are those of one bucket whose sum starts at the end. No sum is read early, no gradient changes after its
     sum began, and no weight is read before it has arrived. Deliberate faults show."""
-    for found in on_ranks(2, sums_on_a_rank):
-        assert found["the bits of one bucket"] and found["norm"] < 1e-6
-        order = found["order"]
+    for actual in on_ranks(2, sums_on_a_rank):
+        assert actual["the bits of one bucket"] and actual["norm"] < 1e-6
+        order = actual["order"]
         first, last = order.index("last gradient"), len(order) - 1 - order[::-1].index("last gradient")
         n = len(order) - 2
         assert first == 0 and last > n / 2, (
             "most sums start before the last gradient is made, but in the last micro-batch"
         )
         assert sorted(order[1:last] + order[last + 1 :]) == list(range(n))
-        right, changed, read = found["late"]
-        assert right and changed == 0 and read == 4 * n, found["late"]
-        assert found["told too early"][1] > 0 and not found["told too early"][0]
-        assert not found["weights not waited for"][0] and not found["sums not waited for"][0]
+        right, changed, read = actual["late"]
+        assert right and changed == 0 and read == 4 * n, actual["late"]
+        assert actual["told too early"][1] > 0 and not actual["told too early"][0]
+        assert not actual["weights not waited for"][0] and not actual["sums not waited for"][0]
 
 
 class LateShared:
@@ -244,7 +244,7 @@ class LateShared:
         self.begin_sum, self.changed, self.read = executor.Channels.begin_sum, 0, 0
 
     def begin(self, channels, others, x):
-        kept, hidden = x.clone(), x.clone()
+        copy, hidden = x.clone(), x.clone()
         wait = self.begin_sum(channels, others, hidden)
         x.fill_(torch.nan)
 
@@ -255,7 +255,7 @@ class LateShared:
             if self.waits:
                 x.copy_(hidden)
 
-        assert kept.isfinite().all()
+        assert copy.isfinite().all()
         return read
 
 
@@ -285,16 +285,16 @@ def of_two_copies(early=True):
 
 def copies_on_a_rank(rank):
     values, weights, none = of_two_copies(early=False)
-    found, mine, early = of_two_copies()
-    good = {"bits": found == values and equal(mine, weights), "early": early, "at the end": none}
+    actual, own, early = of_two_copies()
+    good = {"bits": actual == values and equal(own, weights), "early": early, "at the end": none}
     begin_sum = executor.Channels.begin_sum
 
     def late():
         sums = LateShared()
-        executor.Channels.begin_sum = lambda *given: sums.begin(*given)
-        found, mine, _ = of_two_copies()
+        executor.Channels.begin_sum = lambda *arguments: sums.begin(*arguments)
+        actual, own, _ = of_two_copies()
         executor.Channels.begin_sum = begin_sum
-        return found == values and equal(mine, weights), sums.changed, sums.read
+        return actual == values and equal(own, weights), sums.changed, sums.read
 
     good["late"] = late()
     LateShared.waits = False
@@ -306,20 +306,20 @@ def copies_on_a_rank(rank):
     return good
 
 
-def test_the_two_copies_of_dualpipe_are_summed_while_backward_runs():
+def test_dualpipe_copies_are_summed_during_backward():
     """The bits are those of sums at the end, one parameter after another. One of a rank's two stages is complete two
     steps before the other. Deliberate faults show."""
-    for found in on_ranks(4, copies_on_a_rank):
-        early = found["early"]
-        assert found["bits"] and not found["at the end"]
+    for actual in on_ranks(4, copies_on_a_rank):
+        early = actual["early"]
+        assert actual["bits"] and not actual["at the end"]
         assert set(early) == {0, 2} and early.count(2) >= len(early) / 4, early
-        right, changed, read = found["late"]
+        right, changed, read = actual["late"]
         assert right and changed == 0 and read > 2 * len(early), "the loads of experts are summed, too"
-        assert not found["not waited for"][0] and not found["told too early"][0]
+        assert not actual["not waited for"][0] and not actual["told too early"][0]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
-def test_the_ends_of_dualpipe_complete_their_stages_in_the_same_steps(ranks):
+def test_dualpipe_ends_complete_stages_in_the_same_steps(ranks):
     steps = schedule("dualpipe", ranks, 4 * ranks).steps
     assert all(completion.alike(steps[rank], steps[ranks - 1 - rank]) for rank in range(ranks))
     between = [second - first for first, second in (sorted(completion.last_steps(one).values()) for one in steps)]

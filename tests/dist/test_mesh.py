@@ -25,7 +25,7 @@ KINDS = ("pp", "ep", "cp", "expert", "dense", "network", "within")
     st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8]),
     st.integers(1, 3),
 )  # fmt: skip
-def test_every_rank_is_once_in_every_kind_of_group(pp, dp, ep, node, cp):
+def test_groups_of_each_kind_partition_the_ranks(pp, dp, ep, node, cp):
     layout = Layout(pp, dp, ep, node, cp)
     for kind in KINDS:
         assert sorted(rank for group in layout.groups(kind) for rank in group) == list(range(layout.world)), kind
@@ -37,7 +37,7 @@ def test_every_rank_is_once_in_every_kind_of_group(pp, dp, ep, node, cp):
             assert len(others) == 1
 
 
-def test_v3():
+def test_v3_layout():
     """E.1: 16 pipeline ranks, experts over 64 ranks on 8 nodes; 128 ranks share dense weights and 2 share experts."""
     layout, cfg = Layout(pp=16, dp=2, ep=64), preset("v3")
     check(layout, cfg, 2048)
@@ -61,7 +61,7 @@ def test_v3():
         (Layout(1, 1, 16, node=2), 16, "4 groups of experts do not divide evenly among 8 nodes, so a token of 2"),
     ],
 )  # fmt: skip
-def test_a_layout_that_does_not_fit_is_refused_with_some_that_do(layout, world, words):
+def test_unfit_layout_is_refused_with_alternatives(layout, world, words):
     with pytest.raises(UserError, match=words) as caught:
         check(layout, TINY, world)
     near = nearest(layout, TINY, world)
@@ -69,7 +69,7 @@ def test_a_layout_that_does_not_fit_is_refused_with_some_that_do(layout, world, 
     assert near and all(str(other) in str(caught.value) for other in near)
 
 
-def test_the_nearest_are_near():
+def test_nearest_layouts_are_near():
     assert nearest(Layout(2, 1, 2), TINY, 8)[0] in (Layout(4, 1, 2), Layout(2, 2, 2), Layout(2, 1, 4))
     with pytest.raises(UserError, match="no layout fits 0 ranks"):
         check(Layout(), TINY, 0)
@@ -84,10 +84,10 @@ def layer_on_a_rank(rank, layout, fp8):
     model = set_fp8(Transformer(TINY).initialise(3), PAPER if fp8 else None)
     model.train()
     layer, mesh = model.layers[1], Mesh(layout, TINY)
-    mine = slice(mesh.experts.start, mesh.experts.stop)
+    own = slice(mesh.experts.start, mesh.experts.stop)
     for name in ("w13", "w2"):
         full = getattr(layer.ffn.experts, name)
-        setattr(layer.ffn.experts, name, torch.nn.Parameter(full.detach()[mine].clone()))
+        setattr(layer.ffn.experts, name, torch.nn.Parameter(full.detach()[own].clone()))
     x = rows_of(rank, layout).requires_grad_()
     exchange = mesh.exchange()
     attended = layer.attend(x, model.rope_table(x.shape[1]))
@@ -100,22 +100,22 @@ def layer_on_a_rank(rank, layout, fp8):
     for name, parameter in layer.named_parameters():
         dist.all_reduce(parameter.grad, group=mesh.group["expert" if ".experts." in name else "dense"])
     grads = {name: p.grad.numpy() for name, p in layer.named_parameters()}
-    return y.detach().numpy(), x.grad.numpy(), grads, (mine.start, mine.stop)
+    return y.detach().numpy(), x.grad.numpy(), grads, (own.start, own.stop)
 
 
 def rows_of(rank, layout):
     return torch.randn(2, 12, TINY.dim, generator=torch.Generator().manual_seed(rank))
 
 
-def relative(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
+def relative(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_layer_across_ranks_is_the_layer(layout, fp8):
+def test_layer_on_ranks_matches_one_process(layout, fp8):
     """Experts over ep, data over dp, one node or two: output and gradients of the input and of every weight."""
-    found = on_ranks(layout.world, layer_on_a_rank, layout, fp8)
+    actual = on_ranks(layout.world, layer_on_a_rank, layout, fp8)
     model = set_fp8(Transformer(TINY).initialise(3), PAPER if fp8 else None)
     model.train()
     layer = model.layers[1]
@@ -123,42 +123,42 @@ def test_a_layer_across_ranks_is_the_layer(layout, fp8):
     y, _ = layer(x, model.rope_table(12))
     y.square().sum().backward()
     exact, loose = (2e-2, 8e-2) if fp8 else (1e-6, 5e-6)
-    assert relative(torch.cat([torch.from_numpy(f[0]) for f in found]), y.detach()) < exact
-    assert relative(torch.cat([torch.from_numpy(f[1]) for f in found]), x.grad) < loose
+    assert relative(torch.cat([torch.from_numpy(f[0]) for f in actual]), y.detach()) < exact
+    assert relative(torch.cat([torch.from_numpy(f[1]) for f in actual]), x.grad) < loose
     for name, parameter in layer.named_parameters():
-        for _, _, grads, (first, last) in found:
-            wanted = parameter.grad[first:last] if ".experts." in name else parameter.grad
-            if wanted.norm() > 0:
-                assert relative(torch.from_numpy(grads[name]), wanted) < loose, name
+        for _, _, grads, (first, last) in actual:
+            expected = parameter.grad[first:last] if ".experts." in name else parameter.grad
+            if expected.norm() > 0:
+                assert relative(torch.from_numpy(grads[name]), expected) < loose, name
 
 
 def named(rank):
     """For every layout of four ranks: names and members of the dimensions, and how many new groups were created."""
-    told = []
+    reports = []
     for layout in (*LAYOUTS, Layout(2, 1, 2), Layout(1, 2, 1, cp=2), Layout(1, 1, 2, cp=2), Layout(2, 2, 1)):
         mesh = Mesh(layout, TINY)
-        before = len(dist.distributed_c10d._world.pg_map)
-        found = mesh.device_mesh()
-        dims = {name: dist.get_process_group_ranks(found[name].get_group()) for name in found.mesh_dim_names}
-        same = {name: found.get_local_rank(name) == ranks.index(rank) for name, ranks in dims.items()}
-        told.append((dims, all(same.values()), len(dist.distributed_c10d._world.pg_map) - before))
+        n_before = len(dist.distributed_c10d._world.pg_map)
+        actual = mesh.device_mesh()
+        dims = {name: dist.get_process_group_ranks(actual[name].get_group()) for name in actual.mesh_dim_names}
+        is_equal = {name: actual.get_local_rank(name) == ranks.index(rank) for name, ranks in dims.items()}
+        reports.append((dims, all(is_equal.values()), len(dist.distributed_c10d._world.pg_map) - n_before))
     mesh = Mesh(Layout(2, 2, 1), TINY)
-    whole = torch.nn.Linear(4, 4)
-    torch.nn.init.constant_(whole.weight, 1.0 + rank % 2)
-    fully_shard(whole, mesh=mesh.device_mesh()["dp"])
-    whole(torch.ones(1, 4)).sum().backward()
-    return told, tuple(whole.weight.to_local().shape)
+    complete = torch.nn.Linear(4, 4)
+    torch.nn.init.constant_(complete.weight, 1.0 + rank % 2)
+    fully_shard(complete, mesh=mesh.device_mesh()["dp"])
+    complete(torch.ones(1, 4)).sum().backward()
+    return reports, tuple(complete.weight.to_local().shape)
 
 
-def test_torch_s_tools_see_named_dimensions():
+def test_device_mesh_has_named_dimensions():
     """A DeviceMesh over the existing groups; FSDP shards a module over one of its dimensions."""
-    found = on_ranks(4, named)
-    assert all(shape == (2, 4) for _, shape in found)
-    for rank, (told, _) in enumerate(found):
-        assert all(right and made == 0 for _, right, made in told)
+    actual = on_ranks(4, named)
+    assert all(shape == (2, 4) for _, shape in actual)
+    for rank, (reports, _) in enumerate(actual):
+        assert all(right and n_made == 0 for _, right, n_made in reports)
         other = rank ^ 1
         pair, across = sorted((rank, other)), sorted((rank, rank ^ 2))
-        assert [dims for dims, *_ in told] == [
+        assert [dims for dims, *_ in reports] == [
             {"ep": [0, 1, 2, 3]}, {"dp": across, "ep": pair}, {"ep_network": across, "ep_node": pair},
             {"dp": [0, 1, 2, 3]}, {"pp": across, "ep": pair}, {"dp_cp": [0, 1, 2, 3]}, {"cp": across, "ep": pair},
             {"pp": across, "dp": pair},

@@ -39,45 +39,45 @@ def made(rank, cfg, layout, schedule, folder):
     [(CFG, Layout(2, 1, 2), "1f1b"), (CFG, Layout(2, 1, 1), "dualpipe"), (ODD, Layout(1, 1, 2), "gpipe")],
     ids=["1f1b", "dualpipe", "odd experts"],
 )
-def test_fresh_read_and_cut_out_are_the_same(cfg, layout, schedule, tmp_path):
-    whole = Transformer(cfg).initialise(5)
+def test_fresh_read_and_cut_shards_are_equal(cfg, layout, schedule, tmp_path):
+    complete = Transformer(cfg).initialise(5)
     with torch.no_grad():
-        for gate in whole.gates().values():
+        for gate in complete.gates().values():
             gate.bias_E.uniform_(-1, 1)
-    whole.save(tmp_path)
-    for found in on_ranks(layout.world, made, cfg, layout, schedule, tmp_path):
-        for name, value in (found or {}).items():
-            assert torch.equal(torch.from_numpy(value), whole.state_dict()[name]), name
+    complete.save(tmp_path)
+    for actual in on_ranks(layout.world, made, cfg, layout, schedule, tmp_path):
+        for name, value in (actual or {}).items():
+            assert torch.equal(torch.from_numpy(value), complete.state_dict()[name]), name
 
 
 def drawn(rank, cfg, layout):
     """Whether a rank draws exactly the numbers that it holds."""
     transformer.APART, count = 0, []
     normal = torch.Tensor.normal_
-    torch.Tensor.normal_ = lambda x, *given, **named: (count.append(x.numel()), normal(x, *given, **named))[1]
+    torch.Tensor.normal_ = lambda x, *arguments, **named: (count.append(x.numel()), normal(x, *arguments, **named))[1]
     part = ModelShard.fresh(cfg, Mesh(layout, cfg), "1f1b", 5, torch.device("cpu"))
-    held = sum(p.numel() for p in part.model.parameters() if p.dim() >= 2)
+    n_held = sum(p.numel() for p in part.model.parameters() if p.dim() >= 2)
     state = {name: value.numpy() for name, value in part.model.state_dict().items()}
-    return sum(count) == held, state, (part.mesh.experts.start, part.mesh.experts.stop)
+    return sum(count) == n_held, state, (part.mesh.experts.start, part.mesh.experts.stop)
 
 
-def test_of_a_large_model_a_rank_draws_what_it_holds(monkeypatch):
+def test_rank_draws_only_its_own_weights(monkeypatch):
     """They are the weights of one process, with experts of any width."""
     monkeypatch.setattr(transformer, "APART", 0)
     layout = Layout(2, 1, 2)
-    whole = Transformer(ODD).initialise(5).state_dict()
-    assert not torch.equal(whole["layers.1.ffn.experts.w2"][0], whole["layers.1.ffn.experts.w2"][1])
+    complete = Transformer(ODD).initialise(5).state_dict()
+    assert not torch.equal(complete["layers.1.ffn.experts.w2"][0], complete["layers.1.ffn.experts.w2"][1])
     for only_its_own, state, experts in on_ranks(layout.world, drawn, ODD, layout):
         assert only_its_own
         for name, value in state.items():
-            wanted = whole[name][slice(*experts)] if ".experts." in name else whole[name]
-            assert torch.equal(torch.from_numpy(value), wanted), name
+            expected = complete[name][slice(*experts)] if ".experts." in name else complete[name]
+            assert torch.equal(torch.from_numpy(value), expected), name
 
 
 def held_out(rank, layout, schedule, n, segmented):
     part = ModelShard(model_of(CFG, False), Mesh(layout, CFG), schedule)
-    found = model_shard.heldout_nats(part, [batch(i, segmented) for i in range(n)])
-    return found, part.model.training, max(float(gate.load_E.sum()) for gate in part.gates.values())
+    actual = model_shard.heldout_nats(part, [batch(i, segmented) for i in range(n)])
+    return actual, part.model.training, max(float(gate.load_E.sum()) for gate in part.gates.values())
 
 
 @pytest.mark.parametrize(
@@ -86,20 +86,20 @@ def held_out(rank, layout, schedule, n, segmented):
      (Layout(1, 4, 1), "gpipe", 2, True)],
     ids=lambda value: str(value),
 )  # fmt: skip
-def test_held_out_loss_matches_that_of_one_process(layout, schedule, n, segmented):
+def test_heldout_loss_matches_one_process(layout, schedule, n, segmented):
     nats, tokens = loss.heldout_nats(model_of(CFG, False), [batch(i, segmented) for i in range(n)])
     across, _ = loss.heldout_nats(model_of(CFG, False), [batch(i, False) for i in range(n)])
     assert (abs(across - nats) > 1e-4 * nats) == segmented, "segments do not see each other"
-    for (theirs, count), training, load in on_ranks(layout.world, held_out, layout, schedule, n, segmented):
-        assert theirs == pytest.approx(nats, rel=1e-6) and count == tokens
+    for (on_rank, count), training, load in on_ranks(layout.world, held_out, layout, schedule, n, segmented):
+        assert on_rank == pytest.approx(nats, rel=1e-6) and count == tokens
         assert training and load == 0, "validation leaves no trace"
 
 
-def test_rows_of_a_step_are_dealt_out_once_and_evenly():
+def test_rows_are_dealt_evenly_without_overlap():
     for rows, lots, micro in ((8, 2, 3), (7, 3, 2), (64, 4, 4), (3, 2, 4)):
         dealt = [rows_of(rows, lots, lot, micro) for lot in range(lots)]
-        assert [row for lot in dealt for one in lot for row in one] == list(range(rows))
-        sizes = [len(one) for lot in dealt for one in lot]
+        assert [row for lot in dealt for micro_rows in lot for row in micro_rows] == list(range(rows))
+        sizes = [len(micro_rows) for lot in dealt for micro_rows in lot]
         assert max(sizes) - min(sizes) <= 1 and all(len(lot) == micro for lot in dealt)
 
 
@@ -110,6 +110,6 @@ def too_many_slices(rank):
         return str(error)
 
 
-def test_a_model_with_fewer_layers_than_slices_is_refused():
-    for said in on_ranks(2, too_many_slices):
-        assert "2 pipeline ranks with 4 slices each for" in said and "these fit: pp 1 x dp" in said
+def test_too_few_layers_for_the_slices_is_refused():
+    for message in on_ranks(2, too_many_slices):
+        assert "4 slices each" in message and "pp 1 x dp" in message

@@ -153,21 +153,21 @@ def trained(kind, base, folder, *where):
 
 def on_a_rank(rank, base, folder, alone, kinds, schedule, layout):
     zero1.BUCKET, zero1.FILLING = 1 << 14, 0.25
-    found = {}
+    actual = {}
     for kind in kinds:
         run = trained(kind, base, folder / kind, schedule, layout)
-        again = RUNS[kind](kind, base, folder / f"{kind}-half", schedule, layout)
-        again.train(STEPS)
+        resumed = RUNS[kind](kind, base, folder / f"{kind}-half", schedule, layout)
+        resumed.train(STEPS)
         run.runtime.save(run.trainer, folder / f"{kind}-model", None)
-        again.runtime.save(again.trainer, folder / f"{kind}-again", None)
+        resumed.runtime.save(resumed.trainer, folder / f"{kind}-again", None)
         moved = folder / f"{kind}-moved"
         if rank == 0:
             shutil.copytree(alone / f"{kind}-half", moved)
         dist.barrier()
-        other = RUNS[kind](kind, base, moved, schedule, layout)
-        other.train(STEPS)
-        found[kind] = run.figures(), again.figures(), other.figures(), run.scores(), [*run.said]
-    return found
+        moved_run = RUNS[kind](kind, base, moved, schedule, layout)
+        moved_run.train(STEPS)
+        actual[kind] = run.figures(), resumed.figures(), moved_run.figures(), run.scores(), [*run.said]
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +180,11 @@ def alone(base, tmp_path_factory):
     return folder, runs
 
 
-def near(found, wanted):
-    assert len(found) == len(wanted) > 0
-    for mine, theirs in zip(found, wanted, strict=True):
-        for name in theirs.keys() & {"train/loss", "train/grad_norm", "train/accuracy", "train/margin"}:
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+def near(actual, expected):
+    assert len(actual) == len(expected) > 0
+    for own, on_rank in zip(actual, expected, strict=True):
+        for name in on_rank.keys() & {"train/loss", "train/grad_norm", "train/accuracy", "train/margin"}:
+            assert own[name] == pytest.approx(on_rank[name], rel=1e-4), name
 
 
 LAYOUTS = [("labels", "dualpipe", Layout(2, 2, 1)), ("pairs", "zbv", Layout(2, 1, 2))]
@@ -194,25 +194,25 @@ LAYOUTS = [("labels", "dualpipe", Layout(2, 2, 1)), ("pairs", "zbv", Layout(2, 1
 def test_steps_match_those_of_one_process(base, alone, tmp_path, judged, schedule, layout):
     """Losses and gradient norms to rounding, exported weights within a tenth of AdamW's steps, a second half repeated
     bit for bit after a kill, and checkpoints that do not depend on the layout."""
-    (home, wanted), kinds = alone, (judged, "distilled")
-    for found in on_ranks(layout.world, on_a_rank, base, tmp_path, home, kinds, schedule, layout):
-        for kind, (values, again, moved, scores, said) in found.items():
-            near(values, wanted[kind].figures())
-            assert again == values[1:], "the same after a kill"
-            near(moved, wanted[kind].figures()[1:])
-            assert scores == pytest.approx(wanted[kind].scores(), rel=1e-3, abs=1e-3)
-            whole = [text.split('"')[1] for text in said]
-            assert whole == (["shallow", "llama"] if schedule == "zbv" else ["llama"]) * (kind == "distilled")
+    (home, expected), kinds = alone, (judged, "distilled")
+    for actual in on_ranks(layout.world, on_a_rank, base, tmp_path, home, kinds, schedule, layout):
+        for kind, (values, resumed, moved, scores, message) in actual.items():
+            near(values, expected[kind].figures())
+            assert resumed == values[1:], "the same after a kill"
+            near(moved, expected[kind].figures()[1:])
+            assert scores == pytest.approx(expected[kind].scores(), rel=1e-3, abs=1e-3)
+            complete = [text.split('"')[1] for text in message]
+            assert complete == (["shallow", "llama"] if schedule == "zbv" else ["llama"]) * (kind == "distilled")
     for kind in kinds:
-        stored, mine, again = (
+        stored, own, resumed = (
             deepseek.load(path / f"{kind}-{name}", kind=Scorer if kind in KINDS else Transformer).state_dict()
             for path, name in ((home, "model"), (tmp_path, "model"), (tmp_path, "again"))
         )
-        assert all(torch.equal(mine[name], value) for name, value in again.items())
+        assert all(torch.equal(own[name], value) for name, value in resumed.items())
         for name, value in stored.items():
             if "bias_E" not in name:
-                assert (mine[name] - value).abs().max() < 0.1 * LR, (kind, name)
+                assert (own[name] - value).abs().max() < 0.1 * LR, (kind, name)
         shutil.rmtree(tmp_path / f"{kind}-half" / f"step-{STEPS:08d}")
-        back = RUNS[kind](kind, base, tmp_path / f"{kind}-half")
-        back.train(STEPS)
-        near(back.figures(), wanted[kind].figures()[1:])
+        restored = RUNS[kind](kind, base, tmp_path / f"{kind}-half")
+        restored.train(STEPS)
+        near(restored.figures(), expected[kind].figures()[1:])

@@ -62,15 +62,15 @@ def step(table, pipelines, rank, cfg, fp8, exchange, experts, first, streams):
     work = []
     for lane in range(table.lanes):
         batches = [batch(first + lane * table.per_lane + m, False) for m in range(table.per_lane)]
-        work.append([work_of(one) for one in batches])
+        work.append([work_of(data) for data in batches])
     executor.run(work)
     grads = {n: p.grad for part in slices.values() for n, p in part.named_parameters() if p.grad is not None}
     return executor.losses, grads, {name: gate.load_E.clone() for name, gate in gates.items()}
 
 
-def different(found, wanted):
+def different(actual, expected):
     """Names of everything that differs in any bit."""
-    (losses, grads, loads), (losses_, grads_, loads_) = found, wanted
+    (losses, grads, loads), (losses_, grads_, loads_) = actual, expected
     assert grads.keys() == grads_.keys() and loads.keys() == loads_.keys()
     names = [name for name in grads if not torch.equal(grads[name], grads_[name])]
     return names + [name for name in loads if not torch.equal(loads[name], loads_[name])] + [
@@ -84,12 +84,16 @@ def on_a_rank(rank, name, layout, micro, cfg, fp8):
         step, pipelines=layout.groups("pp"), rank=mesh.pp, cfg=cfg, fp8=fp8, exchange=exchange,
         experts=None if layout.ep == 1 else mesh.experts, first=(mesh.dp * layout.ep + mesh.ep) * micro,
     )  # fmt: skip
-    wanted = run(apart(table), streams=Serial())
+    expected = run(apart(table), streams=Serial())
     pairs = sum(isinstance(one, Pair) for one in table.steps[mesh.pp])
-    for gate, load_E in wanted[2].items():  # every token once, though backward runs gates again in FP8
+    for gate, load_E in expected[2].items():  # every token once, though backward runs gates again in FP8
         tokens = 2 * (13 if gate.startswith("mtp") else 14) * table.per_lane
         assert load_E.sum() == tokens * cfg.n_activated_experts, gate
-    return pairs, different(run(table, streams=Serial()), wanted), different(run(table, streams=Jittery(rank)), wanted)
+    return (
+        pairs,
+        different(run(table, streams=Serial()), expected),
+        different(run(table, streams=Jittery(rank)), expected),
+    )
 
 
 DENSE = CFG.model_copy(update={"n_layers": 5, "n_dense_layers": 3})
@@ -102,7 +106,7 @@ DENSE = CFG.model_copy(update={"n_layers": 5, "n_dense_layers": 3})
      ("dualpipe-v", Layout(1, 1, 2), 3, CFG), ("dualpipe", Layout(2, 1, 2), 6, DENSE)],
     ids=["dualpipe", "v-and-dense", "v-on-one-rank-and-experts", "dualpipe-and-experts"],
 )  # fmt: skip
-def test_pairs_have_the_bits_of_forward_and_then_backward(name, layout, micro, cfg, fp8):
+def test_pairs_are_bit_identical_to_forward_then_backward(name, layout, micro, cfg, fp8):
     """Chunks of unequal layers, some of them dense, with MTP at the end. Run in sequence, and truly overlapped with
     exchanges of random length."""
     for pairs, serial, beside in on_ranks(layout.world, on_a_rank, name, layout, micro, cfg, fp8):
@@ -116,12 +120,12 @@ def alone(rank, fp8):
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
-def test_phases_have_the_bits_of_one_graph(fp8):
+def test_phases_are_bit_identical_to_one_graph(fp8):
     """Except the embedding, where the first layer's and the MTP module's gradients are added in another order."""
     (grads,) = on_ranks(1, alone, fp8)
-    _, wanted = whole(3, CFG, fp8, False)
-    assert grads.keys() == wanted.keys()
-    assert [name for name in grads if not (grads[name] == wanted[name].numpy()).all()] in ([], ["embed.weight"])
+    _, expected = whole(3, CFG, fp8, False)
+    assert grads.keys() == expected.keys()
+    assert [name for name in grads if not (grads[name] == expected[name].numpy()).all()] in ([], ["embed.weight"])
 
 
 def forwarded(model, data, streams):
@@ -132,18 +136,18 @@ def forwarded(model, data, streams):
         out = yield from part.phases(data.tokens_BT, data.tokens_BT)
         return None, next_token.of(out, model.head.weight, data, **TERMS).total
 
-    one = Chunk(phases(), streams)
-    list(one.forward())
-    return one
+    chunk = Chunk(phases(), streams)
+    list(chunk.forward())
+    return chunk
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
-def test_phases_keep_no_more_than_one_graph(fp8):
+def test_phases_hold_no_more_memory_than_one_graph(fp8):
     model = model_of(preset("tiny"), fp8)
     model.rope_table(64)
     data = Batch(torch.arange(256).view(4, 64), (torch.arange(64) > 0).float().repeat(4, 1), None)
-    kept = live_bytes(lambda: forwarded(model, data, Serial()))
-    assert kept <= 1.001 * live_bytes(lambda: next_token(model, data, **TERMS))
+    n_kept = live_bytes(lambda: forwarded(model, data, Serial()))
+    assert n_kept <= 1.001 * live_bytes(lambda: next_token(model, data, **TERMS))
 
 
 class Kinds(Serial):
@@ -163,7 +167,7 @@ class Kinds(Serial):
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
-def test_gradients_arrive_in_the_stream_that_their_boundary_was_made_for(fp8, monkeypatch):
+def test_gradients_arrive_on_the_stream_of_their_boundary(fp8, monkeypatch):
     """On a GPU, autograd makes a boundary's stream wait for the stream that computes its gradient. If they differed, an
     exchange would hold up the computation that overlaps with it."""
     streams, arrived = Kinds(), []
@@ -213,7 +217,7 @@ def noted(rank):
     return streams.ran
 
 
-def test_the_order_matches_that_of_the_trace():
+def test_pair_order_matches_figure_4():
     """E.4: in each slot the exchange comes first, then what is computed meanwhile."""
     slots = [
         ("B", "exchange"), ("W", "compute"), ("F", "compute"),  # 1: combine B; previous attention W, attention F
@@ -223,5 +227,5 @@ def test_the_order_matches_that_of_the_trace():
     ]  # fmt: skip
     through = ["compute", "exchange"] * 4 + ["compute"]
     pair = [("B", "compute"), *slots, *slots, ("F", "compute"), ("W", "compute")]
-    wanted = [("F", kind) for kind in through] + pair + [("B", kind) for kind in through]
-    assert on_ranks(1, noted) == [wanted]
+    expected = [("F", kind) for kind in through] + pair + [("B", kind) for kind in through]
+    assert on_ranks(1, noted) == [expected]

@@ -42,11 +42,11 @@ def _join(_, work, *arguments):
 def timeouts(folder):
     training = across(Layout(), "1f1b", state_dir=folder)
     training.collective.executor_for(2)
-    made = list(dist.distributed_c10d._world.pg_map)
-    return [group._get_backend(torch.device("cpu")).options._timeout for group in made]
+    groups = list(dist.distributed_c10d._world.pg_map)
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 
-def test_every_group_has_the_layout_s_timeout(tmp_path):
+def test_groups_have_the_layout_timeout(tmp_path):
     """17 seconds, plus a minute in which the watchdog reports first. A rank that is alone has three groups: the world,
     files, and one for everything else."""
     assert alone(timeouts, tmp_path) == [timedelta(seconds=77)] * 3
@@ -54,14 +54,14 @@ def test_every_group_has_the_layout_s_timeout(tmp_path):
 
 def stages_and_runs(folder):
     first = Mesh(Layout(), preset("tiny"))
-    same = Mesh(Layout(), preset("tiny")).group == first.group
-    made = len(dist.distributed_c10d._world.pg_map)
+    is_equal = Mesh(Layout(), preset("tiny")).group == first.group
+    n_groups = len(dist.distributed_c10d._world.pg_map)
     dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-    return same, made, {*Mesh(Layout(), preset("tiny")).group.values()} & {*first.group.values()}
+    return is_equal, n_groups, {*Mesh(Layout(), preset("tiny")).group.values()} & {*first.group.values()}
 
 
-def test_the_stages_of_a_run_share_their_groups_and_a_new_run_has_its_own(tmp_path):
+def test_stages_share_groups_and_runs_do_not(tmp_path):
     assert alone(stages_and_runs, tmp_path) == (True, 2, set())
 
 
@@ -69,36 +69,36 @@ def communicators(layout, schedule):
     """For each rank, how many groups it is in, as `Mesh`, `Channels`, checkpoints and held-out rows create them; and
     the number of all groups. The world's two are not counted."""
     table, pipelines = schedules.schedule(schedule, layout.pp, 120), layout.groups("pp")
-    wanted = {one.shared for one in (*layout.wanted(), *executor.wanted(table, pipelines))}
-    return Counter(rank for one in wanted for rank in one.ranks), len(wanted)
+    specs = {spec.shared for spec in (*layout.needed_groups(), *executor.needed_groups(table, pipelines))}
+    return Counter(rank for spec in specs for rank in spec.ranks), len(specs)
 
 
-def test_a_rank_of_v3_has_few_communicators():
+def test_v3_rank_has_few_communicators():
     recipe = Recipe.load("recipes/v3.toml")
     layout, schedule, _ = distributed.layout_of(recipe.layout, recipe.layout.fewest)
-    found, everyone_s = communicators(layout, schedule)
-    assert len(found) == layout.world == 2048
-    assert max(found.values()) + 2 == 12 <= 64
+    actual, everyone_s = communicators(layout, schedule)
+    assert len(actual) == layout.world == 2048
+    assert max(actual.values()) + 2 == 12 <= 64
     assert everyone_s > 6000, "what one communicator for each group of the world would be"
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv", "dualpipe-v"])
-def test_nor_more_under_other_schedules(schedule):
-    found, _ = communicators(Layout(8, 2, 16, 8, 2), schedule)
-    assert max(found.values()) + 2 <= 16
+def test_other_schedules_need_no_more_communicators(schedule):
+    actual, _ = communicators(Layout(8, 2, 16, 8, 2), schedule)
+    assert max(actual.values()) + 2 <= 16
 
 
-def test_equal_ranks_are_one_group_unless_they_may_run_side_by_side():
-    wanted = [*Layout(ep=4).wanted()]
-    assert {one.shared for one in wanted if len(one.ranks) > 1} == {
-        process_groups.Wanted("sums", (0, 1, 2, 3)), process_groups.Wanted("experts", (0, 1, 2, 3))
+def test_equal_ranks_share_a_group_unless_uses_overlap():
+    specs = [*Layout(ep=4).needed_groups()]
+    assert {spec.shared for spec in specs if len(spec.ranks) > 1} == {
+        process_groups.GroupSpec("sums", (0, 1, 2, 3)), process_groups.GroupSpec("experts", (0, 1, 2, 3))
     }  # fmt: skip
-    assert {one.shared for one in wanted if len(one.ranks) == 1} == {
-        process_groups.Wanted("sums", (rank,)) for rank in range(4)
+    assert {spec.shared for spec in specs if len(spec.ranks) == 1} == {
+        process_groups.GroupSpec("sums", (rank,)) for rank in range(4)
     }
 
 
-def test_what_nccl_and_cuda_are_asked_for(monkeypatch):
+def test_nccl_and_cuda_options(monkeypatch):
     """This build of torch has no NCCL; its options are faked as torch declares them."""
     made = SimpleNamespace(Options=lambda: SimpleNamespace(is_high_priority_stream=False, config=SimpleNamespace()))
     monkeypatch.setattr(dist, "ProcessGroupNCCL", made, raising=False)
@@ -116,7 +116,7 @@ def test_what_nccl_and_cuda_are_asked_for(monkeypatch):
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and os.environ["CUDA_MODULE_LOADING"] == "EAGER"
 
 
-def test_the_exchange_s_thread_sets_its_device(monkeypatch):
+def test_exchange_thread_sets_its_device(monkeypatch):
     """Otherwise all ranks of a machine would create a context on its first GPU."""
     chosen = {}
     stream = SimpleNamespace(wait_event=lambda event: None, record_event=lambda: None)
@@ -139,16 +139,16 @@ def whole_layers():
     assert len(layers) == len(training.model.layers) + len(training.model.mtp)
     for number, layer in enumerate(layers):
 
-        def whole(*given, number=number, layer=layer):  # stands for what `compile` would install
+        def whole(*arguments, number=number, layer=layer):  # stands for what `compile` would install
             called[number] += 1
-            return layer._call_impl(*given)
+            return layer._call_impl(*arguments)
 
         layer._compiled_call_impl = whole
     training.update([batch(number, False) for number in range(2)])
     return called == {number: 2 for number in range(len(layers))}
 
 
-def test_pure_data_parallelism_calls_whole_layers_and_can_be_compiled():
+def test_pure_data_parallelism_calls_whole_layers():
     assert alone(whole_layers)
 
 
@@ -160,7 +160,7 @@ def compared(rank, facts, faults):
         return str(error)
 
 
-def test_the_rank_that_differs_is_named():
+def test_odd_rank_is_named():
     """Two of three agree; the odd one may be rank 0."""
     cpu, gpu = {"device": "cpu", "NCCL": None}, {"device": "cuda 9.0", "NCCL": "2.29.7"}
     for facts, faults, words in (
@@ -176,11 +176,11 @@ def test_the_rank_that_differs_is_named():
         ),
         ((gpu, cpu, gpu), ("", "2 ranks", ""), "rank 1 on HOST: 2 ranks"),
     ):
-        said = on_ranks(3, compared, facts, faults)
-        assert len({*said}) == 1 and said[0].startswith(words.replace("HOST", platform.node())), said
+        message = on_ranks(3, compared, facts, faults)
+        assert len({*message}) == 1 and message[0].startswith(words.replace("HOST", platform.node())), message
 
 
-def test_a_rank_needs_a_gpu_of_its_own(monkeypatch):
+def test_rank_needs_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")

@@ -42,31 +42,31 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("P", "M", "pair", "makespan", "idle", "live", "pairs"), PUBLISHED)
-def test_dualpipe_is_as_derived(P, M, pair, makespan, idle, live, pairs):
+def test_dualpipe_matches_derived_times(P, M, pair, makespan, idle, live, pairs):
     table = dualpipe(P, M)
     check(table)
-    found = simulate(table, Costs(pair=pair))
-    assert (found.makespan, max(found.idle), max(found.live)) == (makespan, idle, live)
-    assert list(found.pairs) == pairs + pairs[::-1]
-    assert max(found.idle) == (P / 2 - 1) * (pair + 2 - 3 * 1)  # E.6: (P/2 - 1)(F&B + B - 3W)
+    actual = simulate(table, Costs(pair=pair))
+    assert (actual.makespan, max(actual.idle), max(actual.live)) == (makespan, idle, live)
+    assert list(actual.pairs) == pairs + pairs[::-1]
+    assert max(actual.idle) == (P / 2 - 1) * (pair + 2 - 3 * 1)  # E.6: (P/2 - 1)(F&B + B - 3W)
 
 
-def test_dualpipe_with_other_costs():
-    found = simulate(dualpipe(8, 20), Costs(forward=2, input=2, weight=1, pair=4.5))
-    assert (found.makespan, max(found.idle)) == (108, 13.5)
+def test_dualpipe_with_unequal_costs():
+    actual = simulate(dualpipe(8, 20), Costs(forward=2, input=2, weight=1, pair=4.5))
+    assert (actual.makespan, max(actual.idle)) == (108, 13.5)
 
 
 @pytest.mark.parametrize(("R", "M"), [(4, 10), (2, 4), (3, 9), (8, 60)])
-def test_dualpipe_v_is_dualpipe_folded(R, M):
+def test_dualpipe_v_is_folded_dualpipe(R, M):
     table = dualpipe_v(R, M)
     check(table)
-    folded, whole = simulate(table, Costs(pair=3)), simulate(dualpipe(2 * R, 2 * M), Costs(pair=3))
-    assert folded.makespan == whole.makespan and max(folded.idle) == max(whole.idle)
-    assert folded.live == whole.live[:R] and folded.pairs == whole.pairs[:R]
+    folded, unfolded = simulate(table, Costs(pair=3)), simulate(dualpipe(2 * R, 2 * M), Costs(pair=3))
+    assert folded.makespan == unfolded.makespan and max(folded.idle) == max(unfolded.idle)
+    assert folded.live == unfolded.live[:R] and folded.pairs == unfolded.pairs[:R]
 
 
 @pytest.mark.parametrize(("P", "M"), [(8, 20), (4, 4), (2, 7), (1, 3)])
-def test_the_classics_have_their_bubbles(P, M):
+def test_gpipe_and_1f1b_have_known_bubbles(P, M):
     """E.6 for F = I = W = 1: 1F1B (P-1)(F+B), ZB1P (P-1)(F+B-2W); activations of at most P micro-batches."""
     for make, bubble, live in (
         (gpipe, 3 * (P - 1), M),
@@ -75,9 +75,9 @@ def test_the_classics_have_their_bubbles(P, M):
     ):
         table = make(P, M)
         check(table)
-        found = simulate(table)
-        assert set(found.idle) == {bubble} and found.makespan == 3 * M + bubble, table.name
-        assert max(found.live) == live, table.name
+        actual = simulate(table)
+        assert set(actual.idle) == {bubble} and actual.makespan == 3 * M + bubble, table.name
+        assert max(actual.live) == live, table.name
 
 
 def test_interleaving_divides_the_bubble():
@@ -88,18 +88,18 @@ def test_interleaving_divides_the_bubble():
 
 
 @pytest.mark.parametrize(("R", "M"), [(4, 8), (8, 20), (4, 7), (2, 3), (1, 1)])
-def test_zbv_is_never_idle_between_its_ends(R, M):
+def test_zbv_is_never_idle_in_the_middle(R, M):
     table = zbv(R, M)
     check(table)
-    found = simulate(table)
-    assert set(found.idle) == {R - 1} and max(found.live) <= 2 * R
-    for spans in found.spans:
+    actual = simulate(table)
+    assert set(actual.idle) == {R - 1} and max(actual.live) <= 2 * R
+    for spans in actual.spans:
         assert all(a.end == b.start for a, b in pairwise(spans))
 
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(sorted(SCHEDULES)), ranks=st.integers(1, 9), micro=st.integers(1, 40))
-def test_every_table_is_complete_and_ends(name, ranks, micro):
+def test_every_table_is_complete_and_deadlock_free(name, ranks, micro):
     try:
         table = schedule(name, ranks, micro)
     except UserError as refused:
@@ -145,7 +145,7 @@ def like_torch(step):
     ],
     ids=["interleaved", "zbv", "dualpipe-v"],
 )
-def test_torch_has_the_same_order(make, kind, sizes):
+def test_order_matches_torch_schedules(make, kind, sizes):
     for ranks, micro in sizes:
         table = make(ranks, micro)
         expected = torch_order(kind, ranks, 2, micro, table.place[0])
@@ -165,12 +165,12 @@ def test_torch_has_the_same_order(make, kind, sizes):
         ("dualpip", 4, 8, 'did you mean "dualpipe"'), ("best", 4, 8, "known: gpipe, 1f1b"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(name, ranks, micro, words):
+def test_impossible_sizes_are_refused(name, ranks, micro, words):
     with pytest.raises(UserError, match=re.escape(words)):
         schedule(name, ranks, micro)
 
 
-def test_broken_tables_are_found():
+def test_broken_tables_are_detected():
     good = one_f_one_b(2, 2)
 
     def changed(*steps):
@@ -192,7 +192,7 @@ def test_broken_tables_are_found():
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 
-def test_the_text_is_the_timeline():
+def test_text_shows_the_timeline():
     table = zb1p(3, 4)
     lines = as_text(simulate(table)).splitlines()
     assert [line.split()[0] for line in lines] == ["0", "1", "2"] and len({len(line.rstrip()) for line in lines}) == 1
@@ -202,7 +202,7 @@ def test_the_text_is_the_timeline():
     assert "idle at most 2 per rank" in summary(table, simulate(table))
 
 
-def test_the_svg_has_every_piece_of_work_in_its_place():
+def test_svg_places_every_action():
     table = dualpipe(4, 8)
     timeline = simulate(table)
     tree = ElementTree.fromstring(as_svg(table, timeline))
@@ -214,7 +214,7 @@ def test_the_svg_has_every_piece_of_work_in_its_place():
     assert max(float(box.attrib["x"]) + float(box.attrib["width"]) for box in boxes) <= 1600
 
 
-def test_the_guide_s_dualpipe_is_dualpipe():
+def test_guide_example_is_dualpipe():
     """For every pre-training step of the command that promises it; with larger micro-batches it would be 1F1B."""
     root = Path(__file__).parents[2]
     (line,) = (line for line in (root / "docs/guide.md").read_text().splitlines() if line.endswith("with DualPipe"))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from types import SimpleNamespace
 
@@ -42,9 +43,15 @@ def steps_of(rank, name, layout, first, last, folder, ema=0.0):
 
 def alone(first, last, folder, ema=0.0):
     """The same on one process."""
-    said = []
+    message = []
     trainer = Trainer(
-        model_of(CFG), next_token, None, *config(ema_decay=ema), folder, model_config=CFG.model_dump(), warn=said.append
+        model_of(CFG),
+        next_token,
+        None,
+        *config(ema_decay=ema),
+        folder,
+        model_config=CFG.model_dump(),
+        warn=message.append,
     )
     assert trainer.start() == (first > 0) and trainer.step == first
     norms = [trainer.update(batches(step, 0, ALL))["train/grad_norm"] for step in range(first, last)]
@@ -53,20 +60,20 @@ def alone(first, last, folder, ema=0.0):
     return norms, trainer
 
 
-def test_saved_under_one_layout_and_gone_on_with_under_others(tmp_path):
+def test_checkpoint_resumes_under_other_layouts(tmp_path):
     """Pipeline and experts, then DualPipe, then data alone, then one process: norms, weights, moments, moving averages
     and routing biases are those of one process that never stopped."""
     parts = [
         ("1f1b", Layout(2, 1, 2), 0, 1), ("dualpipe", Layout(2, 1, 1), 1, 2), ("gpipe", Layout(1, 2, 2), 2, 3),
     ]  # fmt: skip
-    found = []
+    actual = []
     for name, layout, first, last in parts:
         norms = on_ranks(layout.world, steps_of, name, layout, first, last, tmp_path, 0.5)
-        assert all(theirs == norms[0] for theirs in norms)
-        found += norms[0]
+        assert all(on_rank == norms[0] for on_rank in norms)
+        actual += norms[0]
     norms, ended = alone(3, 4, tmp_path, 0.5)
     trainer, values = at_home(1, ALL, ema_decay=0.5)
-    assert found + norms == pytest.approx([v["train/grad_norm"] for v in values], rel=1e-4)
+    assert actual + norms == pytest.approx([v["train/grad_norm"] for v in values], rel=1e-4)
     weights, state = trainer.optimizer.masters(), trainer.optimizer.state_dict()
     for name, value in ended.optimizer.masters().items():
         assert (value - weights[name]).abs().max() < 0.1 * LR, name
@@ -77,7 +84,7 @@ def test_saved_under_one_layout_and_gone_on_with_under_others(tmp_path):
         assert torch.equal(ended.gates[name].bias_E, gate.bias_E), name
 
 
-def test_what_one_process_saved_many_continue_with(tmp_path):
+def test_ranks_resume_a_single_process_checkpoint(tmp_path):
     norms, _ = alone(0, 2, tmp_path)
     (more, _) = on_ranks(2, steps_of, "1f1b", Layout(2, 1, 1), 2, 4, tmp_path)
     _, values = at_home(1, ALL)
@@ -86,7 +93,7 @@ def test_what_one_process_saved_many_continue_with(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_model_directory_out_of_a_checkpoint(tmp_path, dtype):
+def test_model_directory_from_checkpoint(tmp_path, dtype):
     """Bit for bit what one process with the same master weights writes."""
     on_ranks(4, steps_of, "1f1b", Layout(2, 1, 2), 0, 1, tmp_path / "state", 0.5)
     path = tmp_path / "state" / "step-00000001"
@@ -95,18 +102,18 @@ def test_a_model_directory_out_of_a_checkpoint(tmp_path, dtype):
     trainer = Trainer(model_of(CFG), next_token, None, *config(dtype, ema_decay=0.5), tmp_path / "state",
                       model_config=CFG.model_dump())  # fmt: skip
     trainer.start()
-    for folder, wanted in (("model", trainer.model.state_dict()), ("ema", None)):
-        if wanted is None:
+    for folder, expected in (("model", trainer.model.state_dict()), ("ema", None)):
+        if expected is None:
             with trainer.optimizer.averaged():
-                wanted = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+                expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         state = deepseek.load(tmp_path / folder).state_dict()
         assert all(
-            torch.equal(state[name], value) and state[name].dtype == value.dtype for name, value in wanted.items()
+            torch.equal(state[name], value) and state[name].dtype == value.dtype for name, value in expected.items()
         )
     assert not torch.equal(deepseek.load(tmp_path / "ema").head.weight, deepseek.load(tmp_path / "model").head.weight)
 
 
-def test_masters_that_a_dtype_cannot_hold_are_named(tmp_path):
+def test_masters_out_of_range_are_named(tmp_path):
     _, trainer = alone(0, 0, tmp_path / "state")
     trainer.optimizer.masters()["layers.0.ffn_norm.weight"][0] = 7e4
     trainer.step = 1
@@ -123,10 +130,10 @@ def other_model(rank, folder):
         return str(error)
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+def test_checkpoint_of_another_model_is_refused(tmp_path):
     on_ranks(1, steps_of, "gpipe", Layout(), 0, 1, tmp_path)
-    (said,) = on_ranks(1, other_model, tmp_path)
-    assert "route_scale is 1.0 in this run but 2.5 in the checkpoint" in said
+    (message,) = on_ranks(1, other_model, tmp_path)
+    assert re.search(r"route_scale.* 1\.0 .*run.* 2\.5 .*checkpoint", message)
 
 
 def some(rank, folder, names):
@@ -135,7 +142,7 @@ def some(rank, folder, names):
     saver.finish()
 
 
-def test_experts_are_stacked_again(tmp_path):
+def test_experts_are_restacked(tmp_path):
     names = [["model/a", "model/e.experts.w/1"], ["model/c", "model/e.experts.w/0"], []]
     on_ranks(3, some, tmp_path, names)
     path = tmp_path / "step-00000001"
@@ -143,14 +150,14 @@ def test_experts_are_stacked_again(tmp_path):
         "rank-00000.safetensors",
         "rank-00001.safetensors",
     ]
-    assert CheckpointReader(path).locations.keys() == {name for mine in names for name in mine}
-    whole = checkpoint.load(path).tensors["model"]
-    assert whole["e.experts.w"].shape == (2, 2, 3) and whole["a"].shape == (2, 3)
-    with pytest.raises(UserError, match="has no model/z; it belongs to another model"):
+    assert CheckpointReader(path).locations.keys() == {name for own in names for name in own}
+    complete = checkpoint.load(path).tensors["model"]
+    assert complete["e.experts.w"].shape == (2, 2, 3) and complete["a"].shape == (2, 3)
+    with pytest.raises(UserError, match=r"no model/z.*another model"):
         CheckpointReader(path).read(["model/z"])
 
 
-def test_a_damaged_file_is_named(tmp_path):
+def test_damaged_file_is_named(tmp_path):
     on_ranks(2, some, tmp_path, [["model/a"], ["model/b"]])
     path = tmp_path / "step-00000001"
     file = next(file for file in path.glob("*.safetensors") if b"model/b" in file.read_bytes())
@@ -158,7 +165,7 @@ def test_a_damaged_file_is_named(tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     assert CheckpointReader(path).read(["model/a"])["model/a"].shape == (2, 3), "what it does not need it does not read"
-    with pytest.raises(checkpoint.Damaged, match=rf"{file.name} does not match its checksum"):
+    with pytest.raises(checkpoint.Damaged, match=rf"{file.name}.*checksum"):
         CheckpointReader(path).read(["model/b"])
     (path / "manifest.json").write_text("{}")
     with pytest.raises(checkpoint.Damaged, match=r"manifest.json"):
@@ -166,40 +173,40 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def damaged(rank, layout, folder):
-    said = []
-    training = across(layout, "1f1b", state_dir=folder, warn=said.append)
+    message = []
+    training = across(layout, "1f1b", state_dir=folder, warn=message.append)
     training.start()
-    return training.step, said
+    return training.step, message
 
 
-def test_damage_that_one_rank_meets_sends_all_to_the_checkpoint_before(tmp_path):
+def test_damage_on_one_rank_sends_all_to_the_previous_checkpoint(tmp_path):
     for first, last in ((0, 1), (1, 2)):
         on_ranks(2, steps_of, "1f1b", Layout(2, 1, 1), first, last, tmp_path)
     file = tmp_path / "step-00000002" / "rank-00001.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    for step, said in on_ranks(2, damaged, Layout(2, 1, 1), tmp_path):
-        assert step == 1 and "rank-00001.safetensors does not match its checksum" in said[0]
+    for step, message in on_ranks(2, damaged, Layout(2, 1, 1), tmp_path):
+        assert step == 1 and re.search("rank-00001.safetensors.*checksum", message[0])
 
 
 def bytes_read(rank, layout, folder):
     """Resumes; returns the bytes that this rank reads from files with tensors, and those of all their tensors."""
-    pread, mine = os.pread, 0
+    pread, n_read = os.pread, 0
 
     def counting(file, size, offset):
-        nonlocal mine
+        nonlocal n_read
         data = pread(file, size, offset)
-        mine += len(data)
+        n_read += len(data)
         return data
 
     training = across(layout, "1f1b", state_dir=folder)
     chunked_files.os = SimpleNamespace(**{name: getattr(os, name) for name in ("fstat",)}, pread=counting)
     assert training.start()
-    return mine, checkpoint.load(checkpoint.steps(folder)[-1]).bytes()
+    return n_read, checkpoint.load(checkpoint.steps(folder)[-1]).bytes()
 
 
-def test_all_ranks_together_read_a_checkpoint_once(tmp_path):
+def test_ranks_together_read_each_byte_once(tmp_path):
     """Not once each: of 8 x 84 GB, a 7B model's state on 8 ranks, seven eighths were of no use to the rank that read
     and hashed them."""
     chunk, chunked_files.CHUNK = chunked_files.CHUNK, 256
@@ -208,8 +215,8 @@ def test_all_ranks_together_read_a_checkpoint_once(tmp_path):
     finally:
         chunked_files.CHUNK = chunk
     for layout in (Layout(1, 4, 1), Layout(1, 2, 2), Layout(2, 1, 2)):
-        read, (whole, *_) = zip(*on_ranks(4, bytes_read, layout, tmp_path), strict=True)
-        assert sum(read) < 1.35 * whole and max(read) < 0.5 * whole, layout
+        read, (complete, *_) = zip(*on_ranks(4, bytes_read, layout, tmp_path), strict=True)
+        assert sum(read) < 1.35 * complete and max(read) < 0.5 * complete, layout
 
 
 def empty(folder, tensors):
@@ -225,8 +232,8 @@ def empty(folder, tensors):
         path = folder / f"{stem}.safetensors"
         path.write_bytes(head)
         os.truncate(path, len(head) + end)
-        chunks, rest = divmod(end, chunked_files.CHUNK)
-        digests = zeros * chunks + (hashlib.sha256(bytes(rest)).digest() if rest else b"")
+        chunks, remainder = divmod(end, chunked_files.CHUNK)
+        digests = zeros * chunks + (hashlib.sha256(bytes(remainder)).digest() if remainder else b"")
         files[path.name] = {
             "header": hashlib.sha256(head).hexdigest(), "chunk": chunked_files.CHUNK,
             "digests": chunked_files.write_synced(chunked_files.digests_file(path), digests),
@@ -252,11 +259,11 @@ def one_of_128(_, folder, me):
         group.moments.pop("v")  # half as much to hash
     reader = CheckpointReader(folder)
     optimizer.load_pieces(reader)
-    whole = sum(8 * math.prod(shape) for shape in shapes.values())
-    return reader.bytes_read, whole / 128
+    n_bytes = sum(8 * math.prod(shape) for shape in shapes.values())
+    return reader.bytes_read, n_bytes / 128
 
 
-def test_a_rank_of_128_reads_its_share_of_a_large_state(tmp_path):
+def test_rank_of_128_reads_its_share_of_a_large_state(tmp_path):
     (tmp_path / "step-00000001").mkdir()
     ((read, share),) = on_ranks(1, one_of_128, tmp_path / "step-00000001", 77)
     assert 0.9e9 < share <= read < 1.3 * share
@@ -281,10 +288,10 @@ def failing(rank, folder):
     return "saved"
 
 
-def test_a_rank_that_cannot_write_makes_it_fail_on_all(tmp_path):
+def test_write_failure_on_one_rank_fails_on_all(tmp_path):
     on_ranks(2, some, tmp_path, [["model/a"], ["model/b"]])
-    said = on_ranks(2, failing, tmp_path)
-    assert said[0] == said[1] and "rank 1 cannot write: No space left on device" in said[0]
+    message = on_ranks(2, failing, tmp_path)
+    assert message[0] == message[1] and re.search("rank 1.*No space left", message[0])
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000001"]
     on_ranks(2, some, tmp_path, [["model/a"], ["model/b"]])  # sweeps away what was left behind
     assert not list(tmp_path.glob(".tmp-*"))
@@ -301,14 +308,14 @@ def in_the_background(rank, folder):
     sharded_checkpoint.write_chunked = slow
     training = across(Layout(1, 2, 1), "gpipe", state_dir=folder)
     update(training, 0, 4)
-    before = {name: value.clone() for name, value in training.optimizer.masters().items()}
+    earlier = {name: value.clone() for name, value in training.optimizer.masters().items()}
     training.save()
     update(training, 1, 4)
     training.save()  # waits for the first save
     training.finish()
     assert CheckpointReader(folder / "step-00000002").updates == 2
     saved = checkpoint.load(folder / "step-00000001").tensors["model"]
-    return all(torch.equal(saved[name], value) for name, value in before.items())
+    return all(torch.equal(saved[name], value) for name, value in earlier.items())
 
 
 def test_training_continues_while_a_checkpoint_is_written(tmp_path):

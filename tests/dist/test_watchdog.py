@@ -1,5 +1,6 @@
 """The report on who waits for whom, and the watchdog that prints it."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -19,12 +20,12 @@ from bessemer.addons.distributed.watchdog import Activity, hang_report
 NOW = 1000.0
 
 
-def words(others, ranks=(0, 1, 2), timeout=100.0):
-    return hang_report(0, Activity("tokens", ranks, NOW - 120), 7, [None, *others], NOW, timeout)
+def words(statuses, ranks=(0, 1, 2), timeout=100.0):
+    return hang_report(0, Activity("tokens", ranks, NOW - 120), 7, [None, *statuses], NOW, timeout)
 
 
 @pytest.mark.parametrize(
-    ("others", "wanted"),
+    ("statuses", "needed_words"),
     [
         ([[NOW - 300, 6, "working", None, NOW - 310], [NOW - 1, 7, "tokens", [0, 1], NOW - 90]],
          "rank 1 has not reported for 300 s, last in step 6 (working)"),
@@ -36,12 +37,14 @@ def words(others, ranks=(0, 1, 2), timeout=100.0):
     ],
     ids=["silent", "busy", "never", "all wait"],
 )  # fmt: skip
-def test_the_report_names_the_cause(others, wanted):
-    report = words(others)
-    assert report.startswith("rank 0 has waited 120 s for tokens from ranks 1, 2 in step 7; ") and wanted in report
+def test_hang_report_names_the_cause(statuses, needed_words):
+    report = words(statuses)
+    assert (
+        report.startswith("rank 0 has waited 120 s for tokens from ranks 1, 2 in step 7; ") and needed_words in report
+    )
 
 
-def test_threads_wait_side_by_side():
+def test_threads_wait_independently():
     """An exchange alongside the computation, begun later and ended earlier or later: what remains is reported."""
     inside, out = threading.Event(), threading.Event()
 
@@ -68,7 +71,7 @@ def test_threads_wait_side_by_side():
     assert watchdog.RankStatus.current().ranks is None
 
 
-def ended(seconds, what, over=False):
+def ended(seconds, waits_for, over=False):
     """Wait for rank 1 in a process of its own whose watchdog allows so many seconds; (status, stderr, how long)."""
 
     def work():
@@ -77,18 +80,18 @@ def ended(seconds, what, over=False):
         watchdog.at(3)
         if over:
             store.set(watchdog.OVER, "1")
-        with watchdog.waiting(what, range(2)):
+        with watchdog.waiting(waits_for, range(2)):
             time.sleep(30)
 
     began, process = time.monotonic(), Fork(work)
-    _, said = process.communicate(timeout=60)
-    return process.returncode, said, time.monotonic() - began
+    _, message = process.communicate(timeout=60)
+    return process.returncode, message, time.monotonic() - began
 
 
-def test_a_rank_that_waits_too_long_says_so_and_ends():
-    status, said, took = ended(1.0, "the figures")
+def test_rank_that_waits_too_long_reports_and_exits():
+    status, message, took = ended(1.0, "the figures")
     assert status == watchdog.EXIT and took < 25
-    assert "rank 0 has waited 1 s for the figures from rank 1 in step 3; rank 1 never reported" in said
+    assert re.search("rank 0 .*1 s.* the figures .*rank 1 .*step 3.*rank 1 never", message)
 
 
 QUEUED = """
@@ -111,24 +114,24 @@ the_host_goes_on()
 """
 
 
-def test_a_device_that_waits_too_long_is_noticed_although_its_host_continues(tmp_path):
+def test_hung_device_is_noticed_while_its_host_continues(tmp_path):
     """As with NCCL, a wait returns at once. The stacks and torch's flight recorder are written to files."""
     done = subprocess.run([sys.executable, "-c", QUEUED, tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == watchdog.EXIT
-    assert "rank 0 has waited 1 s for gradients of micro-batch 7 from rank 1 in step 3" in done.stderr
+    assert re.search("rank 0 .*1 s.*gradients of micro-batch 7 .*rank 1 .*step 3", done.stderr)
     assert "the_host_goes_on" in (tmp_path / "hang" / "rank-0.txt").read_text()
     assert b"gloo:barrier" in (tmp_path / "hang" / "recorder_0").read_bytes()
 
 
-def test_a_queued_operation_waits_since_the_one_before_it_was_done(monkeypatch):
+def test_queued_operation_waits_from_the_end_of_the_previous_one(monkeypatch):
     """The host runs ahead: what it queued long ago may only just have begun."""
     status, done = watchdog.RankStatus, {"first": False, "second": False}
     monkeypatch.setattr(status, "queued", type(status.queued)())
     monkeypatch.setattr(status, "reached", 0.0)
     queued = iter(done)
     monkeypatch.setattr(status, "mark", lambda: partial(done.__getitem__, next(queued)))
-    for what in done:
-        with watchdog.waiting(what, [1]):
+    for operation in done:
+        with watchdog.waiting(operation, [1]):
             pass
     first = status.current()
     assert first.what == "first"
@@ -139,7 +142,7 @@ def test_a_queued_operation_waits_since_the_one_before_it_was_done(monkeypatch):
     assert status.current().ranks is None and not status.queued
 
 
-def test_ranks_that_get_on_are_waited_for_and_hung_ones_are_not(monkeypatch):
+def test_progressing_ranks_are_waited_for_and_hung_ones_are_not(monkeypatch):
     """`meet` extends its wait at every sign of life from the others, until one has ended or the signs stop."""
     store, status, since, clock = dist.HashStore(), watchdog.RankStatus, [], [0.0]
     met = Ranks(store, 0, 3, torch.device("cpu"))
@@ -165,7 +168,7 @@ def test_ranks_that_get_on_are_waited_for_and_hung_ones_are_not(monkeypatch):
     assert since == [0, 1, 2, 3, 3, 3, 6, 6, 6, 6] and not events and status.current().ranks is None
 
 
-def test_signs_of_a_rank_reach_the_others():
+def test_heartbeats_reach_other_ranks():
     """They go through its watchdog while its main thread is busy, and a report counts from the latest one."""
     store, working = dist.HashStore(), watchdog.RankStatus.working
     dog = watchdog.Watchdog(store, 0, 2, 0.2)
@@ -176,13 +179,13 @@ def test_signs_of_a_rank_reach_the_others():
             time.sleep(0.01)
         assert watchdog.RankStatus.working.since > working.since
         time.sleep(0.2)
-        seen = store.add(watchdog.BEATS, 0)
+        beats = store.add(watchdog.BEATS, 0)
         time.sleep(0.2)
-        assert seen >= 2 and store.add(watchdog.BEATS, 0) == seen, "no sign, no progress"
+        assert beats >= 2 and store.add(watchdog.BEATS, 0) == beats, "no sign, no progress"
     finally:
         dog.stop()
 
 
-def test_a_rank_that_waits_for_one_that_has_ended_ends_as_well():
-    status, said, took = ended(2.0, "gradients", over=True)
-    assert status == watchdog.LOST and took < 20 and not said
+def test_rank_waiting_for_an_ended_rank_exits():
+    status, message, took = ended(2.0, "gradients", over=True)
+    assert status == watchdog.LOST and took < 20 and not message

@@ -62,11 +62,11 @@ class CheckpointReader:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors with these names, in this order; UserError for a name that is missing."""
-        found = {}
+        values = {}
         for name in names:
             where = self.location(name)
-            found[name] = where.file.read(where.key, where.start, where.stop).view(where.shape)
-        return found
+            values[name] = where.file.read(where.key, where.start, where.stop).view(where.shape)
+        return values
 
     def elements(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start]: a part of a tensor's elements, in their order. Raises as `read` does."""
@@ -101,8 +101,8 @@ class CompanionReader:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)
-        found = self.reader.read([companion_name(self.companion, name) for name in names])
-        return dict(zip(names, found.values(), strict=True))
+        tensors = self.reader.read([companion_name(self.companion, name) for name in names])
+        return dict(zip(names, tensors.values(), strict=True))
 
     def elements(self, name: str, start: int, stop: int) -> Tensor:
         return self.reader.elements(companion_name(self.companion, name), start, stop)

@@ -66,12 +66,12 @@ class ChunkedFile:
         """Elements [start, stop) of a tensor; all of them in its shape if neither is given."""
         entry = self.entries[key]
         width = entry.dtype.itemsize
-        whole = math.prod(entry.shape)
-        stop = whole if stop is None else stop
-        found = torch.empty(stop - start, dtype=entry.dtype)
+        size = math.prod(entry.shape)
+        stop = size if stop is None else stop
+        values = torch.empty(stop - start, dtype=entry.dtype)
         if stop > start:
-            self._fill(found.view(torch.uint8).numpy().data, entry.begin + start * width)
-        return found.view(entry.shape) if stop - start == whole else found
+            self._fill(values.view(torch.uint8).numpy().data, entry.begin + start * width)
+        return values.view(entry.shape) if stop - start == size else values
 
     def _read_header(self) -> tuple[dict[str, TensorEntry], int]:
         """(the entries, where the data begin)."""
@@ -146,8 +146,8 @@ class ChunkedFile:
             self.bytes_read += self.path.stat().st_size
             self._verified = True
 
-    def _damaged(self, what: str = "") -> Damaged:
-        return Damaged(f"{self.path.name}: {what}" if what else f"{self.path.name} does not match its checksum")
+    def _damaged(self, fault: str = "") -> Damaged:
+        return Damaged(f"{self.path.name}: {fault}" if fault else f"{self.path.name} does not match its checksum")
 
 
 def digests_file(path: Path) -> Path:

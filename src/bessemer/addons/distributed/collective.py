@@ -135,10 +135,10 @@ class RankCollective(Collective):
     def share_of(self, count: int) -> range:
         return range(self.mesh.me, count, self.mesh.layout.world)
 
-    def exchanged(self, mine: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def exchanged(self, own: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
         flat = torch.zeros(sum(sizes))
         parts = flat.split([*sizes])
-        for number, values in mine.items():
+        for number, values in own.items():
             parts[number].copy_(values)
         summed = flat.to(self.shard.device)
         with watchdog.waiting("numbers of the other ranks", range(self.mesh.layout.world)):
@@ -162,7 +162,7 @@ class RankCollective(Collective):
         if self.shard.exchange is not None:
             self.shard.exchange.begin()
         if self._warms:
-            self._warm(executor, [one for lane in work for one in lane])
+            self._warm(executor, [micro_batch for lane in work for micro_batch in lane])
         self._losses = []
         optimizer.early = executor.begin_sum if executor.mirrored else None
         with tuning.without() if self._warms else nullcontext():
@@ -175,7 +175,7 @@ class RankCollective(Collective):
         """Called before a step: warms up for micro-batches of new shapes, so that first-time work is done before
         messages are under way. The ranks of an exchange need not meet a new shape in the same step, so all run as many
         warm-ups as any of them."""
-        new = {_shape(one): one for one in work if _shape(one) not in self._warmed}
+        new = {_shape(micro_batch): micro_batch for micro_batch in work if _shape(micro_batch) not in self._warmed}
         self._warmed |= new.keys()
         most = int(self._reduced([float(len(new))], dist.ReduceOp.MAX)[0])
         for number in range(most):
@@ -221,7 +221,7 @@ class RankCollective(Collective):
             last["balance"] += other_stages / alpha
         rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
         counts = self.mesh.pp == self.mesh.cp == 0  # one rank of every pipeline counts
-        mine: list[float] = [
+        own: list[float] = [
             math.fsum(losses), math.fsum(float(loss.tokens) for loss in self._losses),
             math.fsum(float(loss.tokens if loss.weight is None else loss.weight) for loss in self._losses),
             tokens * counts, rows * counts, self.trainer.asked_to_stop(), self.me == 0 and self.trainer.due_by_time(),
@@ -230,8 +230,8 @@ class RankCollective(Collective):
         exchange, links = self.shard.exchange, list[str]()
         if exchange is not None:
             links = [*exchange.links]
-            mine += exchange.bytes_sent()
-        total, divisor, weight, all_tokens, all_rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
+            own += exchange.bytes_sent()
+        total, divisor, weight, all_tokens, all_rows, stop, due, *more = self._reduced(own, dist.ReduceOp.SUM)
         values, sent = more[: len(last)], more[len(last) :]
         self._stopping, self._due = stop > 0, due > 0
         values_by_name = {}
@@ -270,18 +270,18 @@ class RankCollective(Collective):
     def culprit(self, sums: Sums, terms: dict[str, float]) -> str:
         bad = [number for number, loss in enumerate(sums.losses) if not math.isfinite(float(loss.total))]
         names = self.trainer.optimizer.nonfinite_gradients()
-        mine = f"the loss of micro-batch {bad[0]} on rank {self.mesh.me} is not finite" if bad else ""
+        cause = f"the loss of micro-batch {bad[0]} on rank {self.mesh.me} is not finite" if bad else ""
         if not bad and names:
-            mine = f"{len(names)} gradients on rank {self.mesh.me} are not finite, starting at {names[-1]}"
-        causes = sorted(filter(None, self.all_gather(mine)), key=lambda text: not text.startswith("the loss"))
+            cause = f"{len(names)} gradients on rank {self.mesh.me} are not finite, starting at {names[-1]}"
+        causes = sorted(filter(None, self.all_gather(cause)), key=lambda text: not text.startswith("the loss"))
         return causes[0] if causes else "the gradients overflow in their norm, or in a balance term"
 
     def outputs(self, batches: Sequence[Batch], read: Read, sizes: Sequence[int]) -> list[Tensor]:
         with evaluating(self.shard.model):
             computed = forward(self.shard, dealt(self.shard, batches), read)
         numbers = range(self.pipeline, len(batches), self.n_pipelines)
-        found = zip(numbers, computed, strict=False)  # fillers come last
-        return self.exchanged({number: values for number, values in found if values is not None}, sizes)
+        numbered = zip(numbers, computed, strict=False)  # fillers come last
+        return self.exchanged({number: values for number, values in numbered if values is not None}, sizes)
 
     def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
         return heldout_nats(self.shard, batches)

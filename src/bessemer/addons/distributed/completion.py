@@ -29,14 +29,14 @@ def last_steps(steps: Sequence[Step]) -> dict[tuple[int, int], int]:
     }
 
 
-def alike(mine: Sequence[Step], theirs: Sequence[Step]) -> bool:
+def alike(first: Sequence[Step], second: Sequence[Step]) -> bool:
     """Whether two ranks complete copies of the same stages in the same steps, as the two ends of DualPipe do."""
-    one, other = (
+    first_backwards, second_backwards = (
         {stage: (number, type(steps[number]), getattr(steps[number], "kind", None))
          for (_, stage), number in last_steps(steps).items()}
-        for steps in (mine, theirs)
+        for steps in (first, second)
     )  # fmt: skip
-    return one == other
+    return first_backwards == second_backwards
 
 
 class CompleteGradients:

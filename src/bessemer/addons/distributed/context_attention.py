@@ -114,9 +114,9 @@ def _queries(cut: Cut, keys: _Keys, half: int, own: int, t: int) -> Iterator[_Qu
     diagonal = own == keys.chunk
     for first in range(start + (keys.first if diagonal else 0), stop, QUERIES):
         end = min(first + QUERIES, stop)
-        seen = min(keys.end, end - start) if diagonal else keys.end
-        masked = diagonal and seen > first - start + 1
-        yield _Queries(first, end, own * cut.size + first - start, seen - keys.first, masked)
+        visible = min(keys.end, end - start) if diagonal else keys.end
+        masked = diagonal and visible > first - start + 1
+        yield _Queries(first, end, own * cut.size + first - start, visible - keys.first, masked)
 
 
 def latent_core(
@@ -190,13 +190,13 @@ class _Work:
             k, v = self._built(keys)
             dk, dv = torch.zeros_like(k), torch.zeros_like(v)
             for block in queries:
-                rows, seen = slice(block.first, block.end), slice(0, block.keys)
+                rows, visible = slice(block.first, block.end), slice(0, block.keys)
                 p = self._scores(k, keys, block).sub_(lse[:, rows].unsqueeze(-1)).exp_()
                 g = do[:, rows]
-                dv[:, seen].baddbmm_(p.transpose(1, 2), g)
-                ds = torch.bmm(g, v[:, seen].transpose(1, 2)).sub_(delta[:, rows].unsqueeze(-1)).mul_(p)
-                dq[:, rows].baddbmm_(ds, k[:, seen])
-                dk[:, seen].baddbmm_(ds.transpose(1, 2), self.q[:, rows])
+                dv[:, visible].baddbmm_(p.transpose(1, 2), g)
+                ds = torch.bmm(g, v[:, visible].transpose(1, 2)).sub_(delta[:, rows].unsqueeze(-1)).mul_(p)
+                dq[:, rows].baddbmm_(ds, k[:, visible])
+                dk[:, visible].baddbmm_(ds.transpose(1, 2), self.q[:, rows])
             self._put(keys, dk, dv, dlatents, dweight)
         return self._joined(dq.mul_(self.scale)), self._own(dlatents), dweight
 
@@ -232,8 +232,8 @@ class _Work:
         if block.diagonal:
             score.masked_fill_(key > query[:, None], float("-inf"))
         if self.segments_BT is not None:
-            other = self.segments_BT[:, query, None] != self.segments_BT[:, None, key]
-            score.unflatten(0, (self.B, self.H)).masked_fill_(other.unsqueeze(1), float("-inf"))
+            differs = self.segments_BT[:, query, None] != self.segments_BT[:, None, key]
+            score.unflatten(0, (self.B, self.H)).masked_fill_(differs.unsqueeze(1), float("-inf"))
         return score
 
     def _at(self, latents: Tensor, keys: _Keys) -> Tensor:

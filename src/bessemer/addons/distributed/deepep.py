@@ -118,10 +118,10 @@ def unfit_card(device: torch.device) -> str:
     built_for = getattr(package.Buffer, "is_sm90_compiled", lambda: True)()
     if torch.cuda.get_device_capability(device) < (CAPABILITY if built_for else (8, 0)):
         return f"{torch.cuda.get_device_name(device)} is older than what deep_ep is built for"
-    mine = device.index if device.index is not None else torch.cuda.current_device()
-    for other in range(torch.cuda.device_count()):
-        if other != mine and not torch.cuda.can_device_access_peer(mine, other):
-            return f"GPUs {mine} and {other} of a machine cannot access each other's memory"
+    own = device.index if device.index is not None else torch.cuda.current_device()
+    for peer in range(torch.cuda.device_count()):
+        if peer != own and not torch.cuda.can_device_access_peer(own, peer):
+            return f"GPUs {own} and {peer} of a machine cannot access each other's memory"
     return ""
 
 
@@ -137,14 +137,14 @@ def buffer_of(group: dist.ProcessGroup, hidden: int) -> Buffer:
     """The buffer for the ranks of a CPU group, over which it is set up. Collective over them if it is new."""
     key = (group, hidden)
     if key not in _buffers:
-        made, n = _package().Buffer, group.size()
-        configs = made.get_dispatch_config(n), made.get_combine_config(n)
+        buffer_class, n = _package().Buffer, group.size()
+        configs = buffer_class.get_dispatch_config(n), buffer_class.get_combine_config(n)
         nvlink, rdma = (
             max(getattr(config, f"get_{kind}_buffer_size_hint")(2 * hidden, n) for config in configs)
             for kind in ("nvl", "rdma")
         )
         with watchdog.waiting("DeepEP's buffers", dist.get_process_group_ranks(group)):
-            _buffers[key] = made(group, nvlink, rdma, explicitly_destroy=True)
+            _buffers[key] = buffer_class(group, nvlink, rdma, explicitly_destroy=True)
     return _buffers[key]
 
 
@@ -186,12 +186,12 @@ class DeepEP(Exchange):
         self._count(way, x_ND)
         # rows in expert order, ties in order of their arrival; the choices of other ranks' experts are last
         choice = way.expert_RK.masked_fill(way.expert_RK < 0, self.n_local).flatten()
-        place = choice.sort(stable=True).indices[: way.rows]
+        order = choice.sort(stable=True).indices[: way.rows]
         count_E = choice.new_zeros(self.n_local + 1).scatter_add_(0, choice, torch.ones_like(choice))[:-1]
         arrived, filling = way.arrived, recipe is not None and fp8_layers.fills(recipe, x_ND.device)
         operand = None if arrived is None else lambda token: of_rows(arrived, token, filling)
         way.arrived = None  # not kept for backward
-        return self.rows(x_RD, weight_RK.to(routing.weight_NK.dtype), place, count_E, operand, filling, way)
+        return self.rows(x_RD, weight_RK.to(routing.weight_NK.dtype), order, count_E, operand, filling, way)
 
     def returned(self, y_RD: Tensor, back: object) -> Tensor:
         return _Combine.apply(y_RD, back) if isinstance(back, _Way) else self.other.returned(y_RD, back)

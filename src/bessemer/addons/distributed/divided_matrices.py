@@ -28,40 +28,40 @@ Piece = tuple[int, int]
 
 def inside(runs: Sequence[Run], low: int, high: int) -> list[Run]:
     """The matrices that lie whole in the share from `low` to `high`, as runs within the share."""
-    found = []
+    within = []
     for run in runs:
         first, end = max(0, -(-(low - run.start) // run.numel)), min(run.n, (high - run.start) // run.numel)
         if first < end:
-            found.append(Run(run.start + first * run.numel - low, end - first, run.shape))
-    return found
+            within.append(Run(run.start + first * run.numel - low, end - first, run.shape))
+    return within
 
 
-def divided(runs: Sequence[Run], each: int) -> list[Run]:
-    """The matrices that do not lie in one share of `each` elements, one by one."""
+def divided(runs: Sequence[Run], share: int) -> list[Run]:
+    """The matrices that do not lie in one share of `share` elements, one by one."""
     alone = (Run(run.start + i * run.numel, 1, run.shape) for run in runs for i in range(run.n))
-    return [run for run in alone if run.start // each != (run.start + run.numel - 1) // each]
+    return [run for run in alone if run.start // share != (run.start + run.numel - 1) // share]
 
 
-def owners(runs: Sequence[Run], each: int, work_R: list[float]) -> list[int]:
+def owners(runs: Sequence[Run], share: int, work_R: list[float]) -> list[int]:
     """The rank that orthogonalises each of the `divided` matrices. `work_R`: every rank's work so far, to which that of
     these runs is added, whole matrices included."""
     for rank in range(len(work_R)):
-        work_R[rank] += sum(run.cost for run in inside(runs, rank * each, (rank + 1) * each))
-    found, cut = {}, divided(runs, each)
+        work_R[rank] += sum(run.cost for run in inside(runs, rank * share, (rank + 1) * share))
+    owner, cut = {}, divided(runs, share)
     for i in sorted(range(len(cut)), key=lambda i: -cut[i].cost):
-        holders = range(cut[i].start // each, (cut[i].start + cut[i].numel - 1) // each + 1)
-        found[i] = min(holders, key=work_R.__getitem__)
-        work_R[found[i]] += cut[i].cost
-    return [found[i] for i in range(len(cut))]
+        holders = range(cut[i].start // share, (cut[i].start + cut[i].numel - 1) // share + 1)
+        owner[i] = min(holders, key=work_R.__getitem__)
+        work_R[owner[i]] += cut[i].cost
+    return [owner[i] for i in range(len(cut))]
 
 
 class DividedMatrices:
-    """Those of one bucket, whose shares have `each` elements. All ranks of the group make it and call it alike."""
+    """Those of one bucket, whose shares have `share` elements. All ranks of the group make it and call it alike."""
 
     def __init__(
         self,
         runs: Sequence[Run],
-        each: int,
+        share: int,
         ranks: dist.ProcessGroup,
         work_R: list[float],
         orthogonalise: Callable[[Tensor, Sequence[Run]], None],
@@ -69,13 +69,13 @@ class DividedMatrices:
         """`orthogonalise` does it in place, to these matrices of a vector."""
         self.ranks, self._orthogonalise = ranks, orthogonalise
         n, me = dist.get_world_size(ranks), dist.get_rank(ranks)
-        cut = list(zip(divided(runs, each), owners(runs, each, work_R), strict=True))
-        self.sent_R = [_overlaps([run for run, owner in cut if owner == rank], me, each) for rank in range(n)]
-        mine = [run for run, owner in cut if owner == me]
-        parts_R = [_overlaps(mine, rank, each, together=True) for rank in range(n)]
+        cut = list(zip(divided(runs, share), owners(runs, share, work_R), strict=True))
+        self.sent_R = [_overlaps([run for run, owner in cut if owner == rank], me, share) for rank in range(n)]
+        own = [run for run, owner in cut if owner == me]
+        parts_R = [_overlaps(own, rank, share, together=True) for rank in range(n)]
         self.mine, at = list[Run](), 0
         """The runs of the vector in which this rank puts its matrices together."""
-        for run in mine:
+        for run in own:
             self.mine.append(run._replace(start=at))
             at += run.numel
         self.numel, self.parts_R, self.any = at, parts_R, bool(cut)
@@ -91,10 +91,10 @@ class DividedMatrices:
         """Waits for the parts, orthogonalises this rank's matrices, and sends their parts back without waiting."""
         if self.any:
             self._wait()
-            whole = torch.empty(self.numel, device=self._back.device)
-            _put(whole, self.parts_R, self._back)
-            self._orthogonalise(whole, self.mine)
-            self._back = self._exchange(whole, self.parts_R, self.sent_R)
+            matrices = torch.empty(self.numel, device=self._back.device)
+            _put(matrices, self.parts_R, self._back)
+            self._orthogonalise(matrices, self.mine)
+            self._back = self._exchange(matrices, self.parts_R, self.sent_R)
 
     def receive(self, moves: Tensor) -> None:
         """Waits for the updates of this rank's parts, and puts them into `moves`."""
@@ -107,9 +107,9 @@ class DividedMatrices:
         """The memory into which the pieces of all ranks will arrive."""
         self._out = torch.cat([vector[low:high] for pieces in out_R for low, high in pieces] or [vector[:0]])
         receive, send = ([sum(high - low for low, high in pieces) for pieces in side] for side in (back_R, out_R))
-        back = vector.new_empty(sum(receive))
-        self._work = dist.all_to_all_single(back, self._out, receive, send, group=self.ranks, async_op=True)
-        return back
+        received = vector.new_empty(sum(receive))
+        self._work = dist.all_to_all_single(received, self._out, receive, send, group=self.ranks, async_op=True)
+        return received
 
     def _wait(self) -> None:
         assert self._work is not None, "send() comes first"
@@ -118,17 +118,17 @@ class DividedMatrices:
         self._work = None
 
 
-def _overlaps(runs: Sequence[Run], rank: int, each: int, together: bool = False) -> list[Piece]:
+def _overlaps(runs: Sequence[Run], rank: int, share: int, together: bool = False) -> list[Piece]:
     """Where the parts of these matrices in a rank's share lie: in the share or, `together`, in the vector of the
     matrices one after another."""
-    found, at = [], 0
+    pieces, at = [], 0
     for run in runs:
-        low, high = max(run.start, rank * each), min(run.start + run.numel, (rank + 1) * each)
+        low, high = max(run.start, rank * share), min(run.start + run.numel, (rank + 1) * share)
         if low < high:
-            offset = at - run.start if together else -rank * each
-            found.append((low + offset, high + offset))
+            offset = at - run.start if together else -rank * share
+            pieces.append((low + offset, high + offset))
         at += run.numel
-    return found
+    return pieces
 
 
 def _put(vector: Tensor, pieces_R: list[list[Piece]], values: Tensor) -> None:

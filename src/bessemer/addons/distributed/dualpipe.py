@@ -28,10 +28,13 @@ def dualpipe(ranks: int, micro: int) -> Table:
     for rank in range(ranks):
         h = min(rank, ranks - 1 - rank)
         near = 0 if rank < ranks // 2 else 1  # the lane whose entry is nearer
-        mine = [(near, rank if near == 0 else ranks - 1 - rank), (1 - near, ranks - 1 - rank if near == 0 else rank)]
-        steps.append(_eight_steps(ranks // 2, h, micro // 2 - ranks + h + 1, mine))
-    place = (tuple(range(ranks)), tuple(reversed(range(ranks))))
-    return Table("dualpipe", ranks, place, micro, tuple(steps))
+        directions = [
+            (near, rank if near == 0 else ranks - 1 - rank),
+            (1 - near, ranks - 1 - rank if near == 0 else rank),
+        ]
+        steps.append(_eight_steps(ranks // 2, h, micro // 2 - ranks + h + 1, directions))
+    placement = (tuple(range(ranks)), tuple(reversed(range(ranks))))
+    return Table("dualpipe", ranks, placement, micro, tuple(steps))
 
 
 def dualpipe_v(ranks: int, micro: int) -> Table:
@@ -48,7 +51,7 @@ def dualpipe_v(ranks: int, micro: int) -> Table:
     return Table("dualpipe-v", stages, (tuple([*range(ranks), *reversed(range(ranks))]),), micro, tuple(steps))
 
 
-def _eight_steps(H: int, h: int, pairs: int, mine: list[tuple[int, int]]) -> tuple[Step, ...]:
+def _eight_steps(H: int, h: int, pairs: int, directions: list[tuple[int, int]]) -> tuple[Step, ...]:
     """One rank's steps: `mine` is (lane, stage) of phase 0 and of phase 1; step 4 runs `pairs` times."""
     steps: list[Step] = []
     forwards, backwards = [0, 0], [0, 0]
@@ -56,11 +59,11 @@ def _eight_steps(H: int, h: int, pairs: int, mine: list[tuple[int, int]]) -> tup
 
     def F(phase: int) -> Action:
         forwards[phase] += 1
-        return Action("F", mine[phase][1], forwards[phase] - 1, mine[phase][0])
+        return Action("F", directions[phase][1], forwards[phase] - 1, directions[phase][0])
 
     def B(phase: int) -> Action:
         backwards[phase] += 1
-        return Action("B", mine[phase][1], backwards[phase] - 1, mine[phase][0])
+        return Action("B", directions[phase][1], backwards[phase] - 1, directions[phase][0])
 
     def I(phase: int) -> Action:  # noqa: E743 (the field's letter)
         work = B(phase)._replace(kind="I")

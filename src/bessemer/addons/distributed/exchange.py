@@ -67,18 +67,18 @@ class Copies:
 
     def made(self, x_TD: Tensor) -> Tensor:
         """`of`, with a gradient."""
-        return _Made.apply(x_TD, self, False)
+        return _Rows.apply(x_TD, self, False)
 
     def anchor(self, x_TD: Tensor) -> Tensor:
         """A tensor without memory that stands for rows sent in FP8, and carries their gradient."""
-        return _Made.apply(x_TD, self, True)
+        return _Rows.apply(x_TD, self, True)
 
     def summed(self, x_SD: Tensor) -> Tensor:
         """`total`, with a gradient."""
         return _Summed.apply(x_SD, self)
 
 
-class _Made(torch.autograd.Function):
+class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, copies: Copies, empty: bool) -> Tensor:
         ctx.copies = copies

@@ -39,7 +39,7 @@ from bessemer.addons.distributed import process_groups, watchdog
 from bessemer.addons.distributed.chunk import Chunk, Overlapped, Serial
 from bessemer.addons.distributed.completion import Completed, CompleteGradients, alike
 from bessemer.addons.distributed.model_slice import Phases, Slice, holding
-from bessemer.addons.distributed.process_groups import Wanted
+from bessemer.addons.distributed.process_groups import GroupSpec
 from bessemer.addons.distributed.table import Action, Pair, Table, actions
 from bessemer.model.segments import Segments
 from bessemer.model.transformer import TrainOutputs
@@ -143,7 +143,7 @@ class Executor:
         """Sums the gradients of parameters that several pipeline ranks hold (the two copies of DualPipe, and the
         embedding if MTP modules on the last stage need it). All of them get the same sum. The reference for
         `Zero1.sum_shared`, which sums whole buckets."""
-        parameters = [pair for one in self.slices.values() for pair in one.named_parameters()]
+        parameters = [pair for part in self.slices.values() for pair in part.named_parameters()]
         gradients = {name: p.grad for name, p in parameters if p.grad is not None}
         for name in sorted(gradients):
             self.sum_with_others(name, gradients[name])
@@ -285,12 +285,12 @@ def sharing_ranks(table: Table) -> list[tuple[int, ...]]:
     return sorted({tuple(sorted(some)) for some in ranks if len(some) > 1})
 
 
-def wanted(table: Table, pipelines: Sequence[Sequence[int]]) -> Iterator[Wanted]:
+def needed_groups(table: Table, pipelines: Sequence[Sequence[int]]) -> Iterator[GroupSpec]:
     """The groups of all pipelines in the world, for directions and equal parameters, in an order all ranks share."""
-    ways, shared = sorted(orders(table)), sharing_ranks(table)
+    routes, shared = sorted(orders(table)), sharing_ranks(table)
     for peers in pipelines:
-        yield from (Wanted("messages", (peers[source], peers[target])) for source, target in ways)
-        yield from (Wanted("sums", tuple(sorted(peers[rank] for rank in ranks))) for ranks in shared)
+        yield from (GroupSpec("messages", (peers[source], peers[target])) for source, target in routes)
+        yield from (GroupSpec("sums", tuple(sorted(peers[rank] for rank in ranks))) for ranks in shared)
 
 
 class Channels:
@@ -299,7 +299,7 @@ class Channels:
 
     def __init__(self, table: Table, pipelines: Sequence[Sequence[int]], device: torch.device):
         self.table, self._orders, world = table, orders(table), dist.get_rank()
-        process_groups.make(wanted(table, pipelines), device)
+        process_groups.make(needed_groups(table, pipelines), device)
         peers = next(list(peers) for peers in pipelines if world in peers)
         self.me = peers.index(world)
         self._to: dict[int, tuple[int, Any]] = {}
@@ -343,7 +343,7 @@ class Channels:
             return
         peer, group = self._to[to]
         x = x.contiguous()
-        self._sent = [(handle, kept) for handle, kept in self._sent if not handle.is_completed()]
+        self._sent = [(handle, tensor) for handle, tensor in self._sent if not handle.is_completed()]
         self._sent.append((dist.isend(x, peer, group), x))
 
     def receive(self, needed: Action) -> Tensor:
@@ -355,8 +355,8 @@ class Channels:
         while needed not in arriving:
             self._post(source)
         handle, x = arriving.pop(needed)
-        what = f"{'activations' if needed.kind == 'F' else 'gradients'} of micro-batch {needed.micro}"
-        with watchdog.waiting(f"{what} for stage {needed.stage}", [self._from[source][0]]):
+        content = f"{'activations' if needed.kind == 'F' else 'gradients'} of micro-batch {needed.micro}"
+        with watchdog.waiting(f"{content} for stage {needed.stage}", [self._from[source][0]]):
             handle.wait()
         while self._expected[source] and len(arriving) < self._ahead:
             self._post(source)

@@ -67,8 +67,8 @@ def counted(mine_P2: Tensor, group: dist.ProcessGroup) -> tuple[list[list[int]],
     theirs_P2 = torch.empty_like(mine_P2)
     with watchdog.waiting("tokens for the experts", dist.get_process_group_ranks(group)):
         dist.all_to_all_single(theirs_P2, mine_P2, group=group)
-        mine, theirs = torch.stack((mine_P2, theirs_P2)).tolist()
-    return mine, theirs
+        sent, received = torch.stack((mine_P2, theirs_P2)).tolist()
+    return sent, received
 
 
 def _where(mask: Tensor, number: int) -> Tensor:
@@ -81,9 +81,9 @@ def _where(mask: Tensor, number: int) -> Tensor:
 def _rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     """Sends x [S, ...], split by `send`; returns the received rows, split by `receive`."""
     out = x.new_empty(sum(receive), *x.shape[1:])
-    theirs, mine = (t.contiguous().view(torch.uint8) if t.dtype != torch.int64 else t for t in (out, x))
+    received, sent = (t.contiguous().view(torch.uint8) if t.dtype != torch.int64 else t for t in (out, x))
     with watchdog.waiting("tokens for the experts", dist.get_process_group_ranks(group)):
-        dist.all_to_all_single(theirs, mine, receive, send, group=group)
+        dist.all_to_all_single(received, sent, receive, send, group=group)
     return out
 
 
@@ -215,8 +215,8 @@ class AllToAll(Exchange):
         place_TK = place_TK.masked_fill(at.expert_TK < 0, -1)
         at_PTK = place_TK == torch.arange(hop.places, device=place_TK.device)[:, None, None]
         goes_PT, T = at_PTK.any(2), len(at.x_TD)
-        mine, theirs = counted(torch.stack((goes_PT.sum(1), at_PTK.sum((1, 2))), 1), hop.group)
-        send, receive = [tokens for tokens, _ in mine], [tokens for tokens, _ in theirs]
+        sent, received = counted(torch.stack((goes_PT.sum(1), at_PTK.sum((1, 2))), 1), hop.group)
+        send, receive = [tokens for tokens, _ in sent], [tokens for tokens, _ in received]
         row = _where(goes_PT, sum(send))  # place by place, tokens in order
         to, token = row // T, row % T
         route = Route(Copies(token, T), send, receive, hop.group, recipe)
@@ -229,7 +229,7 @@ class AllToAll(Exchange):
             send_rows(at.weight_TK, route),
             None if at.payload is None else exchanged(route.copies.of(at.payload), route),
         )
-        return arrived, route, sum(choices for _, choices in theirs)
+        return arrived, route, sum(choices for _, choices in received)
 
     def _sorted(self, at: _At, rows: int, routes: tuple[Route, ...], filling: bool) -> Sent:
         """Repeats every token once for each of its experts on this rank."""
@@ -244,5 +244,5 @@ class AllToAll(Exchange):
                 return unpacked(payload[token], at.x_TD.shape[1])
             return of_rows(unpacked(payload, at.x_TD.shape[1]), token, filling)
 
-        wanted = None if payload is None else operand
-        return self.rows(at.x_TD, at.weight_TK, place[order], count_E, wanted, filling, routes)
+        payload_rows = None if payload is None else operand
+        return self.rows(at.x_TD, at.weight_TK, place[order], count_E, payload_rows, filling, routes)

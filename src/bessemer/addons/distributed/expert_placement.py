@@ -68,12 +68,12 @@ def report(
     loads = _loads(cfg, loads_file)
     eplb.place(np.ones(loads.shape), *sizes)  # checks the sizes before anything is generated
     traffic = [*prompts, *_questions(engine, chosen, problems)]
-    *seen, last = _windows(traffic, windows, known=loads.windows > 0)
+    *earlier, last = _windows(traffic, windows, has_estimate=loads.windows > 0)
 
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "record_routing": True}
-    for window in seen:
+    for window in earlier:
         loads.add(_routing(engine, window, sampling))
-    load_LE, before = loads.estimate(), (loads.windows, loads.tokens)
+    load_LE, counted = loads.estimate(), (loads.windows, loads.tokens)
     placement = eplb.place(load_LE, *sizes)
     newest = ExpertLoads(*loads.shape)
     records = _routing(engine, last, sampling)
@@ -90,8 +90,8 @@ def report(
         "nodes": nodes,
         "gpus": gpus,
         "policy": placement.policy,
-        "windows": before[0],
-        "tokens": before[1],
+        "windows": counted[0],
+        "tokens": counted[1],
         "decay": loads.decay,
         "judged_on_tokens": newest.tokens,
         "layers": _layers(cfg.n_dense_layers, placement, load_LE, newest.estimate(), gpus),
@@ -131,8 +131,8 @@ def _policy(facts: dict[str, Any]) -> str:
 
 def _slots(expert_GS: list[list[int]], facts: dict[str, Any]) -> str:
     gpus = [" ".join(map(str, expert_S)) for expert_S in expert_GS]
-    each = len(gpus) // facts["nodes"]
-    return " || ".join(" | ".join(gpus[first : first + each]) for first in range(0, len(gpus), each))
+    per_node = len(gpus) // facts["nodes"]
+    return " || ".join(" | ".join(gpus[first : first + per_node]) for first in range(0, len(gpus), per_node))
 
 
 def _plural(word: str, n: int) -> str:
@@ -191,10 +191,10 @@ def _questions(engine: Engine, chosen: Sequence[tasks.Task], problems: int) -> l
     return [question_ids(engine.tokenizer, task.problem("train", n).prompt) for task, n in numbers]
 
 
-def _windows(traffic: Sequence[Prompt], windows: int, known: bool) -> list[Sequence[Prompt]]:
+def _windows(traffic: Sequence[Prompt], windows: int, has_estimate: bool) -> list[Sequence[Prompt]]:
     """Each window takes every n-th prompt, so that it contains every task. With loads from an earlier call, one window
     is enough."""
-    least = 1 if known else 2
+    least = 1 if has_estimate else 2
     if windows < least:
         raise UserError(f"windows must be at least {least}, not {windows}: the last one evaluates the placement")
     if len(traffic) < windows:
@@ -306,8 +306,8 @@ def expert_counts(routing: Tensor, n_layers: int, n_experts: int) -> NDArray[np.
 def _checked(facts: object, path: str | Path) -> NDArray[np.float64]:
     """Validates the contents of a file and returns its table [L, E]."""
 
-    def wrong(what: str) -> UserError:
-        return UserError(f"{path}: {what}; record the loads again")
+    def wrong(fault: str) -> UserError:
+        return UserError(f"{path}: {fault}; record the loads again")
 
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise wrong(f'not a file of expert loads ("format" is not "{FORMAT}")')

@@ -50,35 +50,35 @@ class FrozenOnRanks(Frozen):
         """None for a whole teacher that is on other ranks."""
         self.networks: tuple[LanguageModel, ...] = ()
         if _computes_loss(student):
-            modules = (one.model if isinstance(one, ModelShard) else one for one in self.placed)
+            modules = (network.model if isinstance(network, ModelShard) else network for network in self.placed)
             self.networks = tuple(module for module in modules if module is not None)
 
     @torch.no_grad()
     def read(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
         among = of_ranks(trainer)
         pipelines, index = among.by_pipeline(batches), among.pipeline
-        table, mine = among.shard.table(len(pipelines[index])), [*pipelines[index]]
+        table, shares = among.shard.table(len(pipelines[index])), [*pipelines[index]]
         for lane in range(table.lanes - table.idle):
             places = range(lane * table.per_lane, (lane + 1) * table.per_lane)
             for number, teacher in enumerate(self.placed):
-                asked = [[i for i in places if batches[i].teacher == number] for batches in pipelines]
-                most = max(map(len, asked))
+                read_by = [[i for i in places if batches[i].teacher == number] for batches in pipelines]
+                most = max(map(len, read_by))
                 if not most or teacher is None:
                     continue
-                own = [mine[i].to(trainer.device) for i in asked[index]]
+                own = [shares[i].to(trainer.device) for i in read_by[index]]
                 if isinstance(teacher, ModelShard):
                     if teacher.exchange is not None:  # all pipelines take part in it
-                        own += [mine[0].as_filler().to(trainer.device)] * (most - len(own))
-                    found = model_shard.forward(teacher, own, _hidden, lane)[: len(asked[index])]
+                        own += [shares[0].as_filler().to(trainer.device)] * (most - len(own))
+                    states = model_shard.forward(teacher, own, _hidden, lane)[: len(read_by[index])]
                 elif among.shard.place[lane][-1] == among.mesh.pp:
-                    found = [_asked(teacher, batch) for batch in own]
+                    states = [_asked(teacher, batch) for batch in own]
                 else:
                     continue
-                for i, states_BTD in zip(asked[index], found, strict=True):
+                for i, states_BTD in zip(read_by[index], states, strict=True):
                     if states_BTD is not None:
-                        mine[i] = with_states(mine[i], states_BTD)
+                        shares[i] = with_states(shares[i], states_BTD)
         self.ranks.meet("teachers")  # in a pipeline with a whole teacher, all ranks wait for it
-        return mine
+        return shares
 
 
 def _placed(

@@ -19,12 +19,12 @@ def all_cores() -> Iterator[None]:
     if "OMP_NUM_THREADS" not in os.environ or not _threads_of_launcher():
         yield
         return
-    share, given = torch.get_num_threads(), os.environ.pop("OMP_NUM_THREADS")
+    share, threads = torch.get_num_threads(), os.environ.pop("OMP_NUM_THREADS")
     torch.set_num_threads(cores())
     try:
         yield
     finally:
-        os.environ["OMP_NUM_THREADS"] = given
+        os.environ["OMP_NUM_THREADS"] = threads
         torch.set_num_threads(share)
 
 

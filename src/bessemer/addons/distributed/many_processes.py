@@ -49,7 +49,7 @@ def find_gpus() -> Gpus:
 
 
 def start(
-    recipe: Recipe, root: Path, asked: int | None = None, gpus: Gpus | None = None,
+    recipe: Recipe, root: Path, n_asked: int | None = None, gpus: Gpus | None = None,
     check: Callable[[int], None] = lambda n_ranks: None,
 ) -> Processes:  # fmt: skip
     """The processes of this run (`pipeline.processes`). If there are none yet and the run needs several, this
@@ -60,7 +60,7 @@ def start(
         process_groups.set_environment()
     gpus = gpus or find_gpus()
     if not Ranks.started():
-        n_ranks, why = decide(recipe, asked, gpus)
+        n_ranks, why = decide(recipe, n_asked, gpus)
         if why:
             print(why, file=sys.stderr)
         if n_ranks > 1 and (fault := _fault(recipe, n_ranks)):  # an error that every rank would raise
@@ -69,11 +69,11 @@ def start(
         if n_ranks > 1:
             sys.exit(launch(n_ranks, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*")), gpus.usable))
         return Processes()
-    n_ranks, here = Ranks.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if asked not in (None, n_ranks):
-        raise UserError(f"{n_ranks} ranks were started, but --processes is {asked}; leave it out")
-    if 0 < here < gpus.usable and os.environ.get("LOCAL_RANK") == "0" and asked is None:
-        print(f"{here} of {gpus.usable} GPUs: that many ranks were started here", file=sys.stderr)
+    n_ranks, n_local = Ranks.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if n_asked not in (None, n_ranks):
+        raise UserError(f"{n_ranks} ranks were started, but --processes is {n_asked}; leave it out")
+    if 0 < n_local < gpus.usable and os.environ.get("LOCAL_RANK") == "0" and n_asked is None:
+        print(f"{n_local} of {gpus.usable} GPUs: that many ranks were started here", file=sys.stderr)
     if n_ranks == recipe.layout.fewest == 1:
         return Processes()
     try:
@@ -82,19 +82,22 @@ def start(
         _end(error, first=os.environ["RANK"] == "0")
 
 
-def decide(recipe: Recipe, asked: int | None, gpus: Gpus | None = None) -> tuple[int, str]:
+def decide(recipe: Recipe, n_asked: int | None, gpus: Gpus | None = None) -> tuple[int, str]:
     """(processes that this machine should start, a line that says so). Raises UserError if the number asked for is
     impossible."""
     layout, gpus = recipe.layout, gpus or find_gpus()
     least, fixed = layout.fewest, layout.dp != "auto"
-    if asked is not None:
-        if asked % least or (fixed and asked != least):
+    if n_asked is not None:
+        if n_asked % least or (fixed and n_asked != least):
             raise UserError(
-                f"--processes is {asked}, but [layout] makes {least} ranks" + ("" if fixed else " or a multiple")
+                f"--processes is {n_asked}, but [layout] makes {least} ranks" + ("" if fixed else " or a multiple")
             )
-        if asked > (held := granted_cores()) and not gpus.usable:
-            return asked, f"no GPU here: {asked} processes share {held} CPU cores, no faster than --processes {held}"
-        return asked, _use(asked, gpus, f"--processes {asked}")
+        if n_asked > (n_cores := granted_cores()) and not gpus.usable:
+            return (
+                n_asked,
+                f"no GPU here: {n_asked} processes share {n_cores} CPU cores, no faster than --processes {n_cores}",
+            )
+        return n_asked, _use(n_asked, gpus, f"--processes {n_asked}")
     sampling = _sampling(recipe)
     most = max(least, (gpus.usable - sampling) // least * least)
     if gpus.chosen is not None and most == gpus.usable < gpus.present:
@@ -125,11 +128,13 @@ def _sampling(recipe: Recipe) -> int:
     runs are not counted."""
     if "RAY_ADDRESS" in os.environ:
         return 0
-    asked = [
+    settings = [
         settings_of(stage) for stage in recipe.stages
         if isinstance(stage, RLConfig) and stage.rollout.engine in ("ray", "vllm")
     ]  # fmt: skip
-    return max((one.workers * (1 if one.gpus is None else one.gpus) for one in asked if not one.shares_gpus), default=0)
+    return max(
+        (ray.workers * (1 if ray.gpus is None else ray.gpus) for ray in settings if not ray.shares_gpus), default=0
+    )
 
 
 def _use(n: int, gpus: Gpus, why: str) -> str:

@@ -27,14 +27,14 @@ from bessemer.addons.distributed import deepep, process_groups
 from bessemer.addons.distributed.context_parallel import Context, WholeRows
 from bessemer.addons.distributed.exchange import Exchange
 from bessemer.addons.distributed.expert_parallel import AllToAll, Hop
-from bessemer.addons.distributed.process_groups import Use, Wanted
+from bessemer.addons.distributed.process_groups import GroupSpec, Use
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
 
 Backend = Literal["all-to-all", "deepep"]
 """Which backend exchanges tokens (`exchange.Exchange`)."""
-Asked = Literal["auto", "all-to-all", "deepep"]
+ExchangeSetting = Literal["auto", "all-to-all", "deepep"]
 Kind = Literal["pp", "ep", "cp", "expert", "dense", "network", "within"]
 
 
@@ -98,10 +98,10 @@ class Layout:
             return kinds | {"network": "experts", "within": "experts"}
         return kinds | {"ep": "experts"} if self.ep > 1 else kinds
 
-    def wanted(self) -> Iterator[Wanted]:
+    def needed_groups(self) -> Iterator[GroupSpec]:
         """Every group of these kinds, in an order that all ranks share."""
         for kind, use in self.kinds.items():
-            yield from (Wanted(use, tuple(ranks)) for ranks in self.groups(kind))
+            yield from (GroupSpec(use, tuple(ranks)) for ranks in self.groups(kind))
 
     def __str__(self) -> str:
         return f"pp {self.pp} x dp {self.dp} x ep {self.ep}" + (f" x cp {self.cp}" if self.cp > 1 else "")
@@ -168,8 +168,8 @@ def nearest(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1, most:
         return sum(max(max(a, 1) / b, b / max(a, 1)) for a, b in pairs)
 
     node, cp = max(layout.node, 1), layout.cp if layout.cp > 0 and world % layout.cp == 0 else 1
-    rest = world // cp
-    candidates = [Layout(pp, dp, rest // (pp * dp), node, cp) for pp, dp in _factors(rest)]
+    per_piece = world // cp
+    candidates = [Layout(pp, dp, per_piece // (pp * dp), node, cp) for pp, dp in _factors(per_piece)]
     return sorted((other for other in candidates if not refusal(other, cfg, world, slices)), key=distance)[:most]
 
 
@@ -179,31 +179,31 @@ def _factors(world: int) -> Iterator[tuple[int, int]]:
 
 
 def choose_exchange(
-    wanted: Asked, layout: Layout, cfg: ModelConfig, ranks: Ranks, say: Callable[[str], None]
+    asked: ExchangeSetting, layout: Layout, cfg: ModelConfig, ranks: Ranks, say: Callable[[str], None]
 ) -> Backend:
     """The backend that the recipe names, or the fastest that every rank can use; says which and why. UserError on all
     ranks if any of them cannot use the one that is named. Collective."""
     if layout.ep == 1:
         return "all-to-all"
-    if wanted == "all-to-all" or (wanted == "auto" and ranks.device.type != "cuda"):
+    if asked == "all-to-all" or (asked == "auto" and ranks.device.type != "cuda"):
         if ranks.device.type == "cuda":
             say("exchange of tokens: all-to-all, as [layout] exchange says")
         return "all-to-all"
     unfit = unfit_for_deepep(layout, cfg, ranks.device)
     faults = ranks.all_gather((unfit, platform.node()), "the choice of an exchange")
     why = next((f"rank {rank} on {host}: {text}" for rank, (text, host) in enumerate(faults) if text), "")
-    if why and wanted == "deepep":
+    if why and asked == "deepep":
         raise _refusal(why)
     say(f"exchange of tokens: all-to-all; not DeepEP: {why}" if why else "exchange of tokens: DeepEP")
     return "all-to-all" if why else "deepep"
 
 
-def check_exchange(wanted: Asked, layout: Layout, cfg: ModelConfig, here: bool) -> None:
+def check_exchange(asked: ExchangeSetting, layout: Layout, cfg: ModelConfig, is_present: bool) -> None:
     """Raises UserError, before anything runs, if the layout or the model rules out the backend that the recipe names,
     or with `here` if this machine does."""
-    if wanted == "deepep" and layout.ep > 1:
+    if asked == "deepep" and layout.ep > 1:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if why := unfit_for_deepep(layout, cfg, device) if here else unfit_layout(layout, cfg):
+        if why := unfit_for_deepep(layout, cfg, device) if is_present else unfit_layout(layout, cfg):
             raise _refusal(why)
 
 
@@ -243,16 +243,16 @@ class Mesh:
         check(layout, cfg, dist.get_world_size(), slices)
         self.layout, self.cfg, self.me, self.backend = layout, cfg, dist.get_rank(), backend
         self.pp, self.dp, self.ep, self.cp = layout.place(self.me)
-        wanted = [*layout.wanted()]
+        needed = [*layout.needed_groups()]
         if backend == "deepep":  # a group on the CPU, over which its buffers are set up
-            wanted += [Wanted("meetings", tuple(ranks)) for ranks in layout.groups("ep")]
+            needed += [GroupSpec("meetings", tuple(ranks)) for ranks in layout.groups("ep")]
         self.device = device or torch.device("cpu")
-        process_groups.make(wanted, self.device)
+        process_groups.make(needed, self.device)
         self.group: dict[str, dist.ProcessGroup] = {}
         """The group of each kind that this rank is in."""
         for kind, use in layout.kinds.items():
-            mine = next(ranks for ranks in layout.groups(kind) if self.me in ranks)
-            self.group[kind] = process_groups.get(use, mine)
+            own_ranks = next(ranks for ranks in layout.groups(kind) if self.me in ranks)
+            self.group[kind] = process_groups.get(use, own_ranks)
 
     def of(self, cfg: ModelConfig) -> Mesh:
         """The same ranks and groups for another network, such as a critic or a teacher. If DeepEP cannot serve its
@@ -288,10 +288,10 @@ class Mesh:
                 dims.append(dim)
         dims = dims or [("dp", "expert", 1)]
         ranks = torch.arange(layout.world).view([size for *_, size in dims])
-        made, names = [self.group[kind] for _, kind, _ in dims], tuple(name for name, *_ in dims)
-        if len(made) == 1:
-            return DeviceMesh.from_group(made[0], self.device.type, mesh_dim_names=names)
-        return DeviceMesh.from_group(made, self.device.type, ranks, mesh_dim_names=names)
+        groups, names = [self.group[kind] for _, kind, _ in dims], tuple(name for name, *_ in dims)
+        if len(groups) == 1:
+            return DeviceMesh.from_group(groups[0], self.device.type, mesh_dim_names=names)
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=names)
 
     def exchange(self) -> Exchange | None:
         """One hop if an expert-parallel group fits in a node, else two; None if every rank has all experts.

@@ -33,7 +33,7 @@ from bessemer.addons.distributed import process_groups, schedules, watchdog
 from bessemer.addons.distributed.context_parallel import Context
 from bessemer.addons.distributed.mesh import Mesh
 from bessemer.addons.distributed.model_slice import Phases, Slice, holding, keep, keep_experts
-from bessemer.addons.distributed.process_groups import Wanted
+from bessemer.addons.distributed.process_groups import GroupSpec
 from bessemer.addons.distributed.table import Table
 
 _Read = TypeVar("_Read")
@@ -50,15 +50,15 @@ class ModelShard:
         """Pipeline rank of stage s in lane l: `place[l][s]`."""
         self.exchange, self.context = mesh.exchange(), mesh.context()
         """The exchange is None if every rank has all experts."""
-        whole = mesh.layout.ep == mesh.layout.cp == 1
+        calls_whole_layers = mesh.layout.ep == mesh.layout.cp == 1
         self.slices = {
-            (lane, stage): Slice(model, stage, table.stages, self.exchange, self.context, whole)
+            (lane, stage): Slice(model, stage, table.stages, self.exchange, self.context, calls_whole_layers)
             for lane, stage in table.slices_on(mesh.pp)
         }
         self.holders = table.holders()
         """The stages of every pipeline rank."""
-        held = {name for part in self.slices.values() for name in part.gates}
-        self.gates: dict[str, Gate] = {name: gate for name, gate in model.gates().items() if name in held}
+        own_gates = {name for part in self.slices.values() for name in part.gates}
+        self.gates: dict[str, Gate] = {name: gate for name, gate in model.gates().items() if name in own_gates}
         if isinstance(self.context, Context):
             for gate in self.gates.values():
                 gate.sum_counts = self.context.counts
@@ -67,14 +67,14 @@ class ModelShard:
     @classmethod
     def fresh(cls, cfg: ModelConfig, mesh: Mesh, schedule: str, seed: int, device: torch.device) -> ModelShard:
         with torch.device("meta"):
-            whole, shard = Transformer(cfg), cls(Transformer(cfg), mesh, schedule)
+            network, shard = Transformer(cfg), cls(Transformer(cfg), mesh, schedule)
         parameters = shard._allocate(device, torch.float32)
         with torch.no_grad():
-            mine = mesh.experts
-            wanted = whole.initial_values(
-                seed, lambda name, expert: name in parameters and (expert is None or expert in mine)
+            held_experts = mesh.experts
+            initial = network.initial_values(
+                seed, lambda name, expert: name in parameters and (expert is None or expert in held_experts)
             )
-            for name, expert, values in wanted:
+            for name, expert, values in initial:
                 shard._put(parameters, name, expert, values)
         return shard
 
@@ -97,11 +97,11 @@ class ModelShard:
                     continue
                 target, index = state[slot.name], slot.index
                 if EXPERTS in slot.name:
-                    expert, *rest = index
+                    expert, *within = index
                     assert isinstance(expert, int), "a slot of stacked experts starts with the expert"
                     if expert not in mesh.experts:
                         continue
-                    index = (expert - mesh.experts.start, *rest)
+                    index = (expert - mesh.experts.start, *within)
                 view = target[index] if index else target
                 view.copy_(checkpoint.read(slot.key, target.dtype))
             if new_head is not None:
@@ -132,13 +132,13 @@ class ModelShard:
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
         """Allocates a shard built on the meta device: norms are ones, buffers zeros, matrices uninitialised."""
-        made: dict[int, nn.Parameter] = {}  # the embedding may also be the head
+        allocated: dict[int, nn.Parameter] = {}  # the embedding may also be the head
         for module in self.model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) not in made:
+                if id(parameter) not in allocated:
                     empty = torch.ones if parameter.dim() < 2 else torch.empty
-                    made[id(parameter)] = nn.Parameter(empty(parameter.shape, dtype=dtype, device=device))
-                setattr(module, name, made[id(parameter)])
+                    allocated[id(parameter)] = nn.Parameter(empty(parameter.shape, dtype=dtype, device=device))
+                setattr(module, name, allocated[id(parameter)])
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
         return dict(self.model.named_parameters())
@@ -146,31 +146,31 @@ class ModelShard:
     def _put(self, parameters: dict[str, nn.Parameter], name: str, expert: int | None, values: Tensor) -> None:
         if name not in parameters:
             return
-        mine = self.mesh.experts
+        held_experts = self.mesh.experts
         if EXPERTS not in name:
             parameters[name].copy_(values)
         elif expert is None:
-            parameters[name].copy_(values[mine.start : mine.stop])
-        elif expert in mine:
-            parameters[name][expert - mine.start].copy_(values)
+            parameters[name].copy_(values[held_experts.start : held_experts.stop])
+        elif expert in held_experts:
+            parameters[name][expert - held_experts.start].copy_(values)
 
 
 @torch.no_grad()
 def gather_into(shard: ModelShard, into: LanguageModel | None) -> None:
     """Copies the current weights of all shards into `into` on every rank that passes one. Collective over all ranks;
     broadcasts one tensor at a time, in float32."""
-    mine = shard.model.state_dict()
+    own = shard.model.state_dict()
     with torch.device("meta"):
-        whole = type(shard.model)(shard.mesh.cfg).state_dict()
+        network = type(shard.model)(shard.mesh.cfg).state_dict()
     state = {} if into is None else into.state_dict()
     layout, mesh = shard.mesh.layout, shard.mesh
-    for name, shape in whole.items():
+    for name, shape in network.items():
         pp = min(holding(name, shard.slices, shard.holders))
         for ep in range(layout.ep) if EXPERTS in name else (0,):
             source = layout.rank(pp, 0, ep)
             rows = slice(ep * len(mesh.experts), (ep + 1) * len(mesh.experts)) if EXPERTS in name else slice(None)
             if source == mesh.me:
-                value = mine[name].float().contiguous()
+                value = own[name].float().contiguous()
             else:
                 value = torch.empty_like(shape[rows], dtype=torch.float32, device=shard.device)
             with watchdog.waiting(name, range(layout.world) if source == mesh.me else [source]):
@@ -189,10 +189,10 @@ def rows_of(n_rows: int, n_pipelines: int, pipeline_index: int, micro: int) -> l
 def dealt(shard: ModelShard, batches: Sequence[Batch]) -> list[Batch]:
     """The share of this rank's pipeline in `batches`, which all ranks pass: every n-th of them for n pipelines, and a
     filler if it has fewer than another pipeline. On the rank's device, at its context-parallel positions."""
-    mine = list(batches[shard.pipeline_index :: shard.n_pipelines])
+    own = list(batches[shard.pipeline_index :: shard.n_pipelines])
     n = -(-len(batches) // shard.n_pipelines)
-    mine += [batches[0].as_filler()] * (n - len(mine))
-    return [batch.at(shard.context.positions(batch.tokens_BT.shape[1])).to(shard.device) for batch in mine]
+    own += [batches[0].as_filler()] * (n - len(own))
+    return [batch.at(shard.context.positions(batch.tokens_BT.shape[1])).to(shard.device) for batch in own]
 
 
 @torch.no_grad()
@@ -205,11 +205,11 @@ def forward(
     Micro-batches go through this lane one after another. All ranks of a pipeline pass the same batches, and all
     pipelines the same number (`dealt`). With context parallelism the outputs are of this rank's positions.
     """
-    place, mesh = shard.place[lane], shard.mesh
+    placement, mesh = shard.place[lane], shard.mesh
     peers = [mesh.layout.rank(pp, mesh.dp, mesh.ep, mesh.cp) for pp in range(mesh.layout.pp)]
-    ways = [(a, b) for a, b in pairwise(place) if a != b]
+    routes = [(a, b) for a, b in pairwise(placement) if a != b]
     pipelines = mesh.layout.groups("pp")
-    messages = (Wanted("messages", (ranks[a], ranks[b])) for ranks in pipelines for a, b in ways)
+    messages = (GroupSpec("messages", (ranks[a], ranks[b])) for ranks in pipelines for a, b in routes)
     process_groups.make(messages, shard.device)
     if shard.exchange is not None:
         shard.exchange.begin()
@@ -218,24 +218,24 @@ def forward(
     for batch in batches:
         tokens_BT, outcome = batch.tokens_BT, None
         x = tokens_BT
-        for stage, rank in enumerate(place):
+        for stage, rank in enumerate(placement):
             if rank != mesh.pp:
                 continue
-            one = shard.slices[lane, stage]
-            if stage and place[stage - 1] != rank:
-                x = one.room(tokens_BT)
-                source = peers[place[stage - 1]]
+            part = shard.slices[lane, stage]
+            if stage and placement[stage - 1] != rank:
+                x = part.room(tokens_BT)
+                source = peers[placement[stage - 1]]
                 with watchdog.waiting("activations", [source]):
                     dist.recv(x, source, process_groups.get("messages", (source, mesh.me)))
-            out = _run(one.phases(x, tokens_BT, batch.segments, mtp=False))
-            if one.last:
-                assert one.head is not None, "the last stage has the head"
-                outcome = read(out, one.head.weight, batch)
+            out = _run(part.phases(x, tokens_BT, batch.segments, mtp=False))
+            if part.last:
+                assert part.head is not None, "the last stage has the head"
+                outcome = read(out, part.head.weight, batch)
                 continue
             x, _ = out
-            if place[stage + 1] != rank:
+            if placement[stage + 1] != rank:
                 x = x.contiguous()
-                target = peers[place[stage + 1]]
+                target = peers[placement[stage + 1]]
                 sends.append((dist.isend(x, target, process_groups.get("messages", (mesh.me, target))), x))
         outputs.append(outcome)
     for handle, _ in sends:

@@ -66,8 +66,8 @@ def keep_experts(model: Transformer, experts: range) -> None:
     for module in model.modules():
         if isinstance(module, Experts):
             for name in ("w13", "w2"):
-                mine = getattr(module, name).detach()[experts.start : experts.stop].clone()
-                setattr(module, name, nn.Parameter(mine))
+                own = getattr(module, name).detach()[experts.start : experts.stop].clone()
+                setattr(module, name, nn.Parameter(own))
 
 
 def keep(model: Transformer, slices: Iterable[Slice]) -> None:
@@ -149,11 +149,11 @@ class Slice(nn.Module):
 
     def __init__(
         self, model: Transformer, stage: int, stages: int, exchange: Exchange | None = None,
-        context: WholeRows | None = None, whole: bool = False,
+        context: WholeRows | None = None, calls_whole_layers: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.exchange, self.context = exchange, context or WholeRows()
-        self.through: Callable[..., Phases] = _whole if whole else through
+        self.through: Callable[..., Phases] = _whole if calls_whole_layers else through
         self.first, self.last = stage == 0, stage == stages - 1
         self.width, self.rope_table = model.cfg.dim, model.rope_table
         self.cuts, self.n_mtp = cut(model.cfg, stages, model.head_weight.numel()), len(model.mtp)
@@ -174,9 +174,11 @@ class Slice(nn.Module):
         end = (self.norm, self.head, cast(nn.ModuleList, self.mtp))
         seen, parts = set[nn.Parameter](), list[list[nn.Parameter]]()
         for modules in ((self.embed,), *((layer,) for layer in self.layers.values()), end):
-            found = dict.fromkeys(p for one in modules if one is not None for p in one.parameters() if p.requires_grad)
-            parts.append([parameter for parameter in found if parameter not in seen])
-            seen.update(found)
+            read = dict.fromkeys(
+                p for module in modules if module is not None for p in module.parameters() if p.requires_grad
+            )
+            parts.append([parameter for parameter in read if parameter not in seen])
+            seen.update(read)
         return parts
 
     def _enter(self, part: int, x: Tensor) -> None:

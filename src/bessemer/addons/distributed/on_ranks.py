@@ -92,8 +92,8 @@ class OnRanks(Runtime):
         return self._shards[id(model)]
 
     def fresh(self, cfg: ModelConfig, seed: int) -> Transformer:
-        made, schedule = self._mesh(cfg)
-        return self.held(ModelShard.fresh(cfg, made, schedule, seed, self.ranks.device))
+        own_mesh, schedule = self._mesh(cfg)
+        return self.held(ModelShard.fresh(cfg, own_mesh, schedule, seed, self.ranks.device))
 
     def read(
         self, folder: Path, context: Mapping[str, Any] | None = None, split_rows: bool = True, mtp: bool = True
@@ -109,8 +109,8 @@ class OnRanks(Runtime):
     def scorer(self, folder: Path, new_head: int | None) -> LanguageModel:
         if (cfg := own_config(folder)) is None:
             raise UserError(f"{folder} is not in the DeepSeek V3 family; train a reward model of it with one process")
-        made, schedule = self._mesh(mesh.headed(cfg), split_rows=False)
-        own = made.of(cfg.model_copy(update={"n_mtp": 0}))
+        own_mesh, schedule = self._mesh(mesh.headed(cfg), split_rows=False)
+        own = own_mesh.of(cfg.model_copy(update={"n_mtp": 0}))
         shard = ModelShard.read(folder, own, schedule, self.ranks.device, kind=Scorer, new_head=new_head, mtp=False)
         return self.held(shard)
 
@@ -119,9 +119,9 @@ class OnRanks(Runtime):
         layout, schedule, slices = distributed.layout_of(self.layout, self.n, split_rows)
         mesh.check(layout, cfg, self.n, slices)
         backend = mesh.choose_exchange(self.layout.exchange, layout, cfg, self.ranks, self.say)
-        made = mesh.Mesh(layout, cfg, slices, self.ranks.device, backend)
+        own_mesh = mesh.Mesh(layout, cfg, slices, self.ranks.device, backend)
         self.say(f"{mesh.describe(layout)}\nschedule: {distributed.schedule_text(schedule, layout.pp)}")
-        return made, schedule
+        return own_mesh, schedule
 
     def layers(self, model: LanguageModel) -> list[torch.nn.Module]:
         """The layers that the slices call; whole ones only in pure data parallelism."""

@@ -48,25 +48,25 @@ at_leave: list[Callable[[], object]] = []
 """Called in this order to free resources before a run's groups are destroyed; collective, so not after an error."""
 
 
-class Wanted(NamedTuple):
+class GroupSpec(NamedTuple):
     use: Use
     ranks: tuple[int, ...]
     """In ascending order; for messages, (sender, receiver)."""
 
     @property
-    def shared(self) -> Wanted:
+    def shared(self) -> GroupSpec:
         """The group that serves it. A rank by itself needs only one for all uses but files."""
-        return self if len(self.ranks) > 1 or self.use == "files" else Wanted("sums", self.ranks)
+        return self if len(self.ranks) > 1 or self.use == "files" else GroupSpec("sums", self.ranks)
 
 
-class _Made:
+class _Groups:
     """Groups made since the default group. Only torch keeps them alive: a fork must not have to destroy them."""
 
     timeout: timedelta | None = None
     world: Callable[[], object] = staticmethod(lambda: None)
-    named: ClassVar[set[Wanted]] = set()
+    named: ClassVar[set[GroupSpec]] = set()
     """Including those of other ranks."""
-    mine: ClassVar[WeakValueDictionary[Wanted, dist.ProcessGroup]] = WeakValueDictionary()
+    mine: ClassVar[WeakValueDictionary[GroupSpec, dist.ProcessGroup]] = WeakValueDictionary()
 
 
 def set_environment() -> None:
@@ -77,37 +77,39 @@ def set_environment() -> None:
 
 def begin(timeout: float) -> None:
     """Sets the timeout, in seconds, of the groups made from now on; called by `Ranks.join`."""
-    _Made.timeout = timedelta(seconds=timeout)
+    _Groups.timeout = timedelta(seconds=timeout)
 
 
-def make(wanted: Iterable[Wanted], device: torch.device) -> None:
+def make(specs: Iterable[GroupSpec], device: torch.device) -> None:
     """Makes the groups that do not exist yet. Collective over all ranks of the world."""
     world = dist.group.WORLD
-    if _Made.world() is not world:
-        _Made.world, _Made.named, _Made.mine = ref(world), set(), WeakValueDictionary()
+    if _Groups.world() is not world:
+        _Groups.world, _Groups.named, _Groups.mine = ref(world), set(), WeakValueDictionary()
     me, new = dist.get_rank(), []
-    for one in dict.fromkeys(one.shared for one in wanted):
-        if one not in _Made.named:
-            made = _new(one, device)
-            _Made.named.add(one)
-            if me in one.ranks:
-                _Made.mine[one] = made
-                new.append(one)
-    for one in new:
-        _connect(one, me, device)
+    for spec in dict.fromkeys(spec.shared for spec in specs):
+        if spec not in _Groups.named:
+            process_group = _new(spec, device)
+            _Groups.named.add(spec)
+            if me in spec.ranks:
+                _Groups.mine[spec] = process_group
+                new.append(spec)
+    for spec in new:
+        _connect(spec, me, device)
 
 
 def get(use: Use, ranks: Sequence[int]) -> dist.ProcessGroup:
     """A group that `make` has made and this rank is in; else KeyError."""
-    return _Made.mine[Wanted(use, tuple(ranks)).shared]
+    return _Groups.mine[GroupSpec(use, tuple(ranks)).shared]
 
 
-def _new(one: Wanted, device: torch.device) -> dist.ProcessGroup:
+def _new(spec: GroupSpec, device: torch.device) -> dist.ProcessGroup:
     """Ranks outside the group get a placeholder from torch, which they do not use."""
-    backend, options = ("gloo", None) if one.use in ON_CPU else _backend(one.use, device)
+    backend, options = ("gloo", None) if spec.use in ON_CPU else _backend(spec.use, device)
     return cast(
         dist.ProcessGroup,
-        dist.new_group(sorted(one.ranks), _Made.timeout, backend, options, group_desc=f"{one.use} {len(one.ranks)}"),
+        dist.new_group(
+            sorted(spec.ranks), _Groups.timeout, backend, options, group_desc=f"{spec.use} {len(spec.ranks)}"
+        ),
     )
 
 
@@ -122,17 +124,17 @@ def _backend(use: Use, device: torch.device) -> tuple[str | None, object]:
     return "nccl", options
 
 
-def _connect(one: Wanted, me: int, device: torch.device) -> None:
+def _connect(spec: GroupSpec, me: int, device: torch.device) -> None:
     """Runs a group's first operation, which makes its connections and for which all members wait."""
-    if one.use in ON_CPU or (one.use != "messages" and device.type != "cuda"):
+    if spec.use in ON_CPU or (spec.use != "messages" and device.type != "cuda"):
         return  # gloo's are there already
-    greeting, group = torch.zeros(1, device=device), _Made.mine[one]
-    with watchdog.waiting("a first message", one.ranks):
-        if one.use != "messages":
+    greeting, group = torch.zeros(1, device=device), _Groups.mine[spec]
+    with watchdog.waiting("a first message", spec.ranks):
+        if spec.use != "messages":
             dist.all_reduce(greeting, group=group)
-        elif me == one.ranks[0]:
-            dist.send(greeting, one.ranks[1], group)
+        elif me == spec.ranks[0]:
+            dist.send(greeting, spec.ranks[1], group)
         else:
-            dist.recv(greeting, one.ranks[0], group)
+            dist.recv(greeting, spec.ranks[0], group)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

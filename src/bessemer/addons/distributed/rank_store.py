@@ -78,9 +78,9 @@ class RankStore(CheckpointStore):
         if self.mesh.me == 0:
             tensors |= {f"rng/{name}": tensor for name, tensor in random_tensors.items()}
             tensors |= {f"extras/{name}": self._copies.add(tensor) for name, tensor in trainer.extra_tensors.items()}
-        for name, other in trainer.companions.items():
-            theirs = _pieces(other, self._copies.add)
-            tensors |= {companion_name(name, key): tensor for key, tensor in theirs.items()}
+        for name, companion in trainer.companions.items():
+            companion_pieces = _pieces(companion, self._copies.add)
+            tensors |= {companion_name(name, key): tensor for key, tensor in companion_pieces.items()}
         copied = None
         if trainer.device.type == "cuda":
             copied = torch.cuda.Event()
@@ -89,11 +89,11 @@ class RankStore(CheckpointStore):
 
     def _own_gate_tensors(self, trainer: Checkpointed) -> dict[str, Tensor]:
         """The gate tensors that no earlier pipeline rank writes."""
-        mine = {}
+        own = {}
         for name, tensor in trainer.gate_tensors().items():
             if _is_first(self.collective, parameter_prefix(name.partition("/")[2])):
-                mine[name] = tensor
-        return mine
+                own[name] = tensor
+        return own
 
     def restore(self, trainer: Checkpointed) -> Path | None:
         """Goes back to the newest checkpoint in which every rank's tensors are undamaged."""
@@ -106,8 +106,8 @@ class RankStore(CheckpointStore):
             if reader is not None:
                 checkpoint.check_config(reader.config, trainer.model_config, path)
                 restored, damage = self._undamaged(partial(self._restore_from, trainer, reader))
-                for one in restored or ():
-                    one.optimizer.refresh()
+                for restored_trainer in restored or ():
+                    restored_trainer.optimizer.refresh()
                 if restored is not None:
                     return path
             trainer.warn(f"checkpoint {path} is damaged ({damage}); trying the one before it")
@@ -130,25 +130,25 @@ class RankStore(CheckpointStore):
         """Reads what this rank needs. Returns the trainers whose weights must then be exchanged, once no rank has met
         damage."""
         self.collective.zero1.load_pieces(reader)
-        mine = trainer.gate_tensors()
-        for name, value in reader.read(mine).items():
-            mine[name].copy_(value)
+        gates = trainer.gate_tensors()
+        for name, value in reader.read(gates).items():
+            gates[name].copy_(value)
         trainer.restore_counters(reader.counters)
         trainer.optimizer.steps = reader.updates
         companions = trainer.companions
         stored = {
-            name: other
-            for name, other in companions.items()  # all, unless the checkpoint is from before the first step
-            if reader.counters["step"] or other.step or companion_name(name, "steps") in reader.locations
+            name: companion
+            for name, companion in companions.items()  # all, unless the checkpoint is from before the first step
+            if reader.counters["step"] or companion.step or companion_name(name, "steps") in reader.locations
         }
-        for name, other in stored.items():
-            theirs, biases = CompanionReader(reader, name), _biases(other)
-            _collective(other).zero1.load_pieces(theirs)
-            other.optimizer.steps = int(theirs.read(["steps"])["steps"])
-            for key, value in theirs.read(biases).items():
+        for name, companion in stored.items():
+            companion_reader, biases = CompanionReader(reader, name), _biases(companion)
+            _collective(companion).zero1.load_pieces(companion_reader)
+            companion.optimizer.steps = int(companion_reader.read(["steps"])["steps"])
+            for key, value in companion_reader.read(biases).items():
                 biases[key].copy_(value)
-        for other in companions.values():
-            other.step = trainer.step
+        for companion in companions.values():
+            companion.step = trainer.step
         elsewhere = tuple(f"extras/{name}/" for name in companions)
         extras = [n for n in reader.locations if n.startswith("extras/") and not n.startswith(elsewhere)]
         own = stacked(reader.read(extras))

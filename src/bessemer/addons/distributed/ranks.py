@@ -114,17 +114,17 @@ class Ranks:
         without a sign of progress (`heartbeat.beat`) from any of them."""
         key, self._met = f"met/{self._met}", self._met + 1
         self.store.add(key, 1)
-        began = asked = time.monotonic()
+        began = asked_at = time.monotonic()
         beats = self.store.add(watchdog.BEATS, 0)
         with watchdog.waiting(what, range(self.n)):
             while self.store.add(key, 0) < self.n:
                 time.sleep(min(POLL_SECONDS, 0.001 + (time.monotonic() - began) / 20))
-                if time.monotonic() - asked < POLL_SECONDS:
+                if time.monotonic() - asked_at < POLL_SECONDS:
                     continue
-                asked, seen = time.monotonic(), self.store.add(watchdog.BEATS, 0)
-                if seen != beats and not self.store.check([watchdog.OVER]):
+                asked_at, latest = time.monotonic(), self.store.add(watchdog.BEATS, 0)
+                if latest != beats and not self.store.check([watchdog.OVER]):
                     watchdog.renew()
-                beats = seen
+                beats = latest
 
     def all_gather(self, value: _Made, what: str) -> list[_Made]:
         """Every rank's value on all of them, pickled, since both ends run this same program."""
@@ -143,7 +143,7 @@ class Ranks:
     def share(self, what: str) -> Share:
         def merge(own: dict[Any, Any]) -> dict[Any, Any]:
             self.meet(what)  # one may take many times as long as another
-            return {item: found for each in self.all_gather(own, what) for item, found in each.items()}
+            return {item: value for part in self.all_gather(own, what) for item, value in part.items()}
 
         return Share(self.me, self.n, merge)
 
@@ -155,22 +155,22 @@ class Ranks:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def order(self, what: dict[str, Any]) -> None:
+    def order(self, request: dict[str, Any]) -> None:
         """Sends an order (plain JSON) from rank 0 to all others."""
-        self.store.set(f"order/{self._orders}", json.dumps(what))
+        self.store.set(f"order/{self._orders}", json.dumps(request))
         self._orders += 1
 
     def follow(self) -> Iterator[dict[str, Any]]:
         """Rank 0's orders as they come, until one says {"end": true}."""
         while True:
             key, self._orders = f"order/{self._orders}", self._orders + 1
-            what = self._read(key)
+            order = self._read(key)
             if self.store.add(f"{key}/read", 1) == self.n - 1:  # the last reader: prompts may be many megabytes
                 for old in (key, f"{key}/read"):
                     self.store.delete_key(old)
-            if what.get("end"):
+            if order.get("end"):
                 return
-            yield what
+            yield order
 
     def _read(self, key: str) -> Any:
         """Waits for rank 0 to write a key. It may be packing a corpus, so the watchdog must not end this wait."""
@@ -206,22 +206,22 @@ class Ranks:
             gone = self._watchdog.silent() if self._watchdog is not None and not started_by_agent else []
         except dist.DistError:
             gone = [0]
-        who = ", ".join(f"rank {rank}" for rank in gone) or "another rank"
-        print(f"error: lost {who} ({why}); the same command resumes from the last checkpoint", file=sys.stderr)
+        names = ", ".join(f"rank {rank}" for rank in gone) or "another rank"
+        print(f"error: lost {names} ({why}); the same command resumes from the last checkpoint", file=sys.stderr)
 
     def _compare(self, facts: dict[str, Any], fault: str) -> None:
-        mine = {"bessemer": bessemer.__version__, "source": _source(), "torch": torch.__version__,
+        own = {"bessemer": bessemer.__version__, "source": _source(), "torch": torch.__version__,
                 "python": platform.python_version(), **facts}  # fmt: skip
-        self.store.set(f"facts/{self.me}", json.dumps({**mine, "fault": fault, "host": platform.node()}))
+        self.store.set(f"facts/{self.me}", json.dumps({**own, "fault": fault, "host": platform.node()}))
         facts_of = [json.loads(self.store.get(f"facts/{rank}")) for rank in range(self.n)]
         self.store.set(f"compared/{self.me}", "")
         if self.me == 0:  # the store may be in this process, so it goes last
             self.store.wait([f"compared/{rank}" for rank in range(self.n)])
-        for rank, theirs in enumerate(facts_of):
-            if theirs["fault"]:
-                raise UserError(f"rank {rank} on {theirs['host']}: {theirs['fault']}")
-        for what in mine:
-            values = [json.dumps(theirs.get(what)) for theirs in facts_of]
+        for rank, there in enumerate(facts_of):
+            if there["fault"]:
+                raise UserError(f"rank {rank} on {there['host']}: {there['fault']}")
+        for fact in own:
+            values = [json.dumps(there.get(fact)) for there in facts_of]
             common = max(values, key=values.count)  # in a tie, the lowest rank's
             odd = next((rank for rank, value in enumerate(values) if value != common), None)
             if odd is not None:
@@ -230,7 +230,7 @@ class Ranks:
                     for rank in (values.index(common), odd)
                 )
                 raise UserError(
-                    f"{what} differs between ranks: {values_shown}; give all of them the same value and start again"
+                    f"{fact} differs between ranks: {values_shown}; give all of them the same value and start again"
                 )
 
 
@@ -240,10 +240,10 @@ def _device() -> tuple[torch.device, str]:
         return torch.device("cpu"), idle
     if not torch.cuda.is_available():
         return torch.device("cpu"), ""
-    place, n = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if place >= n:
-        return torch.device("cpu"), f"at least {place + 1} ranks were started here, for {n} GPUs; start at most {n}"
-    return torch.device("cuda", place), ""
+    local, n = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= n:
+        return torch.device("cpu"), f"at least {local + 1} ranks were started here, for {n} GPUs; start at most {n}"
+    return torch.device("cuda", local), ""
 
 
 def _stack(device: torch.device) -> dict[str, str | None]:
@@ -281,7 +281,7 @@ def launch(n: int, arguments: Sequence[str], progress: Callable[[], object], gpu
         )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
-    restarts, seen = 0, progress()
+    restarts, last = 0, progress()
     shutdown: dict[str, Any] = (
         {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
     )
@@ -300,11 +300,11 @@ def launch(n: int, arguments: Sequence[str], progress: Callable[[], object], gpu
             rank, failure = min(error.failures.items(), key=lambda item: item[1].exitcode == watchdog.LOST)
         if failure.exitcode in (USER_ERROR, STOPPED):
             return failure.exitcode
-        restarts, seen = (restarts + 1, seen) if progress() == seen else (1, progress())
-        again = restarts <= MAX_RESTARTS and failure.exitcode != 1  # 1: an error of the program, which would recur
-        next_step = "restarting all ranks" if again else "the same command resumes from the last checkpoint"
+        restarts, last = (restarts + 1, last) if progress() == last else (1, progress())
+        restart = restarts <= MAX_RESTARTS and failure.exitcode != 1  # 1: an error of the program, which would recur
+        next_step = "restarting all ranks" if restart else "the same command resumes from the last checkpoint"
         print(f"rank {rank} {_ending(failure.exitcode)}; {next_step}", file=sys.stderr)
-        if not again:
+        if not restart:
             return failure.exitcode if failure.exitcode > 0 else 1
 
 
@@ -312,9 +312,9 @@ def _ending(status: int) -> str:
     """How a rank with this exit status ended."""
     if status < 0:
         return f"was killed by {signal.Signals(-status).name}"
-    known = {
+    signals = {
         watchdog.EXIT: "waited too long for another rank",
         watchdog.LOST: "lost another rank",
         1: "failed (traceback above)",
     }
-    return known.get(status, f"ended with status {status}")
+    return signals.get(status, f"ended with status {status}")

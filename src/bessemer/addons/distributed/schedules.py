@@ -78,8 +78,8 @@ def _turn(kind: Kind, n: int, rank: int, ranks: int, slices: int) -> Action:
 
 
 def _looped(name: str, ranks: int, slices: int, micro: int, steps: Sequence[Sequence[Step]]) -> Table:
-    place = tuple(stage % ranks for stage in range(ranks * slices))
-    return Table(name, ranks * slices, (place,), micro, tuple(map(tuple, steps)))
+    placement = tuple(stage % ranks for stage in range(ranks * slices))
+    return Table(name, ranks * slices, (placement,), micro, tuple(map(tuple, steps)))
 
 
 def _positive(name: str, ranks: int, micro: int) -> None:
@@ -113,8 +113,8 @@ def zbv(ranks: int, micro: int) -> Table:
     if micro < 2 * ranks - 1:
         raise UserError(f"zbv on {ranks} ranks needs at least {2 * ranks - 1} micro-batches, not {micro}")
     steps = tuple(_v(rank, ranks, micro) for rank in range(ranks))
-    place = tuple([*range(ranks), *reversed(range(ranks))])
-    return Table("zbv", 2 * ranks, (place,), micro, steps)
+    placement = tuple([*range(ranks), *reversed(range(ranks))])
+    return Table("zbv", 2 * ranks, (placement,), micro, steps)
 
 
 def _v(rank: int, ranks: int, micro: int) -> tuple[Step, ...]:

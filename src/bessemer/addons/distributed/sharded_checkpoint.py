@@ -21,7 +21,7 @@ from bessemer.addons.accelerate.background import Background
 from bessemer.addons.distributed import process_groups
 from bessemer.addons.distributed.checkpoint_reader import CheckpointReader
 from bessemer.addons.distributed.chunked_files import write_chunked
-from bessemer.addons.distributed.process_groups import Wanted
+from bessemer.addons.distributed.process_groups import GroupSpec
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.hf.mapping import Slot
@@ -40,7 +40,7 @@ class Saver:
         self.state_dir, self.config, self.keep = state_dir, config, keep
         # a group of its own, because its messages overlap those of the training
         everyone = tuple(range(dist.get_world_size()))
-        process_groups.make([Wanted("files", everyone)], torch.device("cpu"))
+        process_groups.make([GroupSpec("files", everyone)], torch.device("cpu"))
         self._group = process_groups.get("files", everyone)
         self.background = Background("saving")
 
@@ -74,7 +74,7 @@ class Saver:
             temporary.mkdir()
 
         def finish() -> None:
-            files = {_file(rank): found for rank, found in enumerate(sums) if found}
+            files = {_file(rank): file_sums for rank, file_sums in enumerate(sums) if file_sums}
             for name, text in (
                 ("counters.json", counters),
                 ("config.json", json.dumps(self.config, indent=1).encode()),

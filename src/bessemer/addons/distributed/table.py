@@ -123,18 +123,18 @@ class Table:
 
     def _waits(self, step: Step, position: dict[tuple[str, int, int, int], int]) -> tuple[tuple[int, bool], ...] | None:
         """What a step waits for; None while one of them has no position."""
-        found: list[tuple[int, bool]] = []
+        waits: list[tuple[int, bool]] = []
         for part in step if isinstance(step, Pair) else (step,):
-            place = self.place[part.lane]
+            placement = self.place[part.lane]
             for kinds, stage, micro, lane in needs(part, self.stages):
-                before = len(found)
+                before = len(waits)
                 for kind in kinds:
                     at = position.get((kind, stage, micro, lane))
                     if at is not None:
-                        found.append((at, place[stage] != place[part.stage]))
-                if len(found) == before:
+                        waits.append((at, placement[stage] != placement[part.stage]))
+                if len(waits) == before:
                     return None
-        return tuple(found)
+        return tuple(waits)
 
 
 def actions(steps: tuple[Step, ...]) -> Iterator[Action]:
@@ -149,15 +149,15 @@ def actions(steps: tuple[Step, ...]) -> Iterator[Action]:
 def fullest(steps: tuple[Step, ...]) -> list[dict[int, int]]:
     """The micro-batches by stage whose activations one rank holds, at the moments when it holds the most: those that no
     other moment exceeds in every stage. F saves activations, B frees them; after I (input gradients only), W does."""
-    held, moments = {action.stage: 0 for action in actions(steps)}, set()
+    live, moments = {action.stage: 0 for action in actions(steps)}, set()
     for action in actions(steps):
         if action.kind == "F":
-            held[action.stage] += 1
-            moments.add(tuple(held.values()))
+            live[action.stage] += 1
+            moments.add(tuple(live.values()))
         elif action.kind != "I":
-            held[action.stage] -= 1
-    most = [one for one in moments if not any(one != m and all(map(le, one, m)) for m in moments)]
-    return [dict(zip(held, one, strict=True)) for one in sorted(most)]
+            live[action.stage] -= 1
+    most = [moment for moment in moments if not any(moment != m and all(map(le, moment, m)) for m in moments)]
+    return [dict(zip(live, moment, strict=True)) for moment in sorted(most)]
 
 
 Need = tuple[tuple[Kind, ...], int, int, int]

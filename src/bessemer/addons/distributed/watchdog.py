@@ -147,10 +147,10 @@ class Watchdog:
 
     def silent(self) -> list[int]:
         """The ranks that report nothing within one reporting interval. Raises DistError if the store is gone."""
-        before = self._all()
+        first = self._all()
         time.sleep(self.every + 1.0)
-        after = self._all()
-        return [rank for rank in range(self.n) if rank != self.me and after[rank] == before[rank]]
+        second = self._all()
+        return [rank for rank in range(self.n) if rank != self.me and second[rank] == first[rank]]
 
     def _run(self) -> None:
         beats = heartbeat.count
@@ -248,11 +248,11 @@ def hang_report(me: int, doing: Activity, step: int, others: list[list[Any] | No
 
 
 def _position(status: list[Any]) -> str:
-    _, step, what, ranks, _ = status
-    return f"step {step} ({what if ranks is None else 'waiting for ' + what})"
+    _, step, waits_for, ranks, _ = status
+    return f"step {step} ({waits_for if ranks is None else 'waiting for ' + waits_for})"
 
 
 def _ranks(ranks: Sequence[int], me: int) -> str:
-    others = [rank for rank in ranks if rank != me]
-    names = ", ".join(map(str, others[:4])) + (" ..." if len(others) > 4 else "")
-    return f"rank {names}" if len(others) == 1 else f"ranks {names}"
+    waited = [rank for rank in ranks if rank != me]
+    names = ", ".join(map(str, waited[:4])) + (" ..." if len(waited) > 4 else "")
+    return f"rank {names}" if len(waited) == 1 else f"ranks {names}"

@@ -50,13 +50,13 @@ FILLING = 1 / 256
 def buckets(sizes: Sequence[int], shares: int) -> list[slice]:
     """Divides parameters of these sizes, in the order in which forward reads them, into buckets. No parameter is cut,
     and the remainder goes into the first bucket, whose sum nothing hides. `shares`: as in `Group`."""
-    found, end, size = list[slice](), len(sizes), 0
+    slices, end, size = list[slice](), len(sizes), 0
     for start in reversed(range(1, len(sizes))):
         size += -(-sizes[start] // ALIGN) * ALIGN
         if size >= BUCKET and _filled(size, shares) <= size * (1 + FILLING):
-            found.append(slice(start, end))
+            slices.append(slice(start, end))
             end, size = start, 0
-    return [slice(0, end), *found[::-1]]
+    return [slice(0, end), *slices[::-1]]
 
 
 def vector_size(sizes: Sequence[int], shares: int) -> int:
@@ -136,8 +136,8 @@ class ShardedGroup(Group):
         self.wait()
         share = self.compute[self.mine]
         share.copy_(self.master if source is None else source)
-        whole, mine = self.compute.view(torch.uint8), share.clone().view(torch.uint8)
-        self._gathering = cast(dist.Work, all_gather(whole, mine, group=self.ranks, async_op=True))
+        vector, own = self.compute.view(torch.uint8), share.clone().view(torch.uint8)
+        self._gathering = cast(dist.Work, all_gather(vector, own, group=self.ranks, async_op=True))
 
     def wait(self) -> None:
         if self._gathering is not None:
@@ -148,11 +148,11 @@ class ShardedGroup(Group):
     def gathered(self, share: Tensor) -> Tensor:
         """The whole vector, gathered from the shares of all ranks."""
         self.wait()
-        whole = torch.empty(self.grad.numel(), dtype=share.dtype, device=self.grad.device)
-        mine = share.to(whole.device).contiguous()
+        vector = torch.empty(self.grad.numel(), dtype=share.dtype, device=self.grad.device)
+        own = share.to(vector.device).contiguous()
         with watchdog.waiting("shares of the optimizer", dist.get_process_group_ranks(self.ranks)):
-            all_gather(whole.view(torch.uint8), mine.view(torch.uint8), group=self.ranks)
-        return whole
+            all_gather(vector.view(torch.uint8), own.view(torch.uint8), group=self.ranks)
+        return vector
 
 
 class ShardedMuonGroup(ShardedGroup):
@@ -165,10 +165,10 @@ class ShardedMuonGroup(ShardedGroup):
         stacked: dict[str, int], work_R: list[float],
     ):  # fmt: skip
         super().__init__(members, decay, moments, ranks, holders)
-        found, each = runs(self.slots, stacked), self.master.numel()
-        whole = inside(found, self.mine.start, self.mine.stop)
-        self.matrices = Matrices(whole, each, self.compute.dtype, Workers(), self.master.device)
-        self.divided = DividedMatrices(found, each, ranks, work_R, self.matrices.orthogonalise_in)
+        all_runs, share_size = runs(self.slots, stacked), self.master.numel()
+        undivided = inside(all_runs, self.mine.start, self.mine.stop)
+        self.matrices = Matrices(undivided, share_size, self.compute.dtype, Workers(), self.master.device)
+        self.divided = DividedMatrices(all_runs, share_size, ranks, work_R, self.matrices.orthogonalise_in)
 
     def send(self, update: Update) -> None:
         self.matrices.direct(self.summed, self.moments["m"], update)
@@ -269,11 +269,11 @@ class Zero1(Optimizer):
         for group in self.groups:
             n, me = dist.get_world_size(group.ranks), dist.get_rank(group.ranks)
             for kind, share in group.checkpoint_shares().items():
-                whole = group.gathered(share)
+                vector = group.gathered(share)
                 for slot in group.slots:
                     holders = sorted([self.mesh.pp, *self.others(slot.name)])
                     number = holders.index(self.mesh.pp) * n + me
-                    for name, piece in self._pieces(f"{kind}/{slot.name}", slot.of(whole)):
+                    for name, piece in self._pieces(f"{kind}/{slot.name}", slot.of(vector)):
                         if zlib.crc32(name.encode()) % (n * len(holders)) == number:
                             pieces[name] = copy(piece)
         return pieces
@@ -299,11 +299,11 @@ class Zero1(Optimizer):
                             share[low:high].copy_(reader.elements(name, low - start, high - start))
                         start += piece.numel()
 
-    def _pieces(self, name: str, whole: Tensor) -> list[tuple[str, Tensor]]:
+    def _pieces(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         """A tensor by its names on disk; experts one by one."""
         if EXPERTS not in name:
-            return [(name, whole)]
-        return [(f"{name}/{self.mesh.experts.start + i}", part) for i, part in enumerate(whole)]
+            return [(name, tensor)]
+        return [(f"{name}/{self.mesh.experts.start + i}", part) for i, part in enumerate(tensor)]
 
     def masters(self) -> dict[str, Tensor]:
         """Float32 weights by name, gathered from all shares; copies."""
@@ -319,5 +319,5 @@ class Zero1(Optimizer):
 
     @staticmethod
     def _gathered(group: ShardedGroup, share: Tensor) -> list[tuple[ParameterSlot, Tensor]]:
-        whole = group.gathered(share)
-        return [(slot, slot.of(whole)) for slot in group.slots]
+        vector = group.gathered(share)
+        return [(slot, slot.of(vector)) for slot in group.slots]
