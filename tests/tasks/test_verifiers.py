@@ -157,7 +157,7 @@ def test_a_judgement_is_kept_until_it_is_asked_for(pool, monkeypatch):
     begun = [one.submit(TASK, PROBLEM, f"wrong {n}") for n in range(12)]
     for found in begun:
         found.result(60)
-    assert [one.submit(TASK, PROBLEM, f"wrong {n}", asked=True) for n in range(12)] == begun
+    assert [one.submit(TASK, PROBLEM, f"wrong {n}", waited_for=True) for n in range(12)] == begun
     assert [one.knows(TASK, PROBLEM, f"wrong {n}") for n in range(12)] == [False] * 8 + [True] * 4
 
 

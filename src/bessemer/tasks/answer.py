@@ -116,8 +116,8 @@ class Reader:
 
     def stated(self, rest: str, tagged: Tagged | None) -> list[str]:
         """The texts that the text after the thoughts states as its answer: tags and boxes, or else sentences."""
-        found = self.marked(rest, tagged)
-        return found or statements.values(rest)
+        matches = self.marked(rest, tagged)
+        return matches or statements.values(rest)
 
     def bare(self, answer: str) -> str:
         """The part of a stated text that is the answer; the rest is text around it."""
@@ -128,10 +128,10 @@ class Reader:
         boxes = _boxes(rest)
         if tagged and any(begin <= tagged[0] < end for begin, end in boxes):
             raise Fault(BAD_TAGS)
-        found: list[str] = [rest[begin:end] for begin, end in boxes]
+        boxed: list[str] = [rest[begin:end] for begin, end in boxes]
         if tagged and not any(tagged[1] <= begin < tagged[2] for begin, _ in boxes):
-            found.append(rest[tagged[1] : tagged[2]])
-        return found
+            boxed.append(rest[tagged[1] : tagged[2]])
+        return boxed
 
 
 VALUE = Reader()
@@ -220,10 +220,10 @@ def _boxes(text: str) -> list[tuple[int, int]]:
     place = 0
     if "\\boxed" not in text and "\\fbox" not in text:  # spares most texts the search
         return boxes
-    while found := _BOX.search(text, place):
+    while opening := _BOX.search(text, place):
         if len(boxes) == MOST_BOXES:
             raise Fault(BAD_TAGS)
-        begin, depth = found.end(), 1
+        begin, depth = opening.end(), 1
         for brace in _BRACE.finditer(text, begin, begin + LONGEST):
             depth += {"{": 1, "}": -1}.get(brace.group(), 0)
             if depth == 0:

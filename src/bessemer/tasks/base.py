@@ -195,7 +195,7 @@ class Task:
             return False
         line = text.splitlines()[-1]
         stated = dict.fromkeys((text, line.strip(), line.split()[-1].strip(".,:;!?*$。，！？")))
-        return any(self.grade(problem, one)[0] == CORRECT for one in stated)
+        return any(self.grade(problem, answer)[0] == CORRECT for answer in stated)
 
     @property
     def schemas(self) -> Sequence[dict[str, Any]]:

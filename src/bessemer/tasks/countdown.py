@@ -116,10 +116,10 @@ def _problems(split: str) -> tuple[tuple[tuple[int, int, int], int], ...]:
 @lru_cache(maxsize=8192)
 def _difficulty(numbers: tuple[int, int, int], target: int) -> int:
     """1 if sums and differences make the target, 2 if a product must come first, 3 if it must come last."""
-    solutions = [one for one in all_tries(numbers) if one.value == target]
-    if any("*" not in (one.op, one.then) for one in solutions):
+    solutions = [solution for solution in all_tries(numbers) if solution.value == target]
+    if any("*" not in (solution.op, solution.then) for solution in solutions):
         return 1
-    return 2 if any(one.then != "*" for one in solutions) else 3
+    return 2 if any(solution.then != "*" for solution in solutions) else 3
 
 
 @lru_cache(maxsize=64)

@@ -100,12 +100,12 @@ class Author:
         if self.kind == "systematic":
             yield from ordered_tries(numbers)
             return
-        pool, keys, seen = all_tries(numbers), canonicals(numbers), set()
+        pool, keys, canonical_seen = all_tries(numbers), canonicals(numbers), set()
         order = _endless(len(pool), rng) if self.kind == "sloppy" else rng.sample(range(len(pool)), len(pool))
         for i in order:
-            if self.kind != "sloppy" and keys[i] in seen:
+            if self.kind != "sloppy" and keys[i] in canonical_seen:
                 continue
-            seen.add(keys[i])
+            canonical_seen.add(keys[i])
             yield pool[i].swapped() if rng.random() < 0.5 else pool[i]
 
     def slips(self, rng: random.Random) -> Callable[[int, int], int]:

@@ -47,10 +47,10 @@ def source_of(name: str) -> tuple[str, str | None] | None:
 def shared_file(first: str, second: str) -> str | None:
     """The file that two tasks, by their names, both take problems from; None if there is none, or if each problem of
     the file is in only one split."""
-    one, other = source_of(first), source_of(second)
-    if one is None or other is None or (one[1] is None and other[1] is None) or not located(one[0]).exists():
+    source, other = source_of(first), source_of(second)
+    if source is None or other is None or (source[1] is None and other[1] is None) or not located(source[0]).exists():
         return None
-    return one[0] if located(one[0]).resolve() == located(other[0]).resolve() else None
+    return source[0] if located(source[0]).resolve() == located(other[0]).resolve() else None
 
 
 def _is_own(name: str) -> bool:

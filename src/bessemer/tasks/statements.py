@@ -40,14 +40,14 @@ def values(text: str) -> list[str]:
     """Every value that a text states, at most MOST."""
     plain = QUOTED.sub(lambda match: " " * len(match[0]), text[-LAST:])
     for pattern in _VALUES:
-        found = [match for match in islice(pattern.finditer(plain), MOST) if not DENIED.search(_before(plain, match))]
-        if found:
-            return [next(filter(None, match.groups())).strip(" *_") for match in found]
+        matches = [match for match in islice(pattern.finditer(plain), MOST) if not DENIED.search(_before(plain, match))]
+        if matches:
+            return [next(filter(None, match.groups())).strip(" *_") for match in matches]
     return []
 
 
 def _before(text: str, match: re.Match[str]) -> str:
     """The sentence up to the beginning of a match."""
     first = max(0, match.start() - 300)
-    ends = [found.end() for found in SENTENCE_START.finditer(text, first, match.start() + 1)]
+    ends = [sentence.end() for sentence in SENTENCE_START.finditer(text, first, match.start() + 1)]
     return text[ends[-1] if ends else first : match.start()]

@@ -16,18 +16,18 @@ from bessemer.tasks.base import Problem, Task
 
 def task(name: str, **settings: Any) -> Task:
     """The task whose class `plugins.find` finds. It carries that name, by which a run finds it again."""
-    found = plugins.find("tasks", name, derives=Task)
-    if found.make is Task.make and found.problem is Task.problem:
+    cls = plugins.find("tasks", name, derives=Task)
+    if cls.make is Task.make and cls.problem is Task.problem:
         raise UserError(f"{name} does not define make; docs/tasks.md has a complete task")
-    domain = getattr(found, "domain", "")
+    domain = getattr(cls, "domain", "")
     if not isinstance(domain, str) or not domain.isprintable() or domain.strip() in ("", "lm-eval"):
         raise UserError(f"{name} has the domain {domain!r}; set the attribute `domain` to a word for the reports")
-    own: dict[str, Any] = {"name": name, "__module__": found.__module__}
+    own: dict[str, Any] = {"name": name, "__module__": cls.__module__}
     own |= {
-        method: _repeated(written) for method in OWN if (written := getattr(found, method)) is not getattr(Task, method)
+        method: _repeated(written) for method in OWN if (written := getattr(cls, method)) is not getattr(Task, method)
     }
-    own |= found.repeated()
-    return type(found.__name__, (found,), own)(**settings)
+    own |= cls.repeated()
+    return type(cls.__name__, (cls,), own)(**settings)
 
 
 OWN = ("make", "problem", "grade", "verify", "written", "document")
@@ -39,7 +39,7 @@ def _repeated(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def call(self: Task, *args: object, **named: object) -> object:
-        parts = [one.id if isinstance(one, Problem) else one for one in (*args, *named.values())]
+        parts = [part.id if isinstance(part, Problem) else part for part in (*args, *named.values())]
         with plugins.blamed(self.name, type(self)), repeatable(self.name, method.__name__, *parts):
             return method(self, *args, **named)
 

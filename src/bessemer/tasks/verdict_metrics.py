@@ -35,8 +35,8 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int | No
     right = {answer for answer, ok in zip(answers, correct, strict=True) if ok and answer is not None}
     abstain = n - votes.total()
     number = Counter(votes[answer] for answer in right)
-    one = {votes[answer]: answer for answer in right}  # answers with equally many votes win equally often
-    wins = sum(number[count] * _wins(votes, answer, abstain, k) for count, answer in one.items())
+    answer_by_votes = {votes[answer]: answer for answer in right}  # answers with equally many votes win equally often
+    wins = sum(number[count] * _wins(votes, answer, abstain, k) for count, answer in answer_by_votes.items())
     return float(wins / comb(n, k))
 
 

@@ -23,9 +23,9 @@ RUNS = 15
 @cache
 def speed() -> float:
     """Seconds of this machine for each second of the reference machine."""
-    found = os.environ.get(VARIABLE, "")
+    value = os.environ.get(VARIABLE, "")
     try:
-        return min(max(float(found), BOUNDS[0]), BOUNDS[1])
+        return min(max(float(value), BOUNDS[0]), BOUNDS[1])
     except ValueError:
         pass
     measured = min(_seconds() for _ in range(RUNS)) / REFERENCE

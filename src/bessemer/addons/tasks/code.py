@@ -100,7 +100,7 @@ def _goal(problem: Problem) -> TargetFunction:
 
 @lru_cache(maxsize=1024)  # used by every sample of a group
 def _hidden_tests(key: str) -> sandbox.Tests:
-    goal = next(one for split in SPLITS for one in functions_of(split) if one.key == key)
+    goal = next(function for split in SPLITS for function in functions_of(split) if function.key == key)
     return goal.tests(stable_random("code tests", key))
 
 
@@ -111,4 +111,6 @@ def _reason_of(source: str, function: str, tests: str) -> str:
 
 @lru_cache(maxsize=64)
 def _shuffled(split: str, seed: int, epoch: int) -> tuple[TargetFunction, ...]:
-    return tuple(sorted(functions_of(split), key=lambda one: stable_hash("code", split, seed, epoch, one.key)))
+    return tuple(
+        sorted(functions_of(split), key=lambda function: stable_hash("code", split, seed, epoch, function.key))
+    )

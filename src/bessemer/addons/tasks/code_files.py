@@ -154,12 +154,12 @@ def _zipped(value: dict[str, Any], field: str) -> list[dict[str, Any]]:
         raise ValueError(f"{field!r} needs the lists 'inputs' and 'outputs'")
     if len(inputs) != len(outputs):
         raise ValueError(f"{field!r} has {len(inputs)} inputs and {len(outputs)} outputs")
-    return [{"input": given, "output": expected} for given, expected in zip(inputs, outputs, strict=True)]
+    return [{"input": stdin, "output": expected} for stdin, expected in zip(inputs, outputs, strict=True)]
 
 
-def _texts(number: int, given: Any, expected: Any) -> tuple[str, str]:
+def _texts(number: int, value: Any, expected: Any) -> tuple[str, str]:
     """The input and output of a program; APPS writes some as lists of lines."""
-    texts = ["\n".join(map(str, one)) if isinstance(one, list) else one for one in (given, expected)]
+    texts = ["\n".join(map(str, part)) if isinstance(part, list) else part for part in (value, expected)]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"test {number}: input and output of a program are text; a function needs 'entry_point'")
     if not texts[1].strip():
@@ -173,15 +173,15 @@ def _calls(pairs: list[tuple[Any, Any]], foreign: bool) -> list[tuple[Any, Any]]
     """The arguments and value of every call. LiveCodeBench has JSON, an argument per line; APPS lists each output."""
     if foreign and all(isinstance(part, str) for pair in pairs for part in pair):
         pairs = [
-            ([json.loads(line) for line in given.split("\n") if line.strip()], json.loads(value))
-            for given, value in pairs
+            ([json.loads(line) for line in arguments.split("\n") if line.strip()], json.loads(value))
+            for arguments, value in pairs
         ]
     elif foreign and all(isinstance(value, list) and len(value) == 1 for _, value in pairs):
-        pairs = [(given, value[0]) for given, value in pairs]
-    for number, (given, value) in enumerate(pairs, start=1):
-        if not isinstance(given, list):
+        pairs = [(arguments, value[0]) for arguments, value in pairs]
+    for number, (arguments, value) in enumerate(pairs, start=1):
+        if not isinstance(arguments, list):
             raise ValueError(f"test {number}: the input of a function is the list of its arguments")
-        if not _finite([given, value]):
+        if not _finite([arguments, value]):
             raise ValueError(f"test {number} holds a number that is not finite")
     return pairs
 
@@ -216,8 +216,8 @@ def _prompt(record: dict[str, Any], question: str, function: str | None) -> str:
         f"{title}:\n{record[name].strip()}" for name, title in _SECTIONS.items() if isinstance(record.get(name), str)
     ]
     examples = record["examples"] if isinstance(record.get("examples"), list) else []
-    shown = [(one.get("input"), one.get("output")) for one in examples if isinstance(one, dict)]
-    parts += [f"Example:\n{given}\nOutput:\n{output}" for given, output in shown]
+    pairs = [(example.get("input"), example.get("output")) for example in examples if isinstance(example, dict)]
+    parts += [f"Example:\n{stdin}\nOutput:\n{output}" for stdin, output in pairs]
     if isinstance(record.get("starter_code"), str) and record["starter_code"].strip():
         parts.append(f"```python\n{record['starter_code'].rstrip()}\n```")
     if function is None:

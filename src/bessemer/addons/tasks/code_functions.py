@@ -52,10 +52,10 @@ class FunctionFamily:
 def _families(data: dict[str, Any]) -> dict[str, FunctionFamily]:
     ranges = {name: range(*ends) for name, ends in data["ranges"].items()} | {"letter": tuple(LETTERS)}
 
-    def values(one: str | list[Any]) -> Sequence[Any]:
-        if isinstance(one, str):
-            return ranges[one]
-        return range(*one) if isinstance(one[0], int) else tuple(one)
+    def values(field: str | list[Any]) -> Sequence[Any]:
+        if isinstance(field, str):
+            return ranges[field]
+        return range(*field) if isinstance(field[0], int) else tuple(field)
 
     families = {}
     for name, entry in data["function"].items():
@@ -116,7 +116,7 @@ class TargetFunction:
         while len(chosen) < TESTS and (best := max(refuted, key=lambda key: len(refuted[key]))) and refuted[best]:
             chosen.append(best)
             beaten = refuted[best]
-            refuted = {key: left - beaten for key, left in refuted.items()}
+            refuted = {key: unbeaten - beaten for key, unbeaten in refuted.items()}
         groups: dict[str, list[str]] = {}
         for key in pool:
             if key not in chosen:
@@ -127,21 +127,21 @@ class TargetFunction:
     def rivals(self) -> list["TargetFunction"]:
         """Likely mistakes: the family with other parameters, other families with the same parameters or neighbours."""
         near: list[Any] = []
-        for one in self.parameters:
-            near += [one - 1, one, one + 1] if isinstance(one, int) else [one]
-        rivals = [one for split in SPLITS for one in functions_of(split) if one.family is self.family]
+        for parameter in self.parameters:
+            near += [parameter - 1, parameter, parameter + 1] if isinstance(parameter, int) else [parameter]
+        rivals = [rival for split in SPLITS for rival in functions_of(split) if rival.family is self.family]
         for family in FAMILIES.values():
             if family.argument == self.family.argument:
-                choices = product(*([one for one in near if one in values] for values in family.ranges))
+                choices = product(*([value for value in near if value in values] for values in family.ranges))
                 rivals += [TargetFunction(family, chosen) for chosen in choices if family.allows(*chosen)]
-        return [one for one in rivals if one != self]
+        return [rival for rival in rivals if rival != self]
 
     def differs(self, other: "TargetFunction", value: Any) -> bool:
         """Whether their results for a value differ; 1 and True differ."""
         if value in ([], "") and not other.family.empty:
             return True
-        ours, theirs = self(value), other(value)
-        return type(ours) is not type(theirs) or ours != theirs
+        result, other_result = self(value), other(value)
+        return type(result) is not type(other_result) or result != other_result
 
 
 @cache
@@ -150,8 +150,8 @@ def functions_of(split: str) -> tuple[TargetFunction, ...]:
     functions: list[TargetFunction] = []
     for family in FAMILIES.values():
         every = [TargetFunction(family, chosen) for chosen in product(*family.ranges) if family.allows(*chosen)]
-        every.sort(key=lambda one: stable_hash("code", one.key))
-        functions.extend(one for one in every[:PER_FAMILY] if one.split == split)
+        every.sort(key=lambda function: stable_hash("code", function.key))
+        functions.extend(function for function in every[:PER_FAMILY] if function.split == split)
     return tuple(functions)
 
 
@@ -168,7 +168,7 @@ def _list(parameters: Sequence[Any], rng: random.Random) -> list[int]:
 
 
 def _string(parameters: Sequence[Any], rng: random.Random) -> str:
-    letters = "".join(one for one in parameters if isinstance(one, str)) or rng.choice(LETTERS)
+    letters = "".join(parameter for parameter in parameters if isinstance(parameter, str)) or rng.choice(LETTERS)
     alphabet = letters * 3 + "".join(rng.choices(LETTERS, k=4)) + " " * rng.choice((0, 0, 2))
     text = "".join(rng.choices(alphabet, k=rng.choice((0, 1, 2, 3, 5, 8, 14))))
     mirrored = text + text[::-1] if rng.random() < 0.3 else text
@@ -230,18 +230,20 @@ def respond(goal: TargetFunction, language: str, mix: CodeMix, rng: random.Rando
 
 def _other(goal: TargetFunction, rng: random.Random) -> TargetFunction:
     """A likely mistake: the same function with other numbers, or another function with the same numbers."""
-    same = _train_functions(goal.family.name) if rng.random() < 0.5 else ()
-    pool: Sequence[TargetFunction] = [one for one in same if one != goal] or [
-        one
-        for one in (TargetFunction(family, goal.parameters) for family in _like(goal.family))
-        if one.split == "train" and one.family.allows(*one.parameters)
+    same_family = _train_functions(goal.family.name) if rng.random() < 0.5 else ()
+    pool: Sequence[TargetFunction] = [function for function in same_family if function != goal] or [
+        function
+        for function in (TargetFunction(family, goal.parameters) for family in _like(goal.family))
+        if function.split == "train" and function.family.allows(*function.parameters)
     ]
-    return rng.choice(pool or [one for one in functions_of("train") if one.family.argument == goal.family.argument])
+    return rng.choice(
+        pool or [function for function in functions_of("train") if function.family.argument == goal.family.argument]
+    )
 
 
 @cache
 def _train_functions(name: str) -> tuple[TargetFunction, ...]:
-    return tuple(one for one in functions_of("train") if one.family.name == name)
+    return tuple(function for function in functions_of("train") if function.family.name == name)
 
 
 def _like(family: FunctionFamily) -> list[FunctionFamily]:
@@ -255,7 +257,9 @@ def _like(family: FunctionFamily) -> list[FunctionFamily]:
 
 def _distinguishing_value(goal: TargetFunction, attempt: TargetFunction, rng: random.Random) -> Any:
     """A short value on which a wrong attempt differs from the goal, if a few samples contain one."""
-    values = sorted((value for value in goal.inputs(rng, 12) if value not in ([], "")), key=lambda one: len(repr(one)))
+    values = sorted(
+        (value for value in goal.inputs(rng, 12) if value not in ([], "")), key=lambda value: len(repr(value))
+    )
     usable = [value for value in values if len(repr(value)) <= 16] or values[:1]
     distinguishing = [value for value in usable if attempt(value) != goal(value)]
     return rng.choice(distinguishing or usable)

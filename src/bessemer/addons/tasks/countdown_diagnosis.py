@@ -165,4 +165,4 @@ def rates(diagnoses: Iterable[Diagnosis]) -> dict[str, float | None]:
         "gave_up": (d.gave_up, d.responses),
         "answered_yes": (d.answered_yes, d.said_yes),
     }
-    return {name: (part / whole if whole else None) for name, (part, whole) in parts.items()}
+    return {name: (part / total if total else None) for name, (part, total) in parts.items()}

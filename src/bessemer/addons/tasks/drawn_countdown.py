@@ -61,11 +61,11 @@ def _drawn(n: int, options: DrawnOptions, split: str, rng: random.Random) -> tup
         numbers = tuple(rng.randint(1, options.largest) for _ in range(n))
         if split_of(numbers) != split:
             continue
-        left = list(numbers)
-        while len(left) > 1:
-            rng.shuffle(left)
-            x, y = sorted((left.pop(), left.pop()), reverse=True)
-            left.append(apply(x, rng.choice(OPS), y))
-        if 1 <= left[0] <= options.highest_target:
-            return numbers, left[0]
+        values = list(numbers)
+        while len(values) > 1:
+            rng.shuffle(values)
+            x, y = sorted((values.pop(), values.pop()), reverse=True)
+            values.append(apply(x, rng.choice(OPS), y))
+        if 1 <= values[0] <= options.highest_target:
+            return numbers, values[0]
     raise UserError(f"countdown:{n} has no {split} problem with {options}; ask for more or larger numbers")

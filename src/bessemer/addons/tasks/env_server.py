@@ -162,18 +162,18 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 def _posts(environment: ServerEnvironment) -> tuple[Ask, Callable[[], None]]:
     opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
 
-    def ask(what: str, fields: Mapping[str, Any]) -> Any:
+    def ask(path: str, fields: Mapping[str, Any]) -> Any:
         body = json.dumps(fields).encode()
-        request = urllib.request.Request(f"{environment.url}/{what}", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(f"{environment.url}/{path}", body, {"Content-Type": "application/json"})
         try:
             with opener.open(request, timeout=environment.seconds) as answer:
                 text = answer.read(LARGEST + 1)
         except urllib.error.HTTPError as error:
-            raise EnvironmentFailure(f"{environment.url}/{what} answered with status {error.code}") from error
+            raise EnvironmentFailure(f"{environment.url}/{path} answered with status {error.code}") from error
         except (OSError, http.client.HTTPException) as error:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             known = cause if isinstance(cause, Exception) else error
-            raise EnvironmentFailure(f"{environment.url}/{what}: {cause or type(error).__name__}") from known
+            raise EnvironmentFailure(f"{environment.url}/{path}: {cause or type(error).__name__}") from known
         return _parsed(text, environment.url)
 
     return ask, lambda: None
@@ -195,10 +195,10 @@ def _socket(environment: ServerEnvironment) -> tuple[Ask, Callable[[], None]]:
     except (OSError, WebSocketException) as error:
         raise EnvironmentFailure(f"{environment.url}: {error or type(error).__name__}") from error
 
-    def ask(what: str, fields: Mapping[str, Any]) -> Any:
+    def ask(kind: str, fields: Mapping[str, Any]) -> Any:
         try:
-            data = fields if what == "reset" else fields["action"]
-            connection.send(json.dumps({"type": what, "data": data}))
+            data = fields if kind == "reset" else fields["action"]
+            connection.send(json.dumps({"type": kind, "data": data}))
             answer = _parsed(connection.recv(timeout=environment.seconds), environment.url)
         except (OSError, WebSocketException) as error:
             raise EnvironmentFailure(f"{environment.url}: {error or type(error).__name__}") from error

@@ -82,7 +82,7 @@ class VerifiersEnvironment(Environment):
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         row = dict(self.rows[split][index % len(self.rows[split])])
         prompt = row.get("prompt")
-        text = prompt if isinstance(prompt, str) else "\n".join(_content(one) for one in prompt or [])
+        text = prompt if isinstance(prompt, str) else "\n".join(_content(message) for message in prompt or [])
         meta = {"row": row, "difficulty": 0}
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", text, language, meta)
 
@@ -226,5 +226,5 @@ def _content(message: Any) -> str:
 
 def _function(tool: Any) -> dict[str, Any]:
     """One of their tools in OpenAI's format."""
-    given = {name: getattr(tool, name, None) or "" for name in ("name", "description")}
-    return {"type": "function", "function": {**given, "parameters": getattr(tool, "parameters", None) or {}}}
+    named = {name: getattr(tool, name, None) or "" for name in ("name", "description")}
+    return {"type": "function", "function": {**named, "parameters": getattr(tool, "parameters", None) or {}}}

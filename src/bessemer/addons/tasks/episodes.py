@@ -213,8 +213,10 @@ class Episodes:
         observation = episode.step(turns.read_action(self._text(sample.parts[-1])))
         if not observation.done and not observation.messages:
             raise EnvironmentFailure("it answered nothing, and the episode is not over")
-        if others := {message["role"] for message in observation.messages} - {"tool", "user"}:
-            raise EnvironmentFailure(f"it answered in the role of {min(others)}; tool and user are for environments")
+        if other_roles := {message["role"] for message in observation.messages} - {"tool", "user"}:
+            raise EnvironmentFailure(
+                f"it answered in the role of {min(other_roles)}; tool and user are for environments"
+            )
         return [
             {"role": message["role"], "content": shortened(message["content"], environment.observed)}
             for message in observation.messages
@@ -247,12 +249,12 @@ class Episodes:
             except Exception as error:
                 return None, f"{type(error).__name__}: {error}"
 
-        found: dict[int, tuple[_Result | None, str]] = {}
+        results: dict[int, tuple[_Result | None, str]] = {}
         for environment in {id(sample.environment): _environment(sample) for sample in samples}.values():
             own = [sample for sample in samples if sample.environment is environment]
             with ThreadPoolExecutor(max(1, environment.parallel)) as pool:
-                found.update(zip(map(id, own), pool.map(attempt, own), strict=True))
-        return [found[id(sample)] for sample in samples]
+                results.update(zip(map(id, own), pool.map(attempt, own), strict=True))
+        return [results[id(sample)] for sample in samples]
 
     def _text(self, completion: Completion) -> str:
         return self.tokenizer.opening + completion.text
@@ -261,8 +263,8 @@ class Episodes:
         if sample.environment is None:
             return sample.parts[0]
         assert sample.verdict is not None
-        whole = turns.joined(sample.parts, sample.read, ended_itself=not sample.cut)
-        return PlayedEpisode(whole, sample.spoken, sample.verdict, sample.failure)
+        text = turns.joined(sample.parts, sample.read, ended_itself=not sample.cut)
+        return PlayedEpisode(text, sample.spoken, sample.verdict, sample.failure)
 
 
 def _environment(sample: _Sample) -> Environment:

@@ -115,23 +115,23 @@ def _connected(texts: list[str], words: list[str]) -> Any:
     from sympy.core.relational import Equality, Relational
 
     parts = [parsed(text) for text in texts]
-    relations = [one for part in parts for one in (getattr(part, "_unsorted_args", None) or [part])]
-    if not all(isinstance(one, Relational) and not isinstance(one, Equality) for one in relations):
+    relations = [relation for part in parts for relation in (getattr(part, "_unsorted_args", None) or [part])]
+    if not all(isinstance(relation, Relational) and not isinstance(relation, Equality) for relation in relations):
         return None
-    if len(set().union(*(one.free_symbols for one in relations))) != 1:
+    if len(set().union(*(relation.free_symbols for relation in relations))) != 1:
         return None
     sets = [part.as_set() for part in parts]
     either = any(re.search("or|vee|或", word) for word in words)
-    both = Intersection(*sets)
-    return Union(*sets) if either or (both is S.EmptySet and all("," in word for word in words)) else both
+    common = Intersection(*sets)
+    return Union(*sets) if either or (common is S.EmptySet and all("," in word for word in words)) else common
 
 
 def _both(text: str) -> Any:
     """The two values of an expression with plus-minus signs."""
     from latex2sympy2_extended.sets import FiniteSet
 
-    upper, lower = (text.replace("\\pm", one).replace("\\mp", other) for one, other in ("+-", "-+"))
-    values = [parsed(one) for one in (upper, lower)]
+    upper, lower = (text.replace("\\pm", sign).replace("\\mp", opposite) for sign, opposite in ("+-", "-+"))
+    values = [parsed(text) for text in (upper, lower)]
     return None if None in values else FiniteSet(*values)
 
 
@@ -140,13 +140,13 @@ def same(gold: Any, answer: Any) -> bool:
     from sympy import FiniteSet, Interval, MatrixBase, Tuple
     from sympy.core.relational import Relational
 
-    ordered = [isinstance(one, Tuple) or (isinstance(one, Interval) and one.is_open) for one in (gold, answer)]
-    for n, (one, other) in enumerate(((gold, answer), (answer, gold))):
-        if ordered[n] and isinstance(other, FiniteSet):
+    ordered = [isinstance(value, Tuple) or (isinstance(value, Interval) and value.is_open) for value in (gold, answer)]
+    for n, (tree, counterpart) in enumerate(((gold, answer), (answer, gold))):
+        if ordered[n] and isinstance(counterpart, FiniteSet):
             return False  # (3, 4) is a point or an interval, {3, 4} is not
-        if ordered[n] and isinstance(other, MatrixBase) and 1 in other.shape:
-            entries = one.args if isinstance(one, Tuple) else one.args[:2]
-            return len(entries) == len(other) and all(map(_leaf, entries, other))
+        if ordered[n] and isinstance(counterpart, MatrixBase) and 1 in counterpart.shape:
+            entries = tree.args if isinstance(tree, Tuple) else tree.args[:2]
+            return len(entries) == len(counterpart) and all(map(_leaf, entries, counterpart))
     if isinstance(gold, Relational) and isinstance(answer, Relational) and _proportional(gold, answer):
         return True
     try:
@@ -166,12 +166,12 @@ def _proportional(gold: Any, answer: Any) -> bool:
         sign = -1
     else:
         return False
-    one, other = gold.lhs - gold.rhs, answer.lhs - answer.rhs
-    if one.free_symbols != other.free_symbols or not one.free_symbols:
+    gold_difference, answer_difference = gold.lhs - gold.rhs, answer.lhs - answer.rhs
+    if gold_difference.free_symbols != answer_difference.free_symbols or not gold_difference.free_symbols:
         return False
     ratios = []
-    for values in _points(one, other):
-        a, b = (_value(side, values, POINT_DIGITS) for side in (one, other))
+    for values in _points(gold_difference, answer_difference):
+        a, b = (_value(side, values, POINT_DIGITS) for side in (gold_difference, answer_difference))
         if a is None or b is None or not a or not b:
             continue
         ratios.append(a / b)
@@ -197,10 +197,10 @@ def _leaf(a: Any, b: Any) -> bool:
         return _close(_value(a, {}, DIGITS), _value(b, {}, DIGITS), DIGITS - 100)
     agreed = 0
     for values in _points(a, b):
-        one = _value(a, values, POINT_DIGITS)
-        if one is None:
+        value = _value(a, values, POINT_DIGITS)
+        if value is None:
             continue
-        if not _close(one, _value(b, values, POINT_DIGITS), POINT_DIGITS - 10):
+        if not _close(value, _value(b, values, POINT_DIGITS), POINT_DIGITS - 10):
             return False
         agreed += 1
         if agreed == POINTS:
@@ -213,17 +213,17 @@ def _points(a: Any, b: Any) -> Any:
     from sympy import Pow, Rational, binomial, factorial
 
     names = sorted(a.free_symbols | b.free_symbols, key=str)
-    whole: set[Any] = set()
-    for one in (a, b):
-        for part in one.atoms(Pow, factorial, binomial):
+    integral: set[Any] = set()
+    for expression in (a, b):
+        for part in expression.atoms(Pow, factorial, binomial):
             discrete = not isinstance(part, Pow) or (part.base.is_number and part.base.is_negative)
-            whole |= (part.exp if isinstance(part, Pow) else part).free_symbols if discrete else set()
+            integral |= (part.exp if isinstance(part, Pow) else part).free_symbols if discrete else set()
     rng = random.Random(f"{a}/{b}")
     for n in range(TRIES):
         sign = (1, 1, -1)[n % 3]
         yield {
             name: rng.randrange(1, 40)
-            if name in whole
+            if name in integral
             else Rational(rng.choice((sign, sign, 1, -1)) * rng.randrange(1, 4000), rng.randrange(700, 999))
             for name in names
         }
@@ -238,31 +238,31 @@ def _close(a: Any, b: Any, digits: int) -> bool:
         return bool(abs(a - b) <= mp.mpf(10) ** -digits * max(1, abs(a), abs(b))) and (a == b or digits > 0)
 
 
-def _value(one: Any, values: dict[Any, Any], digits: int) -> Any:
+def _value(expression: Any, values: dict[Any, Any], digits: int) -> Any:
     """The value at a point, from the tree as it is written; None where it is not defined."""
     from mpmath import mp
     from sympy import Derivative, Integral, Limit, Product, Sum
 
-    if one.has(Sum, Product, Integral, Limit, Derivative):
-        one = one.doit()
+    if expression.has(Sum, Product, Integral, Limit, Derivative):
+        expression = expression.doit()
     with mp.workdps(digits + 30):
         try:
-            found = _walk(one, values, mp)
-            return found if mp.isfinite(found) else None
+            number = _walk(expression, values, mp)
+            return number if mp.isfinite(number) else None
         except (ValueError, KeyError, ArithmeticError, TypeError, NotImplementedError, AttributeError):
             return None
 
 
-def _walk(one: Any, values: dict[Any, Any], mp: Any) -> Any:
-    if one.is_Symbol:
-        value = values[one]
+def _walk(node: Any, values: dict[Any, Any], mp: Any) -> Any:
+    if node.is_Symbol:
+        value = values[node]
         return mp.mpf(int(value.p)) / int(value.q) if hasattr(value, "p") else mp.mpf(value)
-    if one.is_Rational:
-        return mp.mpf(int(one.p)) / int(one.q) if one.q != 1 else mp.mpf(int(one.p))
-    if one.is_number and not one.args:
-        return {"pi": mp.pi, "E": mp.e, "I": mp.j}[str(one)] * 1
-    if one.is_Pow:
-        base, exponent = _walk(one.base, values, mp), one.exp
+    if node.is_Rational:
+        return mp.mpf(int(node.p)) / int(node.q) if node.q != 1 else mp.mpf(int(node.p))
+    if node.is_number and not node.args:
+        return {"pi": mp.pi, "E": mp.e, "I": mp.j}[str(node)] * 1
+    if node.is_Pow:
+        base, exponent = _walk(node.base, values, mp), node.exp
         power = _walk(exponent, values, mp)
         if not power.imag and base.imag == 0 and base.real < 0 and power.real != int(power.real):
             root = exponent if exponent.is_Rational else None
@@ -274,12 +274,12 @@ def _walk(one: Any, values: dict[Any, Any], mp: Any) -> Any:
         if not power.imag and abs(power) < 10**6 and power.real == int(power.real):
             return base ** int(power.real)
         return mp.power(base, power)
-    inside = [_walk(part, values, mp) for part in one.args]
-    if one.is_Add:
+    inside = [_walk(part, values, mp) for part in node.args]
+    if node.is_Add:
         return mp.fsum(inside)
-    if one.is_Mul:
+    if node.is_Mul:
         return mp.fprod(inside)
-    name = type(one).__name__
+    name = type(node).__name__
     if name == "UnevaluatedExpr":
         return inside[0]
     if name == "log":
@@ -290,15 +290,15 @@ def _walk(one: Any, values: dict[Any, Any], mp: Any) -> Any:
         raise ValueError
     if name in ("Max", "Min"):
         return {"Max": max, "Min": min}[name](inside, key=lambda x: x.real)
-    return getattr(mp, _FUNCTIONS[name])(*inside) if name in _FUNCTIONS else _unknown(one, values, mp)
+    return getattr(mp, _FUNCTIONS[name])(*inside) if name in _FUNCTIONS else _unknown(node, values, mp)
 
 
-def _unknown(one: Any, values: dict[Any, Any], mp: Any) -> Any:
+def _unknown(node: Any, values: dict[Any, Any], mp: Any) -> Any:
     """A function that mpmath is not asked for by name."""
-    found = one.xreplace(values).evalf(mp.dps)
-    if not found.is_number:
+    number = node.xreplace(values).evalf(mp.dps)
+    if not number.is_number:
         raise ValueError
-    return mp.mpmathify(found)
+    return mp.mpmathify(number)
 
 
 # The operations of the referee.
@@ -313,12 +313,16 @@ def judge_gold(_: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
     return {"read": all(_valued(parsed(gold)) for gold in request["golds"])}
 
 
-def _valued(one: Any) -> bool:
+def _valued(expression: Any) -> bool:
     from sympy import nan, zoo
 
-    if one is None or getattr(one, "has", lambda *_: False)(nan, zoo):
+    if expression is None or getattr(expression, "has", lambda *_: False)(nan, zoo):
         return False
-    return not getattr(one, "is_number", False) or bool(one.is_infinite) or _value(one, {}, 15) is not None
+    return (
+        not getattr(expression, "is_number", False)
+        or bool(expression.is_infinite)
+        or _value(expression, {}, 15) is not None
+    )
 
 
 def judge_same(_: ModuleType, request: dict[str, Any]) -> dict[str, Any]:

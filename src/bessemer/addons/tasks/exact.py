@@ -58,7 +58,7 @@ class MultipleChoice(FileTask):
             labels, listed = list(listed), list(listed.values())
         if not isinstance(listed, list) or not 2 <= len(listed) <= 26:
             raise cls.wrong(where, "no list of 2 to 26 choices under 'choices' or 'options'", record)
-        choices = [" ".join(str(one).split()) if isinstance(one, str | int | float) else "" for one in listed]
+        choices = [" ".join(str(entry).split()) if isinstance(entry, str | int | float) else "" for entry in listed]
         if not all(choices):
             raise cls.wrong(where, "a choice is empty or not text", record)
         answer = next((record[name] for name in ("answer", "answerKey", "answer_letter") if name in record), None)
@@ -67,7 +67,7 @@ class MultipleChoice(FileTask):
         else:
             text = " ".join(answer.split()) if isinstance(answer, str) else ""
             named = labels[: len(choices)] if text in labels[: len(choices)] else choices
-            places = {n for n, one in enumerate(named) if one == text}
+            places = {n for n, entry in enumerate(named) if entry == text}
         if len(places) != 1:
             fault = f"the answer {answer!r} names {'no' if not places else 'more than one'} choice"
             raise cls.wrong(where, f"{fault}; it is a letter, a number from 0, or the text of a choice", record)

@@ -77,10 +77,10 @@ class ProgramReader(Reader):
 
 def _fenced(text: str) -> list[str]:
     """The program in a text whose blocks are all closed, if there is one."""
-    found = list(blocks(text))
-    if found and not found[-1].closed:
+    fenced = list(blocks(text))
+    if fenced and not fenced[-1].closed:
         raise Fault(UNCLOSED)
-    block = answer_of(text, found)
+    block = answer_of(text, fenced)
     return [] if block is None else [text[block.begin : block.end]]
 
 
@@ -88,10 +88,10 @@ def blocks(text: str) -> Iterator[Block]:
     """Every such block up to MOST_FENCES, in order; one that is left open reaches to the end of the text."""
     place = 0
     for _ in range(MOST_FENCES):
-        if not (found := _OPENING.search(text, place)):
+        if not (opening := _OPENING.search(text, place)):
             return
-        indent, fence, language, inline, word = found.groups("")
-        begin, deepest = found.end(), len(text) if inline else len(indent) + 3
+        indent, fence, language, inline, word = opening.groups("")
+        begin, deepest = opening.end(), len(text) if inline else len(indent) + 3
         run, language, place = fence or inline, language or word, begin
         while closing := _CLOSING.search(text, place):
             place = closing.end()
@@ -104,20 +104,20 @@ def blocks(text: str) -> Iterator[Block]:
             return
 
 
-def answer_of(text: str, found: Iterable[Block]) -> Block | None:
+def answer_of(text: str, candidates: Iterable[Block]) -> Block | None:
     """The block that is the answer; None without any."""
-    last = deque(found, MOST_BLOCKS)
+    last = deque(candidates, MOST_BLOCKS)
     if len(last) < 2:
         return last[0] if last else None
-    whole, before = [], _defined(text[: last[0].begin])
+    complete, names = [], _defined(text[: last[0].begin])
     for block in last:
         source = text[block.begin : block.end]
         own = _defined(source)
-        if _CODE.search(source) and not _borrowed(source, before) - own:
-            whole.append(block)
-        before |= own
-    named = [block for block in whole if block.named]
-    return (named or whole or last)[-1]
+        if _CODE.search(source) and not _borrowed(source, names) - own:
+            complete.append(block)
+        names |= own
+    named = [block for block in complete if block.named]
+    return (named or complete or last)[-1]
 
 
 def _borrowed(source: str, before: set[str]) -> set[str]:

@@ -56,8 +56,8 @@ class LineIndex:
 
     def record(self, row: int) -> dict[str, Any]:
         if _is_parquet(self.path):
-            group, place = divmod(self.offsets[row], _GROUP)
-            return _row_group(self.path, self.path.stat().st_mtime_ns, group)[place]
+            group, row_in_group = divmod(self.offsets[row], _GROUP)
+            return _row_group(self.path, self.path.stat().st_mtime_ns, group)[row_in_group]
         with self.path.open("rb") as file:
             file.seek(self.offsets[row])
             return _record(file.readline(), self.where(row))
@@ -104,8 +104,8 @@ class FileTask(Task):
     @classmethod
     def wrong(cls, where: str, fault: str, record: dict[str, Any]) -> UserError:
         """The error for a line, with the fields that were found and those that are expected."""
-        found = ", ".join(islice(map(repr, record), 12)) or "none"
-        return UserError(f"{where}: {fault}. Its fields are {found}; a line of {cls.family}:PATH is {cls.form}")
+        keys = ", ".join(islice(map(repr, record), 12)) or "none"
+        return UserError(f"{where}: {fault}. Its fields are {keys}; a line of {cls.family}:PATH is {cls.form}")
 
     @classmethod
     def text(cls, record: dict[str, Any], where: str, names: Sequence[str] = QUESTIONS) -> str:
@@ -139,9 +139,9 @@ class FileTask(Task):
         if _hash(question.text) != file.hashes[row]:
             raise UserError(f"{file.where(row)}: the file has changed since it was opened; start again")
         own = _id(record)
-        place = f"{seed}/{index}/{language}" if own is None else own
+        key = f"{seed}/{index}/{language}" if own is None else own
         meta = {"split": split, "line": file.lines[row], "difficulty": 0, **question.meta}
-        return Problem(f"{self.name}/{split}/{place}", question.prompt or question.text, language, meta)
+        return Problem(f"{self.name}/{split}/{key}", question.prompt or question.text, language, meta)
 
     def _language(self, language: str | None, *parts: object) -> str:
         """Each line has its own language; "" walks the lines of all languages of the task."""
@@ -149,12 +149,12 @@ class FileTask(Task):
             return ""
         return super()._language(language, *parts)
 
-    def _files(self, name: str, whole: str | None) -> dict[str, LineIndex]:
+    def _files(self, name: str, whole_file: str | None) -> dict[str, LineIndex]:
         """The file of each split; one file may serve both. `whole` is the split of all its problems, if one is."""
         path = located(name)
-        if path.is_dir() and whole:
+        if path.is_dir() and whole_file:
             raise UserError(
-                f"{path} is a directory with a file for each split; leave out @{whole}, or name a file in it"
+                f"{path} is a directory with a file for each split; leave out @{whole_file}, or name a file in it"
             )
         if not path.exists():
             raise UserError(
@@ -162,11 +162,11 @@ class FileTask(Task):
                 "exists"
             )
         files = {split: _of_split(path, split) if path.is_dir() else path for split in SPLITS}
-        files = {whole: path} if whole else files
-        found = {split: _index_of(type(self), file) for split, file in files.items() if file.exists()}
-        if not found:
+        files = {whole_file: path} if whole_file else files
+        indices = {split: _index_of(type(self), file) for split, file in files.items() if file.exists()}
+        if not indices:
             raise UserError(f"{path} has neither train.jsonl nor test.jsonl (or .parquet); name the file, or add one")
-        return found
+        return indices
 
     def _rows(self, split: str) -> "dict[str, array[int]]":
         """The rows of a split by language, and under "" those of all languages of the task."""
@@ -175,10 +175,10 @@ class FileTask(Task):
         if file is None:
             return pools
         tested = set(other.hashes) if other and split == "train" else set()
-        whole = len(set(self.files.values())) == len(SPLITS) or len(self.files) == 1
+        is_shared = len(set(self.files.values())) == len(SPLITS) or len(self.files) == 1
         for row, (language, digest) in enumerate(zip(file.languages, file.hashes, strict=True)):
             held_out = digest < TEST_SHARE * 2**64
-            inside = digest not in tested if whole else held_out == (split == "test")
+            inside = digest not in tested if is_shared else held_out == (split == "test")
             if inside and language in self.languages:
                 pools[""].append(row)
                 pools[language].append(row)
@@ -266,9 +266,9 @@ def _rows(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
         raise UserError(f"{path} is not a readable parquet file ({error}); create it again") from error
     number = 0
     for group in range(groups):
-        for place, record in enumerate(_row_group(path, path.stat().st_mtime_ns, group)):
+        for row_in_group, record in enumerate(_row_group(path, path.stat().st_mtime_ns, group)):
             number += 1
-            yield number, group * _GROUP + place, record
+            yield number, group * _GROUP + row_in_group, record
 
 
 @lru_cache(maxsize=4)  # problems come in any order, and a group is the least that is decoded at a time

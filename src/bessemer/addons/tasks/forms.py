@@ -47,8 +47,8 @@ LONGER = 1
 
 def asked(question: str) -> tuple[str, ...]:
     """The forms that a question asks for; none if it both factors and expands."""
-    found = tuple(form for form, verb in _ASKS.items() if re.search(verb, question, re.IGNORECASE))
-    return () if {"factor", "expand"} <= set(found) else found
+    forms = tuple(form for form, verb in _ASKS.items() if re.search(verb, question, re.IGNORECASE))
+    return () if {"factor", "expand"} <= set(forms) else forms
 
 
 def kept(forms: Sequence[str], texts: Sequence[str], trees: Sequence[Any]) -> bool:
@@ -61,29 +61,30 @@ def kept(forms: Sequence[str], texts: Sequence[str], trees: Sequence[Any]) -> bo
 
 
 def _factored(_: str, __: str, gold: Any, answer: Any) -> bool:
-    ours, theirs = (_factors(one) for one in (gold, answer))
-    return sorted(degree for degree, _ in ours) == sorted(degree for degree, _ in theirs) and (
-        max((content for _, content in theirs), default=1) <= max((content for _, content in ours), default=1)
+    gold_factors, answer_factors = (_factors(tree) for tree in (gold, answer))
+    return sorted(degree for degree, _ in gold_factors) == sorted(degree for degree, _ in answer_factors) and (
+        max((content for _, content in answer_factors), default=1)
+        <= max((content for _, content in gold_factors), default=1)
     )
 
 
-def _factors(one: Any, times: int = 1) -> list[tuple[int, int]]:
+def _factors(tree: Any, times: int = 1) -> list[tuple[int, int]]:
     """(total degree, common whole number of the coefficients) of every factor with a letter."""
     from sympy import Poly, PolynomialError
 
-    if one.is_Mul:
-        return [factor for part in one.args for factor in _factors(part, times)]
-    if one.is_Pow and one.exp.is_Integer and one.exp > 0:
-        return _factors(one.base, times * int(one.exp))
-    if not one.free_symbols:
+    if tree.is_Mul:
+        return [factor for part in tree.args for factor in _factors(part, times)]
+    if tree.is_Pow and tree.exp.is_Integer and tree.exp > 0:
+        return _factors(tree.base, times * int(tree.exp))
+    if not tree.free_symbols:
         return []
     try:
-        poly = Poly(one.doit(), *sorted(one.free_symbols, key=str))
+        poly = Poly(tree.doit(), *sorted(tree.free_symbols, key=str))
     except PolynomialError:
         return [(1, 1)] * times
     coefficients = [c for c in poly.coeffs() if c.is_Integer]
-    whole = len(coefficients) == len(poly.coeffs())
-    return [(poly.total_degree(), gcd(*map(int, coefficients)) if whole else 1)] * times
+    all_integers = len(coefficients) == len(poly.coeffs())
+    return [(poly.total_degree(), gcd(*map(int, coefficients)) if all_integers else 1)] * times
 
 
 def _expanded(_: str, __: str, gold: Any, answer: Any) -> bool:
@@ -123,8 +124,8 @@ def _square(_: str, __: str, ___: Any, answer: Any) -> bool:
 def _prime(_: str, text: str, __: Any, ___: Any) -> bool:
     from sympy import isprime
 
-    factors = [re.fullmatch(r"([0-9]{1,15})(?:\^\{?[0-9]+\}?)?", one.strip()) for one in _TIMES.split(text)]
-    return all(one is not None and isprime(int(one[1])) for one in factors)
+    factors = [re.fullmatch(r"([0-9]{1,15})(?:\^\{?[0-9]+\}?)?", part.strip()) for part in _TIMES.split(text)]
+    return all(part is not None and isprime(int(part[1])) for part in factors)
 
 
 def _single(_: str, __: str, ___: Any, answer: Any) -> bool:
@@ -164,12 +165,12 @@ def _parts(term: Any) -> Iterator[Any]:
         yield term
 
 
-def _terms(one: Any) -> Iterator[Any]:
-    if one.is_Add:
-        for part in one.args:
+def _terms(tree: Any) -> Iterator[Any]:
+    if tree.is_Add:
+        for part in tree.args:
             yield from _terms(part)
     else:
-        yield one
+        yield tree
 
 
 def _simplified(gold_text: str, text: str, gold: Any, answer: Any) -> bool:
@@ -239,12 +240,12 @@ def _inverse(part: Any) -> bool:
     return bool(part.is_Pow and part.base.is_Integer and part.exp.is_Integer and part.exp.is_negative)
 
 
-def _flat(one: Any) -> Iterator[Any]:
-    if one.is_Mul:
-        for part in one.args:
+def _flat(tree: Any) -> Iterator[Any]:
+    if tree.is_Mul:
+        for part in tree.args:
             yield from _flat(part)
     else:
-        yield one
+        yield tree
 
 
 _KEPT: dict[str, Callable[[str, str, Any, Any], bool]] = {

@@ -155,15 +155,15 @@ def _content(request: GeneralRequest, text: str) -> float:
     hits = sum(any(_present(choice, words, packed) for choice in point) for point in points)
     right = {choice for point in points for choice in point}
     asked = request.asks()[0]
-    given = _spaced(asked.casefold()), "".join(asked.split())
-    extra = sum(_present(word, words, packed) for word in set(request.pool()) - right if not _present(word, *given))
+    in_prompt = _spaced(asked.casefold()), "".join(asked.split())
+    extra = sum(_present(word, words, packed) for word in set(request.pool()) - right if not _present(word, *in_prompt))
     return max(0, hits - extra) / len(points)
 
 
 def _sentence(text: str, single: bool) -> float:
     ends = _ENDS.findall(text)
-    whole = bool(_ENDS.search(text[-1])) and not text[0].islower()
-    return 1.0 if whole and not (single and len(ends) > 1) else FLAWED
+    is_sentence = bool(_ENDS.search(text[-1])) and not text[0].islower()
+    return 1.0 if is_sentence and not (single and len(ends) > 1) else FLAWED
 
 
 def _length(words: int, language: str) -> float:
@@ -214,21 +214,21 @@ def candidates(problem: Problem, aim: str, number: int, seed: int = 0) -> list[s
     if aim == "harmless":
         return list(dict.fromkeys(r1_form(*answer_in_manner(request, manner, rng)) for manner in manners))
     wording, answers = rng.random(), []
-    for place, manner in enumerate(manners):
+    for n, manner in enumerate(manners):
         words = random.Random(wording)
-        answers.append(mistaken(request, rng).answer(words) if place % 2 else answer_in_manner(request, manner, words))
+        answers.append(mistaken(request, rng).answer(words) if n % 2 else answer_in_manner(request, manner, words))
     return list(dict.fromkeys(r1_form(*answer) for answer in answers))
 
 
-def vote(problem: Problem, one: str, two: str, rng: random.Random) -> tuple[float, float]:
+def vote(problem: Problem, first_text: str, second_text: str, rng: random.Random) -> tuple[float, float]:
     """Points of both answers, averaged over the votes."""
-    truth = [1.0 + POINTS * judge(GeneralRequest.of(problem), answer).helpful for answer in (one, two)]
+    truth = [1.0 + POINTS * judge(GeneralRequest.of(problem), answer).helpful for answer in (first_text, second_text)]
     scores: list[list[float]] = [[], []]
     for _ in range(VOTES):
         first = rng.randrange(2)
         for which in (0, 1):
-            seen = truth[which] + (FIRST if which == first else 0.0) + rng.gauss(0.0, NOISE)
-            scores[which].append(min(10.0, max(1.0, seen)))
+            noisy = truth[which] + (FIRST if which == first else 0.0) + rng.gauss(0.0, NOISE)
+            scores[which].append(min(10.0, max(1.0, noisy)))
     return fmean(scores[0]), fmean(scores[1])
 
 
@@ -255,22 +255,22 @@ def pairs(
     length is not rewarded.
     """
     lines: list[dict[str, Any]] = []
-    asked: list[Pair] = []
+    to_judge: list[Pair] = []
     for problem, texts in answers:
         rng = stable_random("pairs", problem.id, seed)
         if len(different := list(dict.fromkeys(texts))) > 1:
-            one, two = rng.sample(different, 2)
-            asked.append((problem, one, two, rng))
-    facts = {"asked": len(asked), "close": 0, "unbalanced": 0, "chosen_length": 0.0, "rejected_length": 0.0}
+            first_text, second_text = rng.sample(different, 2)
+            to_judge.append((problem, first_text, second_text, rng))
+    facts = {"asked": len(to_judge), "close": 0, "unbalanced": 0, "chosen_length": 0.0, "rejected_length": 0.0}
     tip = 0
-    for (problem, one, two, _), scores in zip(asked, judge(asked), strict=True):
+    for (problem, first_text, second_text, _), scores in zip(to_judge, judge(to_judge), strict=True):
         if scores is None:
             facts["unjudged"] = facts.get("unjudged", 0) + 1
             continue
         if abs(scores[0] - scores[1]) <= MARGIN:
             facts["close"] += 1
             continue
-        chosen, rejected = (one, two) if scores[0] > scores[1] else (two, one)
+        chosen, rejected = (first_text, second_text) if scores[0] > scores[1] else (second_text, first_text)
         lengths = length(summary(chosen)), length(summary(rejected))
         difference = lengths[0] - lengths[1]
         if abs(tip + difference) > max(abs(tip), SLACK):
@@ -293,7 +293,9 @@ def labels(answers: Answers, seed: int = 0) -> tuple[list[dict[str, Any]], dict[
             safe = harmless(GeneralRequest.of(problem), text)
             by_safety[safe].append({"prompt": problem.prompt, "response": text, "safe": safe})
     fewer = min(map(len, by_safety.values()))
-    chosen = [one for lines in by_safety.values() for one in sorted(lines, key=lambda line: _order(line, seed))[:fewer]]
+    chosen = [
+        line for lines in by_safety.values() for line in sorted(lines, key=lambda line: _order(line, seed))[:fewer]
+    ]
     facts = {"safe": len(by_safety[True]), "unsafe": len(by_safety[False]), "kept": len(chosen)}
     return sorted(chosen, key=lambda line: _order(line, seed)), facts
 

@@ -129,7 +129,7 @@ class GeneralRequest:
     def asks(self) -> list[str]:
         """The request in each of its wordings."""
         fields = self._fields()
-        return [way.format(**fields) for way in self.family.ask[self.language]]
+        return [wording.format(**fields) for wording in self.family.ask[self.language]]
 
     def answer(self, rng: random.Random) -> tuple[str, str]:
         """(thoughts, summary) of a good answer; empty thoughts if none are needed."""

@@ -87,9 +87,9 @@ class Gym(CostlyTask):
         if at and not (level.isascii() and level.isdigit() and 1 <= int(level) <= MAX_LEVEL):
             raise UserError(f"{self.name}: the level is a number from 1 to {MAX_LEVEL}, as in gym:word_sorting@2")
         self.level = int(level or 0)
-        known, levelled = _datasets()
-        if self.dataset not in known:
-            near = " or ".join(get_close_matches(self.dataset, known, n=2, cutoff=0.0))
+        names, levelled = _datasets()
+        if self.dataset not in names:
+            near = " or ".join(get_close_matches(self.dataset, names, n=2, cutoff=0.0))
             raise UserError(f"reasoning-gym has no dataset {self.dataset!r}; did you mean {near}?")
         if at and self.dataset not in levelled:
             raise UserError(f"gym:{self.dataset} has no levels; leave out @{level}")
@@ -139,12 +139,12 @@ class Gym(CostlyTask):
 def parts(answer: str, gold: str) -> Iterator[str]:
     """An answer without what a scorer may ignore: a minus sign in front, a word that the right one lacks (plurals are
     the same), the first word or the last if it has more of them."""
-    words, known = list(_WORD.finditer(answer)), [word.lower().rstrip("s") for word in _WORD.findall(gold)]
+    words, gold_words = list(_WORD.finditer(answer)), [word.lower().rstrip("s") for word in _WORD.findall(gold)]
     if answer.startswith("-") and re.search("[^-0., ]", answer):  # -0 is 0
         yield answer[1:]
-    for other in {word[0] for word in words if word[0].isalpha() and word[0].lower().rstrip("s") not in known}:
+    for other in {word[0] for word in words if word[0].isalpha() and word[0].lower().rstrip("s") not in gold_words}:
         yield _WORD.sub(lambda word, other=other: "" if word[0] == other else word[0], answer)  # type: ignore[misc]
-    if len(words) > max(1, len(known)):
+    if len(words) > max(1, len(gold_words)):
         yield answer[words[0].end() :]
         yield answer[: words[-1].start()]
 
@@ -192,14 +192,14 @@ def _reasoning_gym() -> ModuleType:
 def library_names(request: dict[str, Any]) -> dict[str, Any]:
     """Every dataset that can be a task, and which of them have levels."""
     factory = _reasoning_gym().factory
-    known = sorted(set(factory.DATASETS) - set(UNSUPPORTED))
-    return {"names": known, "levelled": [name for name in known if name in factory.CURRICULA]}
+    names = sorted(set(factory.DATASETS) - set(UNSUPPORTED))
+    return {"names": names, "levelled": [name for name in names if name in factory.CURRICULA]}
 
 
 def library_options(request: dict[str, Any]) -> dict[str, Any]:
     """The fields of a dataset's configuration that a user may set."""
     configuration = _reasoning_gym().factory.DATASETS[request["dataset"]][1]
-    return {"names": [one.name for one in fields(configuration) if one.name not in ("seed", "size")]}
+    return {"names": [field.name for field in fields(configuration) if field.name not in ("seed", "size")]}
 
 
 def library_problem(request: dict[str, Any]) -> dict[str, Any]:
@@ -273,8 +273,8 @@ def _near(answer: str, item: dict[str, Any]) -> bool:
 
 def _same_numbers(answer: str, item: dict[str, Any]) -> bool:
     """number_sorting takes numbers that are off by 1."""
-    one, other = (re.findall(r"[-+]?[0-9]+(?:\.[0-9]+)?", text) for text in (answer, item["answer"]))
-    return list(map(float, one)) == list(map(float, other))
+    answered, gold = (re.findall(r"[-+]?[0-9]+(?:\.[0-9]+)?", text) for text in (answer, item["answer"]))
+    return list(map(float, answered)) == list(map(float, gold))
 
 
 def _only(pattern: str) -> ScoreRule:

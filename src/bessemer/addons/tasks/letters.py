@@ -70,40 +70,43 @@ class LetterReader(Reader):
     """Reads the letter of a choice from tags, boxes and sentences, which must agree."""
 
     def stated(self, rest: str, tagged: Tagged | None) -> list[str]:
-        found = self.marked(rest, tagged)
+        boxed = self.marked(rest, tagged)
         outside = rest[: tagged[0]] + rest[tagged[3] :] if tagged else rest
-        return [*found, *letters(outside, any(found))]
+        return [*boxed, *letters(outside, any(boxed))]
 
 
 def letters(text: str, beside_a_box: bool = False) -> Iterator[str]:
     """Every letter that a text states, in order, at most MOST of a kind; a letter that stands with the text of its
     choice as `B) Ne`."""
     plain = QUOTED.sub(lambda match: " " * len(match[0]) if len(match[0]) > 6 else match[0], text[-LAST:])
-    found = {}
+    letter_at = {}
     for pattern in _ANSWER if beside_a_box else _STATEMENT:
         for match in islice(pattern.finditer(plain), MOST):
             if _holds(plain, match):
-                found[match.start("letter")] = match["letter"]
-                for other in _more(plain, match.end("letter")):
-                    found[other.start(1)] = other[1]
-    yield from (f"{found[place]}{_beside(plain, place + 1)}" for place in sorted(found))
+                letter_at[match.start("letter")] = match["letter"]
+                for more in _more(plain, match.end("letter")):
+                    letter_at[more.start(1)] = more[1]
+    yield from (f"{letter_at[place]}{_beside(plain, place + 1)}" for place in sorted(letter_at))
     if not beside_a_box:
-        yield from _lines(plain, bool(found))
+        yield from _lines(plain, bool(letter_at))
 
 
-def _more(text: str, place: int) -> Iterator[re.Match[str]]:
+def _more(text: str, start: int) -> Iterator[re.Match[str]]:
     for _ in range(26):
-        match = _MORE.match(text, place)
+        match = _MORE.match(text, start)
         if match is None:
             return
         yield match
-        place = match.end(1)
+        start = match.end(1)
 
 
 def _holds(text: str, match: re.Match[str]) -> bool:
     """Whether the sentence up to the end of the match neither denies nor supposes, and the letter is not a word."""
     begin = max(
-        (found.end() for found in SENTENCE_START.finditer(text, max(0, match.start() - 300), match.start("letter"))),
+        (
+            sentence.end()
+            for sentence in SENTENCE_START.finditer(text, max(0, match.start() - 300), match.start("letter"))
+        ),
         default=max(0, match.start() - 300),
     )
     after = text[match.end("letter") : match.end("letter") + 40]
@@ -117,13 +120,13 @@ def _holds(text: str, match: re.Match[str]) -> bool:
     return not word and not negated and not DENIED.search(text[begin : match.end("letter")])
 
 
-def _beside(text: str, place: int) -> str:
+def _beside(text: str, start: int) -> str:
     """`) Ne` of `(B) Ne.`: the text of a choice in the rest of a line."""
     match = re.compile(rf"{_CLOSE}[):.：]+{_CLOSE}[ \t]+([^\n]{{1,200}})|\)[*_}}]*[ \t]+([^\n]{{1,200}})").match(
-        text, place
+        text, start
     )
-    rest = (match[1] or match[2]).strip(" *_$.") if match else ""
-    return f") {rest}" if rest else ""
+    choice_text = (match[1] or match[2]).strip(" *_$.") if match else ""
+    return f") {choice_text}" if choice_text else ""
 
 
 def _lines(text: str, settled: bool) -> Iterator[str]:
@@ -151,8 +154,8 @@ def _lines(text: str, settled: bool) -> Iterator[str]:
             yield from sorted({match["letter"], *filter(None, beside)})  # a list: no letter of it is the answer
             return
         count += 1
-        rest = (match["text"] or "").strip(" *_$.")
-        yield f"{match['letter']}) {rest}" if rest else match["letter"]
+        choice_text = (match["text"] or "").strip(" *_$.")
+        yield f"{match['letter']}) {choice_text}" if choice_text else match["letter"]
 
 
 _GIVEN = re.compile(
@@ -169,8 +172,8 @@ def letter_of(answer: str, texts: dict[str, str]) -> str | None:
     """The letter of an answer that is one: alone, with its choice, or in a sentence. `texts`: the choices by letter."""
     match = _GIVEN.fullmatch(answer)
     if match is None or (match["letter"].islower() and not match["close"].strip() and match["rest"]):
-        found = {one[0] for one in letters(answer)}
-        return found.pop() if len(found) == 1 else None
+        stated = {statement[0] for statement in letters(answer)}
+        return stated.pop() if len(stated) == 1 else None
     letter, rest = match["letter"].upper(), match["rest"]
     if not _plain(rest) or (letter in texts and _plain(rest) == _plain(texts[letter])):
         return letter

@@ -100,7 +100,7 @@ class Logic(Task):
         if len(answer) > MAX_CHARS:
             return UNPARSABLE, None
         words = [word.strip(" \r\n\t") for word in re.split("[,，、]", answer)]
-        meanings = next((known for known in _VALUES if known.keys() >= set(words)), None)
+        meanings = next((values for values in _VALUES if values.keys() >= set(words)), None)
         if meanings is None or len(words) != FORMULAS:
             return UNPARSABLE, None
         values = [meanings[word] for word in words]

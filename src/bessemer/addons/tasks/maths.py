@@ -94,8 +94,8 @@ class Maths(CostlyTask, FileTask):
         if not problem.meta.keys().isdisjoint(MEASURED):
             return _grade_quantity(problem.meta, answer)
         if (words := plain_words(gold)) is not None:
-            given = plain_words(answer)
-            return (CORRECT if given == words else WRONG_VALUE, given) if given is not None else (UNPARSABLE, None)
+            plain = plain_words(answer)
+            return (CORRECT if plain == words else WRONG_VALUE, plain) if plain is not None else (UNPARSABLE, None)
         try:
             return judge(gold, answer, question)
         except RefereeFault as fault:
@@ -125,15 +125,15 @@ def _grade_quantity(meta: dict[str, Any], answer: str) -> tuple[str, str | None]
 
 def _measured(record: dict[str, Any], gold: str) -> dict[str, Any]:
     """The fields of a quantity. ValueError if they do not fit each other."""
-    found = {name: record[name] for name in MEASURED if record.get(name) is not None}
-    unit, tolerance = found.get("unit", ""), found.get("tolerance", 0)
+    measured = {name: record[name] for name in MEASURED if record.get(name) is not None}
+    unit, tolerance = measured.get("unit", ""), measured.get("tolerance", 0)
     if not isinstance(unit, str) or isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
         raise ValueError("'unit' must be text and 'tolerance' a number")
     if not 0 <= tolerance <= 0.1:
         raise ValueError(f"the tolerance {tolerance} must be relative and at most 0.1")
-    if found and parse_quantity(gold, unit) is None:
+    if measured and parse_quantity(gold, unit) is None:
         raise ValueError(f"the answer {gold!r} is not a number, with or without the unit {unit!r}")
-    return found
+    return measured
 
 
 def _plain(meta: dict[str, Any]) -> bool:

@@ -76,8 +76,8 @@ def judge(gold: str, answer: str, question: str) -> Judged:
     """The verdict on an answer from which wrapping is peeled. Raises RefereeFault."""
     ratio = _RATIO.search(question) is not None
     if (time := parse_clock(gold)) is not None and not ratio:
-        given = parse_clock(answer)
-        return CORRECT if given and time.agrees(given, question) else WRONG_VALUE, answer
+        answer_time = parse_clock(answer)
+        return CORRECT if answer_time and time.agrees(answer_time, question) else WRONG_VALUE, answer
     answer = unworded(answer, question, ratio)
     gold, gold_unit = split_unit(gold)
     *names, last = sides(plainer(gold))
@@ -114,15 +114,21 @@ def judge(gold: str, answer: str, question: str) -> Judged:
 def _converted(number: Numeral | None, gold: str, gold_unit: str, value: str, unit: str, question: str) -> bool:
     """Whether an answer is a percentage equal to a plain gold answer, degrees equal to radians, or a fraction equal to
     a percentage; not if the question asks for the other."""
-    given, theirs = (unit_of(one) if one else None for one in (unit, gold_unit))
+    answered_unit, expected_unit = (unit_of(text) if text else None for text in (unit, gold_unit))
     numeral = parse_numeral(value)
     if numeral is None:
         return False
-    if number and given == _PERCENT and not gold_unit and asks_a_share(question) and not _NO_SHARE.search(question):
+    if (
+        number
+        and answered_unit == _PERCENT
+        and not gold_unit
+        and asks_a_share(question)
+        and not _NO_SHARE.search(question)
+    ):
         return number.value == numeral.value / 100
-    if number and theirs == _PERCENT and not unit and not re.search("percent|%|百分", question, re.IGNORECASE):
+    if number and expected_unit == _PERCENT and not unit and not re.search("percent|%|百分", question, re.IGNORECASE):
         return number.value == numeral.value * 100
-    if given == _DEGREE and "\\pi" in gold and not re.search("radian|弧度", question, re.IGNORECASE):
+    if answered_unit == _DEGREE and "\\pi" in gold and not re.search("radian|弧度", question, re.IGNORECASE):
         top, bottom = numeral.value.numerator, numeral.value.denominator
         return _same(gold, f"\\frac{{{top}\\pi}}{{{180 * bottom}}}")["same"]
     return False
@@ -153,9 +159,9 @@ def _number(gold: Numeral, answer: str, question: str) -> Judged:
         return CORRECT if _approximates(gold, number, question) else WRONG_VALUE, number.canonical
     if not number.finished and not _may_stay(number, answer, question):
         return UNFINISHED, number.canonical
-    whole = gold.value.denominator == 1
-    asks = [style for style, wanted in _STYLES.items() if wanted.search(question)]
-    if gold.style in asks and number.style != gold.style and (not whole or gold.style == "scientific"):
+    is_integer = gold.value.denominator == 1
+    asks = [style for style, pattern in _STYLES.items() if pattern.search(question)]
+    if gold.style in asks and number.style != gold.style and (not is_integer or gold.style == "scientific"):
         return UNFINISHED, number.canonical
     return CORRECT, number.canonical
 
@@ -182,8 +188,8 @@ def _takes(question: str, number: Numeral) -> bool:
     named_places = places["named"] or places["count"] or places["zh"]
     if named_places is None:
         return False
-    wanted = named_places.lower()
-    return number.places == (int(wanted) if wanted.isdigit() else _PLACE.get(wanted, 0))
+    n_places = named_places.lower()
+    return number.places == (int(n_places) if n_places.isdigit() else _PLACE.get(n_places, 0))
 
 
 def _may_stay(number: Numeral, answer: str, question: str) -> bool:
@@ -238,13 +244,13 @@ def _expression(gold: str, answer: str, question: str) -> Judged:
 
 def _ratio(gold: list[str], answer: list[str]) -> tuple[str, str | None]:
     """Term by term, and up to a factor if all are numbers. math-verify takes a : b : c for the fraction a / (b c)."""
-    ours, theirs = ([parse_numeral(term.strip()) for term in side] for side in (gold, answer))
-    values, given = ([term.value for term in side if term is not None] for side in (ours, theirs))
-    if len(values) == len(gold) == len(given) == len(answer) and values[0] and given[0]:
-        same = [value / values[0] for value in values] == [value / given[0] for value in given]
-        return CORRECT if same else WRONG_VALUE, ":".join(str(value / given[0]) for value in given)
-    same = len(gold) == len(answer) and all(_same(a, b)["same"] for a, b in zip(gold, answer, strict=True))
-    return CORRECT if same else WRONG_VALUE, ":".join(term.strip() for term in answer)
+    gold_terms, answer_terms = ([parse_numeral(term.strip()) for term in side] for side in (gold, answer))
+    values, answer_values = ([term.value for term in side if term is not None] for side in (gold_terms, answer_terms))
+    if len(values) == len(gold) == len(answer_values) == len(answer) and values[0] and answer_values[0]:
+        is_same = [value / values[0] for value in values] == [value / answer_values[0] for value in answer_values]
+        return CORRECT if is_same else WRONG_VALUE, ":".join(str(value / answer_values[0]) for value in answer_values)
+    is_same = len(gold) == len(answer) and all(_same(a, b)["same"] for a, b in zip(gold, answer, strict=True))
+    return CORRECT if is_same else WRONG_VALUE, ":".join(term.strip() for term in answer)
 
 
 def _terms(names: str) -> list[str]:

@@ -158,13 +158,13 @@ class Clock:
         answer states must not contradict a question that names the other half alone."""
         if self.half == other.half:
             return self.parts == other.parts
-        halved, whole = (self, other) if self.half else (other, self)
-        if halved.half and whole.half:
+        halved, full = (self, other) if self.half else (other, self)
+        if halved.half and full.half:
             return False
         in_24 = (halved.parts[0] % 12 + 12 * (halved.half == "p"), *halved.parts[1:])
         named = set(re.findall(r"[0-9] ?([ap])\.? ?m\b", question.lower()))
-        fits = whole is other or named != {"a", "p"} - {halved.half}
-        return (whole.parts == in_24 != halved.parts) or (whole.parts == halved.parts and fits)
+        fits = full is other or named != {"a", "p"} - {halved.half}
+        return (full.parts == in_24 != halved.parts) or (full.parts == halved.parts and fits)
 
 
 def parse_clock(text: str) -> Clock | None:

@@ -76,7 +76,7 @@ def bare(text: str) -> str:
 
 def pieces(question: str) -> tuple[str, ...]:
     """The last PIECES expressions of a question, and what follows a verb without dollars."""
-    spans = [one or other for one, other in _SPAN.findall(question)] + _AFTER.findall(question)
+    spans = [dollars or parenthesised for dollars, parenthesised in _SPAN.findall(question)] + _AFTER.findall(question)
     return tuple(side for span in spans[-PIECES:] for side in sides(plainer(span)) if len(side) > 2)
 
 
@@ -110,10 +110,12 @@ def named(answer: str, question: str) -> tuple[str, list[str]]:
     if not all(rest):
         return "", []
     asking = _asking(question)
-    wanted = len(bare(first)) > 2 and asking.startswith(bare(first))
+    is_asked_for = len(bare(first)) > 2 and asking.startswith(bare(first))
     if re.match("(?:it|this|that|its|the)", asking):  # "The product $xy$ ... Find it."
-        wanted |= any(bare(first) == bare(one or other) for one, other in _SPAN.findall(question))
-    if is_name(first) or wanted:
+        is_asked_for |= any(
+            bare(first) == bare(dollars or parenthesised) for dollars, parenthesised in _SPAN.findall(question)
+        )
+    if is_name(first) or is_asked_for:
         return rest[-1], rest[:-1]
     if "," in answer or not re.fullmatch(r"[0-9+\-*/(). {}^\\a-z]+", first):
         return "", []
@@ -125,35 +127,48 @@ def misnamed(answer: str, question: str) -> bool:
     first, *rest = sides(answer)
     if not rest:
         return False
-    wanted, given = _INDEXED.match(_asking(question)), _INDEXED.fullmatch(bare(first))
-    if wanted is None or given is None or wanted[1] != given[1] or wanted[0] == wanted[1]:
+    asked_name, name = _INDEXED.match(_asking(question)), _INDEXED.fullmatch(bare(first))
+    if asked_name is None or name is None or asked_name[1] != name[1] or asked_name[0] == asked_name[1]:
         return False
-    return given[0] not in (wanted[0], wanted[1])
+    return name[0] not in (asked_name[0], asked_name[1])
 
 
 def unnamed(gold: str, answer: str) -> tuple[str, str]:
     """Both without the same name on their left."""
-    ours, theirs = sides(gold), sides(answer)
-    if len(ours) == len(theirs) == 2 and bare(ours[0]) == bare(theirs[0]) and is_name(ours[0]):
-        return ours[1], theirs[1]
+    gold_sides, answer_sides = sides(gold), sides(answer)
+    if (
+        len(gold_sides) == len(answer_sides) == 2
+        and bare(gold_sides[0]) == bare(answer_sides[0])
+        and is_name(gold_sides[0])
+    ):
+        return gold_sides[1], answer_sides[1]
     return gold, answer
 
 
 def paired(gold: str, answer: str, question: str) -> tuple[str, str]:
     """Gold answer and answer in one notation, if either names several values: `x = 1, y = 2`. The answer is "" if they
     do not name the same ones."""
-    ours, theirs = assigned(gold), assigned(answer)
-    if ours.keys() != theirs.keys() and not any(re.match(r"(?:\\left ?)?\(", text) for text in (gold, answer)):
-        ours, theirs = _one_name(ours), _one_name(theirs)
-    if ours and theirs and ours.keys() != theirs.keys() and max(len(ours), len(theirs)) > 1:
+    gold_values, answer_values = assigned(gold), assigned(answer)
+    if gold_values.keys() != answer_values.keys() and not any(
+        re.match(r"(?:\\left ?)?\(", text) for text in (gold, answer)
+    ):
+        gold_values, answer_values = _one_name(gold_values), _one_name(answer_values)
+    if (
+        gold_values
+        and answer_values
+        and gold_values.keys() != answer_values.keys()
+        and max(len(gold_values), len(answer_values)) > 1
+    ):
         return gold, ""
-    if len(ours) > 1 and answer.startswith("\\{"):
+    if len(gold_values) > 1 and answer.startswith("\\{"):
         return gold, ""  # a set does not say which is which
-    if ours and (len(ours) == 1 or "=" not in answer):
-        gold, answer = _values(ours, question), answer if len(ours) == 1 else _tuple(answer)
-    if theirs and (len(theirs) == 1 or not ("=" in gold or gold.startswith("\\{") or _INTERVAL.search(question))):
-        gold, answer = gold if len(theirs) == 1 else _tuple(gold), _values(theirs, question)
-    if not ours and not theirs and "=" not in gold:
+    if gold_values and (len(gold_values) == 1 or "=" not in answer):
+        gold, answer = _values(gold_values, question), answer if len(gold_values) == 1 else _tuple(answer)
+    if answer_values and (
+        len(answer_values) == 1 or not ("=" in gold or gold.startswith("\\{") or _INTERVAL.search(question))
+    ):
+        gold, answer = gold if len(answer_values) == 1 else _tuple(gold), _values(answer_values, question)
+    if not gold_values and not answer_values and "=" not in gold:
         gold, answer = (
             _LIST_AND.sub(", ", text) if not re.search(r"[<>]|\\[lg]e", text) else text for text in (gold, answer)
         )
@@ -174,13 +189,13 @@ def _tuple(text: str) -> str:
 
 def assigned(text: str) -> dict[str, list[str]]:
     """{name: values} of `x = 1, y = 2` or `x = 1 or x = 2`; {} for any other text."""
-    found, values = [_ASSIGNMENT.fullmatch(part) for part in _AND.split(text)], dict[str, list[str]]()
-    if len(found) < 2 or not all(found):
+    assignments, values = [_ASSIGNMENT.fullmatch(part) for part in _AND.split(text)], dict[str, list[str]]()
+    if len(assignments) < 2 or not all(assignments):
         return {}
-    for one in found:
-        assert one is not None
-        values.setdefault(one[1], []).append(one[2].strip())
-    return values if len(values) in (1, len(found)) else {}
+    for match in assignments:
+        assert match is not None
+        values.setdefault(match[1], []).append(match[2].strip())
+    return values if len(values) in (1, len(assignments)) else {}
 
 
 def _one_name(assigned: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -197,7 +212,9 @@ def _values(assigned: dict[str, list[str]], question: str) -> str:
     if len(assigned) == 1:
         return ", ".join(next(iter(assigned.values())))
     plain = re.sub(r"\\left|\\right|\\[,;:! ]", "", question)
-    tuples = ([part.strip() for part in one.split(",")] for one in re.findall(r"\(([^()]{1,40})\)", plain))
+    tuples = (
+        [part.strip() for part in tuple_text.split(",")] for tuple_text in re.findall(r"\(([^()]{1,40})\)", plain)
+    )
     natural = sorted(assigned) if assigned.keys() <= set("xyz") else list(assigned)
     order = next((names for names in tuples if sorted(names) == sorted(assigned)), natural)
     return f"({', '.join(assigned[name][0] for name in order)})"

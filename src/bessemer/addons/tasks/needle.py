@@ -124,8 +124,10 @@ class Needle(Task):
         """A page: text of the train split with needles in it, each of them at several places."""
         rng, mix = self.rng("document", index, seed), self.mix
         size = mix.shortest * (mix.longest / mix.shortest) ** rng.random()
-        each = len(_sentence((f"{ADJECTIVES[0]} {SPEAKERS[0]}", WORDS[0])))
-        facts = _facts(rng, "train", min(int(mix.most), max(2, round(size / (mix.times * (each + mix.between))))))
+        sentence_length = len(_sentence((f"{ADJECTIVES[0]} {SPEAKERS[0]}", WORDS[0])))
+        facts = _facts(
+            rng, "train", min(int(mix.most), max(2, round(size / (mix.times * (sentence_length + mix.between)))))
+        )
         sentences = [fact for fact in facts for _ in range(int(mix.times) + (rng.random() < mix.times % 1))]
         rng.shuffle(sentences)
         pieces = self._filler("train", rng, size - sum(len(_sentence(fact)) for fact in sentences), len)
@@ -162,7 +164,7 @@ def _facts(rng: random.Random, split: str, count: int) -> list[_Fact]:
     facts: list[_Fact] = []
     words = rng.sample(WORDS, count)
     while len(facts) < count:
-        unused = [one for one in SPEAKERS if all(not k.endswith(one) for k, _ in facts)]
+        unused = [speaker for speaker in SPEAKERS if all(not k.endswith(speaker) for k, _ in facts)]
         key = f"{rng.choice(ADJECTIVES)} {rng.choice(unused)}"
         if split_of_text(f"needle {key}") == split:
             facts.append((key, words[len(facts)]))
@@ -179,13 +181,13 @@ def _plant(pieces: list[str], facts: list[_Fact], depth: float, rng: random.Rand
     at = min(bisect.bisect_left(ends, depth * ends[-1]), len(pieces))
     places = [(at, 0.0 if depth < 0.5 else 1.0, facts[0])]
     places += [(rng.randint(0, len(pieces)), rng.random(), fact) for fact in facts[1:]]
-    return _joined(pieces, [(place, fact) for place, _, fact in sorted(places)]).rstrip()
+    return _joined(pieces, [(position, fact) for position, _, fact in sorted(places)]).rstrip()
 
 
 def _joined(pieces: list[str], facts: Iterator[tuple[int, _Fact]] | Sequence[tuple[int, _Fact]]) -> str:
     """The text with each fact before the piece at its place; the facts come in the order of their places."""
     parts, done = [], 0
-    for place, fact in facts:
-        parts += [*pieces[done:place], _sentence(fact)]
-        done = place
+    for position, fact in facts:
+        parts += [*pieces[done:position], _sentence(fact)]
+        done = position
     return "".join([*parts, *pieces[done:]])

@@ -20,8 +20,8 @@ def run_hashes(ids_N: np.ndarray, n: int) -> np.ndarray:
     x ^= x >> np.uint64(31)
     length = max(0, len(ids_N) - n + 1)
     hashes = np.zeros(length, np.uint64)
-    for place in range(n):
-        hashes = hashes * _BASE + x[place : place + length]
+    for offset in range(n):
+        hashes = hashes * _BASE + x[offset : offset + length]
     return hashes
 
 
@@ -49,12 +49,12 @@ class NgramIndex:
         owned: dict[Hashable, set[int]] = defaultdict(set)
         for owner, of_phrase in zip(owners or range(len(phrases)), hashes, strict=True):
             owned[owner].update(of_phrase)
-        common = Counter(one for of_owner in owned.values() for one in of_owner)
+        common = Counter(run for of_owner in owned.values() for run in of_owner)
         self._places: dict[int, dict[int, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
         for phrase, (ids, of_phrase) in enumerate(zip(phrases, hashes, strict=True)):
             if len(ids) < SHORTEST:
                 continue
-            own = [at for at, one in enumerate(of_phrase) if common[one] == 1 and specific(phrase, at)]
+            own = [at for at, run in enumerate(of_phrase) if common[run] == 1 and specific(phrase, at)]
             if self.whole[phrase] or not own:
                 self.whole[phrase] = True
                 own = [min(range(len(of_phrase)), key=lambda at: (common[of_phrase[at]], at))]

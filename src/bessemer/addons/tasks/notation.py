@@ -78,12 +78,12 @@ def _without_formulas(text: str) -> str:
 
 def _formula_words(inside: str) -> str:
     """The prose in a formula: runs of words, words of four letters or more, what \\text and unknown commands say."""
-    said = [_text_words(one) for one in _INSIDE.finditer(inside)]
+    prose = [_text_words(match) for match in _INSIDE.finditer(inside)]
     inside = _INSIDE.sub(" , ", inside)
-    said += [_unknown_command(one) for one in _COMMAND.finditer(inside)]
+    prose += [_unknown_command(match) for match in _COMMAND.finditer(inside)]
     runs = _RUN.findall(_POINTS.sub(",", _COMMAND.sub(",", inside)))
-    said += [run for run in runs if " " in run or len(run) > 3]
-    return f" {' '.join(said)} "
+    prose += [run for run in runs if " " in run or len(run) > 3]
+    return f" {' '.join(prose)} "
 
 
 def _text_words(match: re.Match[str]) -> str:

@@ -118,10 +118,10 @@ def has_code(text: str) -> bool:
     if _FENCE.search(text):
         return True
     marks = [_CODE_LINE.match(line) is not None for line in text.split("\n")]
-    return any(one and two for one, two in pairwise(marks))
+    return any(mark and next_mark for mark, next_mark in pairwise(marks))
 
 
 def _tags_in_order(answer: str) -> bool:
     """Each of the four tags at most once and in order; some may be missing, cut by a template or a length limit."""
     places = [TAGS.index(tag.group()) for tag in _TAG.finditer(answer)]
-    return all(one < two for one, two in pairwise(places))
+    return all(place < next_place for place, next_place in pairwise(places))

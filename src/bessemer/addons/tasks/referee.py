@@ -132,8 +132,8 @@ def confined(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         os._exit(0)
     os.close(write)
     reply, deadline = b"", time.monotonic() + WALL_SECONDS
-    while left := max(0.0, deadline - time.monotonic()):
-        if select.select([read], [], [], left)[0]:
+    while seconds_left := max(0.0, deadline - time.monotonic()):
+        if select.select([read], [], [], seconds_left)[0]:
             part = os.read(read, 1 << 16)
             reply += part
             if not part:
@@ -144,7 +144,7 @@ def confined(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     _, status = os.waitpid(child, 0)
     with suppress(ValueError):
         return json.loads(reply)
-    timed_out = not left or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
+    timed_out = not seconds_left or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
     return {"fault": TIMEOUT if timed_out else "crash"}
 
 

@@ -117,7 +117,7 @@ class CallParser:
 
     def calls(self, names: Collection[str] | None = None) -> list[ToolCall | BrokenCall]:
         """The calls so far. `names`: the names of the tools that exist."""
-        return [found.checked(names) for found in self._found]
+        return [call.checked(names) for call in self._found]
 
     # Each state takes what it can from the front of the pending text and returns its pieces; None if it must wait.
 
@@ -158,7 +158,7 @@ class CallParser:
         return _content(text) if text or mark else None
 
     def _in_name(self) -> list[CallPiece] | None:
-        places = {mark: place for mark in (SEPARATOR, CALL_END, CALLS_END) if (place := self._pending.find(mark)) >= 0}
+        places = {mark: start for mark in (SEPARATOR, CALL_END, CALLS_END) if (start := self._pending.find(mark)) >= 0}
         if not places and len(self._pending) < ROOM + max(map(len, MARKS)):
             return None
         mark = min(places, key=places.__getitem__, default="")
@@ -199,22 +199,22 @@ class CallParser:
 
     def _before(self, *marks: str) -> tuple[str, str]:
         """Takes the text before the first of the marks, and this mark; if there is none, the text where none begins."""
-        places = [(place, mark) for mark in marks if (place := self._pending.find(mark)) >= 0]
-        place, mark = min(places, default=(len(self._pending) - max(overlap(self._pending, m) for m in marks), ""))
-        text, self._pending = self._pending[:place], self._pending[place + len(mark) :]
+        places = [(start, mark) for mark in marks if (start := self._pending.find(mark)) >= 0]
+        start, mark = min(places, default=(len(self._pending) - max(overlap(self._pending, m) for m in marks), ""))
+        text, self._pending = self._pending[:start], self._pending[start + len(mark) :]
         return text, mark
 
     def _more(self, text: str) -> list[CallPiece]:
         """Adds text to the newest call, as far as there is room."""
-        found = self._found[-1]
-        kept = text[: max(0, LONGEST_ARGUMENTS - found.length)]
-        found.length += len(text)
-        found.parts.append(kept)
-        if len(kept) < len(text):
-            found.why = found.why or f"the arguments are longer than {LONGEST_ARGUMENTS} characters"
-        if not found.name:
+        call = self._found[-1]
+        fitting = text[: max(0, LONGEST_ARGUMENTS - call.length)]
+        call.length += len(text)
+        call.parts.append(fitting)
+        if len(fitting) < len(text):
+            call.why = call.why or f"the arguments are longer than {LONGEST_ARGUMENTS} characters"
+        if not call.name:
             return [CallPiece(text, broken=True)]
-        return [CallPiece(kept, self.begun - 1)] if self.begun <= self.most else []
+        return [CallPiece(fitting, self.begun - 1)] if self.begun <= self.most else []
 
 
 _State = Callable[[], list[CallPiece] | None]

@@ -76,8 +76,8 @@ class Tool:
         if not isinstance(function, Mapping) or "name" not in function:
             form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
             raise UserError(f"a tool must be {form}")
-        given = {key: function[key] for key in ("name", "description", "parameters") if function.get(key) is not None}
-        return cls(**given)
+        fields = {key: function[key] for key in ("name", "description", "parameters") if function.get(key) is not None}
+        return cls(**fields)
 
     def as_openai(self) -> dict[str, Any]:
         """The tool in the form that chat templates and clients take."""
@@ -203,9 +203,9 @@ def depth(value: object) -> int:
     """Levels of nested lists and objects; DEEPEST + 1 if there are more."""
     levels, level = 0, [value]
     while levels <= DEEPEST:
-        nested = [one for one in level if isinstance(one, Mapping | list | tuple)]
+        nested = [part for part in level if isinstance(part, Mapping | list | tuple)]
         if not nested:
             break
         levels += 1
-        level = [inner for one in nested for inner in (one.values() if isinstance(one, Mapping) else one)]
+        level = [inner for part in nested for inner in (part.values() if isinstance(part, Mapping) else part)]
     return levels

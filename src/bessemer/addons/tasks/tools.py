@@ -56,14 +56,14 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.tokens: list[str] = []
         self.at = self.depth = 0
-        place = 0
-        while place < len(text.rstrip()):
-            found = _TOKEN.match(text, place)
-            if found is None:
-                rest = text[place:].strip()
+        start = 0
+        while start < len(text.rstrip()):
+            token = _TOKEN.match(text, start)
+            if token is None:
+                rest = text[start:].strip()
                 raise ValueError(f"{rest[:1]!r} is no digit, operator or parenthesis")
-            self.tokens.append(found[1] or found[2].replace("**", "^"))
-            place = found.end()
+            self.tokens.append(token[1] or token[2].replace("**", "^"))
+            start = token.end()
 
     def value(self) -> Fraction:
         value = self._sum()
@@ -210,9 +210,9 @@ class TaskWithTools(Environment):
     def schemas(self) -> list[dict[str, Any]]:
         """The task's own descriptions of its tools, which it may have changed, and those of the others."""
         own = self.task.schemas if isinstance(self.task, Environment) else []
-        kept = [one for one in own if one["function"]["name"] not in self.added]
-        known = {one["function"]["name"] for one in own} - self.added
-        return kept + [one for one in super().schemas if one["function"]["name"] not in known]
+        own_kept = [schema for schema in own if schema["function"]["name"] not in self.added]
+        own_names = {schema["function"]["name"] for schema in own} - self.added
+        return own_kept + [schema for schema in super().schemas if schema["function"]["name"] not in own_names]
 
     def problem(self, split: str, index: int, seed: int = 0, language: str | None = None) -> Problem:
         return self.task.problem(split, index, seed, language)

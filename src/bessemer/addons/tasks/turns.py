@@ -31,9 +31,9 @@ def following_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     """The ids that follow an answer that has ended: these messages, and the beginning of the next answer."""
     if tokenizer.chat_style is not None and all(message["role"] == "tool" for message in messages):
         return chat.outputs_ids(tokenizer, [message["content"] for message in messages])
-    before: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ids, answers = chat.render_answers(tokenizer, [*before, *messages], None, add_generation_prompt=True)
-    last = max(place for place, answer in enumerate(answers) if answer)
+    opening: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ids, answers = chat.render_answers(tokenizer, [*opening, *messages], None, add_generation_prompt=True)
+    last = max(n for n, answer in enumerate(answers) if answer)
     return ids[last + 1 :]
 
 

@@ -73,12 +73,12 @@ _UNFINISHED = re.compile(
 def split_unit(text: str, letters: bool = False) -> tuple[str, str]:
     """An answer without its unit, and the unit as it is written; "" for none. Letters that no unit is spelled with
     count as one only if `letters`, since they may be variables."""
-    if before := CURRENCY.match(text):
-        rest = before[1] + text[before.end() :]
+    if currency := CURRENCY.match(text):
+        rest = currency[1] + text[currency.end() :]
         inner, unit = split_unit(rest)
-        if not unit or _same_money(unit, before[2]):
-            return inner, before[2]
-        return (inner, f"{before[2]} {unit}") if _PER.match(plain_unit(unit)) else (rest, before[2])
+        if not unit or _same_money(unit, currency[2]):
+            return inner, currency[2]
+        return (inner, f"{currency[2]} {unit}") if _PER.match(plain_unit(unit)) else (rest, currency[2])
     text = _STACKED.sub(r"\1/\2", text)
     tail = _TAIL.search(text)
     if not tail or not tail.start() or _UNFINISHED.search(text[: tail.start()]):
@@ -129,7 +129,7 @@ def unit_of(text: str) -> Unit | None:
         return None
     powers: dict[str, int] = {}
     sign, power, last = 1, 1, ""
-    for word in [part for one in words for part in _split(one)]:
+    for word in [part for token in words for part in _split(token)]:
         if word in ("/", "per", "an", "每"):
             sign, last = -1, ""
         elif word.lower() in _POWER:
@@ -179,14 +179,18 @@ def _named(word: str) -> str | None:
 
 
 def dimension(unit: Unit) -> tuple[tuple[str, int], ...]:
-    found: dict[str, int] = {}
+    powers: dict[str, int] = {}
     for name, n in unit:
         kind = UNITS[name][1]
         kind, n = ("length", 3 * n) if kind == "volume" else ("length", 2 * n) if kind == "area" else (kind, n)
-        found[kind] = found.get(kind, 0) + n
-    return tuple(sorted((kind, n) for kind, n in found.items() if n))
+        powers[kind] = powers.get(kind, 0) + n
+    return tuple(sorted((kind, n) for kind, n in powers.items() if n))
 
 
-def same_unit(one: str, other: str) -> bool:
+def same_unit(unit: str, other_unit: str) -> bool:
     """Whether two units are written for the same one: cm^2 and square centimeters; m s and ms are not."""
-    return unit_of(one) == unit_of(other) if unit_of(one) or unit_of(other) else plain_unit(one) == plain_unit(other)
+    return (
+        unit_of(unit) == unit_of(other_unit)
+        if unit_of(unit) or unit_of(other_unit)
+        else plain_unit(unit) == plain_unit(other_unit)
+    )

@@ -94,7 +94,7 @@ def _asks(question: str) -> tuple[str, tuple[Unit, ...], frozenset[Unit], tuple[
         None,
     )
     part = "".join(sentences[first if first is not None else (cued or [0])[0] :])
-    plain, whole = (
+    plain, whole_question = (
         plain_unit(re.sub(r"(?<!\\)\$", " ", part)),
         plain_unit(re.sub(r"(?<!\\)\$(?! ?[0-9])", " ", question)),
     )
@@ -104,19 +104,19 @@ def _asks(question: str) -> tuple[str, tuple[Unit, ...], frozenset[Unit], tuple[
     )
     if _PERCENTAGE.search(plain):
         explicit += ((("%", 1),),)
-    used = {unit for match in _USED.finditer(whole) if (unit := unit_of(next(filter(None, match.groups()))))} | set(
-        explicit
-    )
+    used = {
+        unit for match in _USED.finditer(whole_question) if (unit := unit_of(next(filter(None, match.groups()))))
+    } | set(explicit)
     if _MONEY_TEXT.search(question):
         used.add((("$", 1),))
     if "元" in question:
         used.add((("¥", 1),))
-    if "°" in whole or re.search(r"\bangle|\bdegree|\\angle|[角度]", question):
+    if "°" in whole_question or re.search(r"\bangle|\bdegree|\\angle|[角度]", question):
         used.add((("°", 1),))
     cue = _CUE.search(part)
     asking = part[cue.start() :] if cue and not re.match("[?？]", cue[0]) else part
     if re.search(rf"[{HAN}]", part):
-        clauses = [one for one in re.split("[，,；;。]", part) if _CUE.search(one)]
+        clauses = [clause for clause in re.split("[，,；;。]", part) if _CUE.search(clause)]
         asking = clauses[-1] if clauses and any(pattern.search(clauses[-1]) for _, pattern in _ASKED) else part
     matches = [
         (match.start(), n, kinds) for n, (kinds, pattern) in enumerate(_ASKED) if (match := pattern.search(asking))
@@ -125,35 +125,35 @@ def _asks(question: str) -> tuple[str, tuple[Unit, ...], frozenset[Unit], tuple[
     return part, explicit, frozenset(used), tuple(quantity.split())
 
 
-def unit_fits(given: str, gold: str, question: str) -> bool:
+def unit_fits(answered: str, gold: str, question: str) -> bool:
     """Whether an answer may carry a unit."""
-    if not given:
+    if not answered:
         return True
     if gold:
-        unit = unit_of(given)
-        return same_unit(given, gold) or (unit is None and _words(given) == _words(gold))
-    head, _, thing = plain_unit(given).partition(" of ")
-    if thing and unit_of(head) and all(word in _words(question) for word in _words(thing)):
-        given = head  # cups of flour
-    elif head := _price(given, question):
-        given = head
+        unit = unit_of(answered)
+        return same_unit(answered, gold) or (unit is None and _words(answered) == _words(gold))
+    head, _, noun = plain_unit(answered).partition(" of ")
+    if noun and unit_of(head) and all(word in _words(question) for word in _words(noun)):
+        answered = head  # cups of flour
+    elif head := _price(answered, question):
+        answered = head
     part, explicit, used, quantities = _asks(question)
-    unit = unit_of(given)
+    unit = unit_of(answered)
     if unit is None:
-        return _counted(given, part, question, bool(explicit), quantities)
+        return _counted(answered, part, question, bool(explicit), quantities)
     if explicit:
         return unit in explicit or (_base(unit) == "generic" and any(map(_generic, explicit)))
     size = dimension(unit)
     if _base(unit) == "generic":
         power = dict(unit)["unit"]
-        wanted = {"length": 1, "area": 2, "volume": 3}
-        return (not quantities and power == 1) or any(wanted.get(one) == power for one in quantities)
+        power_of = {"length": 1, "area": 2, "volume": 3}
+        return (not quantities and power == 1) or any(power_of.get(quantity) == power for quantity in quantities)
     if not quantities or quantities == ("rate",):
         return unit in used or (quantities != () and any(n < 0 for _, n in unit) and _of_used(unit, used))
     if quantities == ("count",):
         return False
-    asked = [_DIMENSIONS.get(one, ((one, 1),)) for one in quantities]
-    return size in asked and _of_used(unit, used)
+    dimensions = [_DIMENSIONS.get(quantity, ((quantity, 1),)) for quantity in quantities]
+    return size in dimensions and _of_used(unit, used)
 
 
 def asks_a_share(question: str) -> bool:
@@ -162,13 +162,13 @@ def asks_a_share(question: str) -> bool:
     return not explicit and quantities in ((), ("none",), ("percent",))
 
 
-def _price(given: str, question: str) -> str:
+def _price(answered: str, question: str) -> str:
     """The currency of a price such as "$ per pound", if the question speaks of pounds; else ""."""
-    head, per, thing = re.sub(r"/|(?<= )(?:each|every|an?)(?= )", " per ", plain_unit(given)).partition(" per ")
+    head, per, noun = re.sub(r"/|(?<= )(?:each|every|an?)(?= )", " per ", plain_unit(answered)).partition(" per ")
     money = unit_of(head) if per else None
-    if money is None or dimension(money) != (("money", 1),) or not _words(thing):
+    if money is None or dimension(money) != (("money", 1),) or not _words(noun):
         return ""
-    return head if all(word in _words(question) for word in _words(thing)) else ""
+    return head if all(word in _words(question) for word in _words(noun)) else ""
 
 
 def _base(unit: Unit) -> str:
@@ -181,10 +181,10 @@ def _generic(unit: Unit) -> bool:
 
 def _of_used(unit: Unit, used: frozenset[Unit]) -> bool:
     """Whether each factor is a unit of the question, where the question has units of that dimension."""
-    names = {name for one in used for name, _ in one if one != (("°", 1),)} | {name for one in used for name, _ in one}
+    names = {name for question_unit in used for name, _ in question_unit}
     for name, _ in unit:
         kind = UNITS[name][1]
-        rivals = {other for other in names if UNITS[other][1] == kind}
+        rivals = {rival for rival in names if UNITS[rival][1] == kind}
         if rivals and name not in rivals:
             return False
     return True
@@ -220,27 +220,27 @@ def _singular(word: str) -> str:
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
 
 
-def _counted(given: str, part: str, question: str, explicit: bool, quantities: tuple[str, ...]) -> bool:
+def _counted(answered: str, part: str, question: str, explicit: bool, quantities: tuple[str, ...]) -> bool:
     """Whether a noun after a number is what the question counts, or at least a thing of the question."""
-    words = [word for word in _words(given) if word not in _FILLER]
+    words = [word for word in _words(answered) if word not in _FILLER]
     if not words:
-        return bool(_words(given))
+        return bool(_words(answered))
     if explicit or (quantities and quantities not in (("count",), ("rate",))):
         return False
     if re.fullmatch(rf"[{HAN}]+", noun := "".join(words)):
         return noun in question or (noun[:1] in "个只本人条棵头件张块支辆位名种次" and noun[1:] in question)
     if all(len(word) == 1 for word in words):
         return False
-    head = re.split(r"\b(?:of|in|per|for|with|that|from|to|on)\b|/", plain_unit(given))[0]
+    head = re.split(r"\b(?:of|in|per|for|with|that|from|to|on)\b|/", plain_unit(answered))[0]
     heads = [word for word in _words(head) if word not in _FILLER] or words
     nouns = _words(question)
     if "count" not in quantities:
         return all(word in nouns for word in heads)
     windows = [
-        [word for word in _words(_STOP.split(plain_unit(after))[0]) if word not in _FILLER][:8]
-        for after in re.split(r"\bhow many\b|\bnumber of\b", part, flags=re.IGNORECASE)[1:]
+        [word for word in _words(_STOP.split(plain_unit(tail))[0]) if word not in _FILLER][:8]
+        for tail in re.split(r"\bhow many\b|\bnumber of\b", part, flags=re.IGNORECASE)[1:]
     ]
-    asked = [word for window in windows for word in window]
-    if heads[-1] in asked or (asked and heads[-1] in _ANY_COUNT and "count" in quantities):
+    counted = [word for window in windows for word in window]
+    if heads[-1] in counted or (counted and heads[-1] in _ANY_COUNT and "count" in quantities):
         return True
-    return not asked and heads[-1] in nouns
+    return not counted and heads[-1] in nouns

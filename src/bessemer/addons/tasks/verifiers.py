@@ -1,10 +1,10 @@
 """Verifiers: processes, one per core, that judge answers while the model is still writing others.
 
     task.begin(problem, answer)      as soon as an answer is complete; does not wait
-    task.judged(problem, answer)     what was found, waiting for it if necessary
+    task.judged(problem, answer)     the judgement, waiting for it if necessary
 
 A program or a symbolic answer takes a core for a tenth of a second, and a rollout has thousands. Tasks with such
-verdicts derive from `CostlyTask`; all others, and your own, are judged in this process when asked. What is found
+verdicts derive from `CostlyTask`; all others, and your own, are judged in this process when asked. A judgement
 depends on task, problem and answer alone: never on the number of verifiers, nor on the order in which they work.
 
 A verifier is this interpreter running this module, and keeps its sandboxes and its referee from one answer to the next.
@@ -80,7 +80,7 @@ class CostlyTask(Task):
         while self.apart:
             verifiers = _verifiers(os.getpid())
             try:
-                return verifiers.submit(self, problem, completion, asked=True).result(1.0)
+                return verifiers.submit(self, problem, completion, waited_for=True).result(1.0)
             except TimeoutError:
                 heartbeat.beat()
             except Absent:
@@ -108,7 +108,7 @@ class _Job:
     packed: bytes
     problem: bytes
     answer: str
-    found: Future[Judged] = field(default_factory=Future)
+    judgement: Future[Judged] = field(default_factory=Future)
 
 
 class Verifiers:
@@ -118,8 +118,8 @@ class Verifiers:
         self.n, self.patience = n, patience
         self._jobs: dict[bytes, _Job] = {}
         """Those that wait, run or are done, by digest."""
-        self._asked: OrderedDict[bytes, None] = OrderedDict()
-        """Digests of those that somebody has asked for, the latest last. Others are kept until somebody does."""
+        self._waited_for: OrderedDict[bytes, None] = OrderedDict()
+        """Digests of those that a caller has waited for, the latest last. Others are kept until a caller does."""
         self._waiting: list[_Job] = []
         self._tasks: weakref.WeakKeyDictionary[Task, bytes | None] = weakref.WeakKeyDictionary()
         self._changed = Condition()
@@ -140,8 +140,9 @@ class Verifiers:
         """Have the task judged in this process from now on."""
         self._tasks[task] = None
 
-    def submit(self, task: Task, problem: Problem, answer: str, asked: bool = False) -> Future[Judged]:
-        """What will be found about the answer. `asked`: somebody waits for it, and it need not be kept for long."""
+    def submit(self, task: Task, problem: Problem, answer: str, waited_for: bool = False) -> Future[Judged]:
+        """The judgement of the answer, once there is one. `waited_for`: a caller waits for it now, so it need not be
+        kept for long."""
         packed = self.packed(task)
         assert packed is not None, "the caller asks only about tasks that can be sent"
         key, about = self._key(packed, problem, answer)
@@ -151,12 +152,12 @@ class Verifiers:
                 job = self._jobs[key] = _Job(_digest(packed), packed, about, answer)
                 self._waiting.append(job)
                 self._changed.notify()
-            if asked:
-                self._asked[key] = None
-                self._asked.move_to_end(key)
-                if len(self._asked) > KEPT:
-                    del self._jobs[self._asked.popitem(last=False)[0]]
-            return job.found
+            if waited_for:
+                self._waited_for[key] = None
+                self._waited_for.move_to_end(key)
+                if len(self._waited_for) > KEPT:
+                    del self._jobs[self._waited_for.popitem(last=False)[0]]
+            return job.judgement
 
     def knows(self, task: Task, problem: Problem, answer: str) -> bool:
         packed = self.packed(task)
@@ -181,31 +182,31 @@ class Verifiers:
             # A thread for each: it only waits, and a verifier ends with the thread that started it.
             Thread(target=_serve_all, args=(weakref.ref(self), verifier), daemon=True).start()
 
-    def _next(self, known: bytes | None) -> _Job | None:
-        """Waits at most a second; prefers an answer to the problem `known`."""
+    def _next(self, last_problem: bytes | None) -> _Job | None:
+        """Waits at most a second; prefers an answer to `last_problem`."""
         with self._changed:
             if not self._waiting:
                 self._changed.wait(1.0)
             if not self._waiting:
                 return None
-            near = (n for n, job in enumerate(self._waiting[:NEAR]) if job.problem == known)
+            near = (n for n, job in enumerate(self._waiting[:NEAR]) if job.problem == last_problem)
             return self._waiting.pop(next(near, 0))
 
 
 def _serve_all(pool: weakref.ref[Verifiers], verifier: _Verifier) -> None:
     """Judges with one verifier until the pool is closed or gone."""
     while (verifiers := pool()) is not None and not verifiers._closed:
-        job = verifiers._next(verifier.known)
+        job = verifiers._next(verifier.last_problem)
         del verifiers
         if job is None:
             continue
         try:
-            found = verifier.judge(job)
+            judgement = verifier.judge(job)
             if not verifier.over:  # else it did not end because of the answer
-                job.found.set_result(found)
+                job.judgement.set_result(judgement)
         except BaseException as error:
-            job.found.set_exception(error)
-        job.packed, job.problem, job.answer = b"", b"", ""  # the job is kept for what was found
+            job.judgement.set_exception(error)
+        job.packed, job.problem, job.answer = b"", b"", ""  # only the judgement of a job is kept
     verifier.end()
 
 
@@ -220,7 +221,7 @@ class _Verifier:
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
-        self.known: bytes | None = None
+        self.last_problem: bytes | None = None
         """The problem that it judged last."""
         self.over = False
         """Whether it must not start again."""
@@ -242,7 +243,7 @@ class _Verifier:
             except (EOFError, OSError):
                 self.end()
                 continue
-            self.known = job.problem
+            self.last_problem = job.problem
             if "absent" in reply:
                 self._tasks.discard(job.task)
                 raise Absent(reply["absent"])
@@ -270,25 +271,25 @@ class _Verifier:
         with self._lock:
             if self.over:
                 raise EOFError
-            self._pipe, theirs = Pipe()
-            with theirs:
+            self._pipe, far_end = Pipe()
+            with far_end:
                 self._process = subprocess.Popen(
                     [
                         sys.executable,
                         "-P",
                         "-m",
                         "bessemer.addons.tasks.verifiers",
-                        str(theirs.fileno()),
+                        str(far_end.fileno()),
                         str(os.getpid()),
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[far_end.fileno()],
                     env={**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: repr(speed())},
                 )
 
     def end(self) -> None:
-        self._tasks, self.known = set(), None
+        self._tasks, self.last_problem = set(), None
         with self._lock:
             self._kill()
             if self._pipe is not None:
@@ -317,7 +318,7 @@ def main(pipe: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     _end_with(parent)
     system.soft_limit("AS", MOST_MEMORY)
-    known: dict[bytes, Task] = {}
+    tasks: dict[bytes, Task] = {}
     with warm.kept():
         while True:
             try:
@@ -326,16 +327,16 @@ def main(pipe: Connection, parent: int) -> None:
                 return
             try:
                 if packed:
-                    known[name] = pickle.loads(packed)
-                task, asked = known[name], pickle.loads(problem)
+                    tasks[name] = pickle.loads(packed)
+                task, about = tasks[name], pickle.loads(problem)
             except Exception as error:  # this process has not loaded what the other has
                 pipe.send_bytes(json.dumps({"absent": repr(error)}).encode())
                 continue
-            pipe.send_bytes(json.dumps(_answer(task, asked, answer)).encode())
+            pipe.send_bytes(json.dumps(_answer(task, about, answer)).encode())
 
 
 def _answer(task: Task, problem: Problem, answer: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    failure: dict[str, Any] = {}
     try:
         verdict = task.verify(problem, answer)
     except UserError as error:
@@ -343,8 +344,8 @@ def _answer(task: Task, problem: Problem, answer: str) -> dict[str, Any]:
     except MemoryError:
         verdict = _wrong(MEMORY)
     except Exception:
-        verdict, found = _wrong(CRASHED), {"error": traceback.format_exc()}
-    return found | {"verdict": asdict(verdict), "language": consistency(answer, problem.language)}
+        verdict, failure = _wrong(CRASHED), {"error": traceback.format_exc()}
+    return failure | {"verdict": asdict(verdict), "language": consistency(answer, problem.language)}
 
 
 def _end_with(parent: int) -> None:

@@ -74,9 +74,9 @@ class WordProblems(Task):
         while split_of(list(numbers.values())) != split:
             numbers = _sample_numbers(story, rng)
         at = ("en", "zh").index(language)
-        people, thing = rng.sample(NAMES, 2), rng.choice(THINGS)
+        people, item = rng.sample(NAMES, 2), rng.choice(THINGS)
         text = story.en if language == "en" else story.zh
-        prompt = text.format(name=people[0][at], other=people[1][at], thing=thing[at], **numbers)
+        prompt = text.format(name=people[0][at], other=people[1][at], thing=item[at], **numbers)
         meta = {
             "story": story.id,
             "numbers": numbers,
@@ -105,19 +105,19 @@ class WordProblems(Task):
 
     def _sloppy_work(self, steps: tuple[str, ...], numbers: dict[str, int], rng: random.Random) -> list[Step]:
         """The steps as a sloppy author takes them: some misread, some wrong, the last ones perhaps missing."""
-        taken: list[str] = []
+        lines: list[str] = []
         for step in steps:
-            if taken and rng.random() < self.mix.give_up:
+            if lines and rng.random() < self.mix.give_up:
                 break
             if rng.random() < self.mix.misread:
                 left, op, right = step[0], step[1], step[2]
                 step = left + rng.choice(OPS) + right if rng.random() < 0.5 else left + op + rng.choice(list(numbers))
-            taken.append(step)
+            lines.append(step)
 
         def err(value: int) -> int:
             return value if rng.random() >= self.mix.slip else max(1, value + rng.choice((-10, -2, -1, 1, 2, 10)))
 
-        return work(tuple(taken), numbers, err)
+        return work(tuple(lines), numbers, err)
 
 
 def work(
@@ -127,13 +127,13 @@ def work(
 
     A result that is not a natural number becomes the nearest small one; only sloppy authors write such steps.
     """
-    known, done = dict(numbers), []
+    values, done = dict(numbers), []
     for name, step in zip("xyz", steps, strict=False):
         left, op, right = tuple(step)
-        a, b = (known.get(side) or int(side) for side in (left, right))
+        a, b = (values.get(side) or int(side) for side in (left, right))
         result = max(1, a // b if op == "/" else apply(a, op, b))
-        known[name] = err(min(result, LARGEST))
-        done.append((a, op, b, known[name]))
+        values[name] = err(min(result, LARGEST))
+        done.append((a, op, b, values[name]))
     return done
 
 

@@ -156,8 +156,8 @@ def judge_program(
         data = _bytes(source)
         process.send(b"%d\n" % len(data) + data)
         try:
-            for given, expected in tests:
-                reason, detail = _run_test(process, given.encode(errors="replace"), expected, tolerance)
+            for stdin, expected in tests:
+                reason, detail = _run_test(process, stdin.encode(errors="replace"), expected, tolerance)
                 if reason != CORRECT:
                     break
                 passed += 1
@@ -166,9 +166,9 @@ def judge_program(
     return Judgement(reason, passed, detail, time.monotonic() - start)
 
 
-def _run_test(process: SandboxProcess, given: bytes, expected: str, tolerance: float) -> tuple[str, str]:
+def _run_test(process: SandboxProcess, stdin: bytes, expected: str, tolerance: float) -> tuple[str, str]:
     process.restart_clock()
-    process.send(b"%d\n" % len(given) + given)
+    process.send(b"%d\n" % len(stdin) + stdin)
     line = process.line()
     if line is None:
         return ERROR, "the sandbox ended"
@@ -180,46 +180,50 @@ def _run_test(process: SandboxProcess, given: bytes, expected: str, tolerance: f
     return (CORRECT, "") if same_output(expected, output, tolerance) else (WRONG_OUTPUT, output[:300])
 
 
-def same_output(expected: str, got: str, tolerance: float = 0.0) -> bool:
+def same_output(expected: str, actual: str, tolerance: float = 0.0) -> bool:
     """Equal line by line, except for the amount of white space in a line, and blank lines at the end.
 
     With a tolerance, a decimal number may have that absolute or relative error, and an integer that absolute error.
     """
-    ours, theirs = ([line.split() for line in text.rstrip().split("\n")] for text in (expected, got))
-    if ours == theirs:
+    expected_words, actual_words = ([line.split() for line in text.rstrip().split("\n")] for text in (expected, actual))
+    if expected_words == actual_words:
         return True
-    if not tolerance or [len(line) for line in ours] != [len(line) for line in theirs]:
+    if not tolerance or [len(line) for line in expected_words] != [len(line) for line in actual_words]:
         return False
     return all(
         _close(a, b, tolerance)
-        for mine, other in zip(ours, theirs, strict=True)
-        for a, b in zip(mine, other, strict=True)
+        for expected_line, actual_line in zip(expected_words, actual_words, strict=True)
+        for a, b in zip(expected_line, actual_line, strict=True)
     )
 
 
-def _close(expected: str, got: str, tolerance: float) -> bool:
-    if expected == got:
+def _close(expected: str, actual: str, tolerance: float) -> bool:
+    if expected == actual:
         return True
-    if not _DECIMAL.fullmatch(expected) or not _DECIMAL.fullmatch(got):
+    if not _DECIMAL.fullmatch(expected) or not _DECIMAL.fullmatch(actual):
         return False
     relative = tolerance if "." in expected or "e" in expected.lower() else 0.0
-    return math.isclose(float(expected), float(got), rel_tol=relative, abs_tol=tolerance)
+    return math.isclose(float(expected), float(actual), rel_tol=relative, abs_tol=tolerance)
 
 
-def same(expected: Any, got: Any) -> bool:
+def same(expected: Any, actual: Any) -> bool:
     """Equal in value and shape. A bool is not a number; if a float is expected, a relative error of 10^-9 is fine."""
-    if isinstance(expected, bool) or isinstance(got, bool) or expected is None or got is None:
-        return expected is got
+    if isinstance(expected, bool) or isinstance(actual, bool) or expected is None or actual is None:
+        return expected is actual
     if isinstance(expected, float):
         try:
-            return isinstance(got, int | float) and math.isclose(expected, got, rel_tol=1e-9, abs_tol=1e-12)
+            return isinstance(actual, int | float) and math.isclose(expected, actual, rel_tol=1e-9, abs_tol=1e-12)
         except OverflowError:  # an integer beyond the largest float
             return False
     if isinstance(expected, list | tuple):
-        return isinstance(got, list) and len(expected) == len(got) and all(map(same, expected, got))
+        return isinstance(actual, list) and len(expected) == len(actual) and all(map(same, expected, actual))
     if isinstance(expected, dict):
-        return isinstance(got, dict) and expected.keys() == got.keys() and all(same(expected[k], got[k]) for k in got)
-    return isinstance(got, str) == isinstance(expected, str) and expected == got
+        return (
+            isinstance(actual, dict)
+            and expected.keys() == actual.keys()
+            and all(same(expected[k], actual[k]) for k in actual)
+        )
+    return isinstance(actual, str) == isinstance(expected, str) and expected == actual
 
 
 def level() -> str:

@@ -227,10 +227,10 @@ class SandboxProcess:
         while waiting := [fd for fd in select.select(sinks, (), (), 0)[0] if fd in self._sinks]:
             for fd in waiting:
                 self._read(fd)
-        taken = bytes(self.stdout), bytes(self.stderr)
+        output = bytes(self.stdout), bytes(self.stderr)
         self.stdout.clear()
         self.stderr.clear()
-        return taken
+        return output
 
     def finish(self) -> int:
         """Wait for the end; return the exit status, 128 + n after signal n."""
@@ -273,10 +273,10 @@ class SandboxProcess:
     def _pump(self, done: Callable[[], bool]) -> None:
         """Move bytes both ways until `done`."""
         while not done():
-            left = self._deadline - time.monotonic()
-            if left <= 0:
+            seconds_left = self._deadline - time.monotonic()
+            if seconds_left <= 0:
                 raise LimitExceeded("timeout")
-            for key, _ in self._selector.select(max(0, min(left, self._next_look - time.monotonic()))):
+            for key, _ in self._selector.select(max(0, min(seconds_left, self._next_look - time.monotonic()))):
                 (self._write if key.fd in self._outgoing else self._read)(key.fd)
             if time.monotonic() >= self._next_look and not done():
                 self._look()
@@ -326,8 +326,8 @@ def _channel(mode: str) -> tuple[int, int]:
     """The sandbox's end and ours of what it is asked through: a pipe, or a socket, which carries pipes."""
     if mode != "warm":
         return os.pipe()
-    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return theirs.detach(), ours.detach()
+    far_end, near_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return far_end.detach(), near_end.detach()
 
 
 def numbers_of(bounds: Bounds, mode: str) -> tuple[int, int, int, int]:

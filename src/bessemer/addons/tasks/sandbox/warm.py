@@ -76,19 +76,19 @@ class WarmProgram(SandboxProcess):
         self._status: int | None = None
         self.lost = False
         """Whether the sandbox did not end the program, so that it must be closed."""
-        (ask, self._ask), (self._reply, reply), (given, stdin) = os.pipe(), os.pipe(), os.pipe()
+        (ask, self._ask), (self._reply, reply), (program_stdin, stdin) = os.pipe(), os.pipe(), os.pipe()
         (stdout, out), (stderr, err) = os.pipe(), os.pipe()
-        theirs = [ask, reply, given, out, err]
+        program_ends = [ask, reply, program_stdin, out, err]
         self._attach(os.fdopen(stdin, "wb", 0), os.fdopen(stdout, "rb", 0), os.fdopen(stderr, "rb", 0))
         self._send(self._stdin.fileno(), b"")
         try:
-            sandbox.begin(bounds, mode, theirs)
+            sandbox.begin(bounds, mode, program_ends)
         except OSError as error:
             self.lost, self._status = True, 1
             self._close_pipes()
             raise SandboxError(f"the sandbox is gone: {error}") from error
         finally:
-            for fd in theirs:
+            for fd in program_ends:
                 os.close(fd)
 
     def __enter__(self) -> WarmProgram:

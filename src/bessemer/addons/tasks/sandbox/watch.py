@@ -27,25 +27,25 @@ SPEED = 4e9
 
 def processes(first: int) -> list[int]:
     """`first` and every process below it; those that have ended are left out."""
-    found = [first]
-    for pid in found:
+    pids = [first]
+    for pid in pids:
         with suppress(OSError):
             for task in os.listdir(f"/proc/{pid}/task"):
                 with suppress(OSError):
-                    found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_bytes().split())
-    return found
+                    pids += map(int, Path(f"/proc/{pid}/task/{task}/children").read_bytes().split())
+    return pids
 
 
-def look(found: list[int], ours: int, most: int) -> float | None:
+def look(pids: list[int], own_group: int, most: int) -> float | None:
     """Seconds until the next check; None if all but the first `ours` of the processes, which are not the program's,
     together hold more than `most` bytes."""
-    programs = found[ours:]
+    programs = pids[own_group:]
     if len(programs) < 2:
         return INTERVAL
-    held = sum(map(_resident, programs))
-    if held > most and (held := sum(map(_proportional, programs))) > most:
+    resident = sum(map(_resident, programs))
+    if resident > most and (resident := sum(map(_proportional, programs))) > most:
         return None
-    return min(INTERVAL, max(SHORTEST, (most - held) / (len(programs) * SPEED)))
+    return min(INTERVAL, max(SHORTEST, (most - resident) / (len(programs) * SPEED)))
 
 
 class ProgramClock:
@@ -58,27 +58,27 @@ class ProgramClock:
         self.began = 0.0
         self._used = self._slept = self._cpu = self._at = 0.0
 
-    def start(self, found: list[int]) -> None:
+    def start(self, pids: list[int]) -> None:
         """Start from 0; `found` are the processes of the sandbox."""
-        self.before += self.look(found) if self._at > self.began else 0.0
+        self.before += self.look(pids) if self._at > self.began else 0.0
         self.began = self._at = time.monotonic()
-        self._used, self._slept, self._cpu = 0.0, 0.0, processor_seconds(found)
+        self._used, self._slept, self._cpu = 0.0, 0.0, processor_seconds(pids)
 
-    def look(self, found: list[int]) -> float:
+    def look(self, pids: list[int]) -> float:
         """Time since the last start; to be called every SLEEP_LOOK seconds."""
-        now, cpu = time.monotonic(), processor_seconds(found)
+        now, cpu = time.monotonic(), processor_seconds(pids)
         # An observer that comes late has slept itself; it has not seen the program sleep.
-        if cpu == self._cpu and not any(map(_runs, found)):
+        if cpu == self._cpu and not any(map(_runs, pids)):
             self._slept += min(now - self._at, 2 * SLEEP_LOOK)
         self._used += cpu - self._cpu
         self._at, self._cpu = now, cpu
         return self._used / self.speed + self._slept
 
 
-def processor_seconds(found: Iterable[int]) -> float:
+def processor_seconds(pids: Iterable[int]) -> float:
     """Processor time of the processes, with that of children that have ended."""
     ticks = 0
-    for pid in found:
+    for pid in pids:
         with suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
             ticks += sum(map(int, fields[11:15]))
