@@ -32,7 +32,7 @@ def answers(engine: Engine, requests: list[Request], rows: int) -> list[list[int
     scheduler = Scheduler(engine, rows=rows)
     tickets = [scheduler.add(request) for request in requests]
     found: dict[int, list[int]] = {ticket: [] for ticket in tickets}
-    while not scheduler.idle:
+    while not scheduler.is_idle:
         for event in scheduler.step():
             if isinstance(event, Token):
                 found[event.ticket].append(event.token)

@@ -140,7 +140,7 @@ def guesses(engine: Engine, rounds: int) -> list[dict[str, Any]]:
             for question in questions:
                 scheduler = Scheduler(engine, rows=1, drafts=depth)
                 scheduler.add(Request(tuple(question), 1, 160, SamplingParams(0.0), tuple(engine.tokenizer.stop_ids)))
-                while not scheduler.idle:
+                while not scheduler.is_idle:
                     texts += [event.token for event in scheduler.step() if isinstance(event, Token)]
                 figures = {name: figures[name] + scheduler.stats().get(name, 0) for name in figures}
             seconds[depth].append(time.process_time() - began)

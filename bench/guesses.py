@@ -107,7 +107,7 @@ def recite(engine: Engine, ids: list[int], args: argparse.Namespace) -> list[dic
             scheduler = Scheduler(engine, rows=1, drafts=drafts)
             scheduler.add(Request(tuple(ids[:32]), 1, args.tokens, SamplingParams(0.0), ()))
             outputs[drafts] = []
-            while not scheduler.idle:
+            while not scheduler.is_idle:
                 outputs[drafts] += [event.token for event in scheduler.step() if isinstance(event, Token)]
             if round_ >= 0:  # the first round warms up
                 seconds[drafts].append(time.process_time() - began)

@@ -78,7 +78,7 @@ def bare(model: str, streams: int, tokens: int) -> dict:
     for request in requests:
         scheduler.add(request)
     generated = 0
-    while not scheduler.idle:
+    while not scheduler.is_idle:
         generated += sum(type(event) is Token for event in scheduler.step())
     return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "tokens": generated}
 

@@ -58,7 +58,7 @@ def test_stop_strings_cost_nothing_by_the_vocabulary(large, wide, monkeypatch):
     assert len({id(sequence.stop) for sequence in live}) == 1
     assert not looked_at and held < 2e6
     steps = 0
-    while not scheduler.idle:
+    while not scheduler.is_idle:
         scheduler.step()
         steps += 1
     assert len(looked_at) == sum(len(sequence.tokens) for sequence in live), "each token once"

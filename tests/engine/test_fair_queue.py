@@ -33,7 +33,7 @@ def test_a_client_with_many_requests_does_not_delay_the_others(engine, prompts):
         scheduler.add(Request(tuple(prompts[3]), stream_key(k), 10, client="many"))
     late = scheduler.add(Request(tuple(prompts[4]), stream_key(99), 10, client="one"))
     order = []
-    while not scheduler.idle:
+    while not scheduler.is_idle:
         order += [event.ticket for event in scheduler.step() if isinstance(event, Finished)]
     assert order.index(late) <= 4 and len(order) == 13
 
@@ -50,7 +50,7 @@ def test_a_client_with_many_names_waits_like_one(engine, prompts):
         for k, (client, user) in enumerate(made)
     }
     order = []
-    while not scheduler.idle:
+    while not scheduler.is_idle:
         order += [clients[event.ticket] for event in scheduler.step() if isinstance(event, Finished)]
     assert order.index(("one", "")) <= 3 and order.index(("proxy", "second")) <= 5
     assert [client for client, _ in order[:6]].count("many") <= 3
@@ -68,7 +68,7 @@ def test_nothing_is_kept_of_clients_that_are_gone(engine):
     scheduler.queue.take(scheduler.queue.peek(1))
     scheduler.queue.requeue(third)
     scheduler.cancel(third.number)
-    assert scheduler.idle and not scheduler.queue._last_turn and not scheduler.queue.running
+    assert scheduler.is_idle and not scheduler.queue._last_turn and not scheduler.queue.running
 
 
 @pytest.mark.parametrize("lengths", ["equal", "random"])

@@ -91,7 +91,7 @@ def test_the_mask_is_what_the_definition_allows(tokenizer):
     texts = [json.dumps(word, ensure_ascii=False).encode() for word in words]
     so_far = b""
     for step in range(40):
-        if state.complete:
+        if state.is_complete:
             break
         allowed = state.allowed().nonzero().squeeze(-1).tolist()
         plain = [i for i in range(tokenizer.vocab_size) if not tokenizer.is_special(i)]
@@ -99,7 +99,7 @@ def test_the_mask_is_what_the_definition_allows(tokenizer):
         assert allowed == begun
         state.append(allowed[step * 7 % len(allowed)])
         so_far += tokenizer.token_bytes(allowed[step * 7 % len(allowed)])
-    assert so_far in texts and state.complete and not state.error
+    assert so_far in texts and state.is_complete and not state.error
     state.append(tokenizer.encode("x")[0])
     assert state.error
 

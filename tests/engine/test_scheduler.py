@@ -125,7 +125,7 @@ def test_a_cancelled_request_leaves_nothing_behind(engine, prompts, steps):
     for ticket in (*gone, 12345):
         scheduler.cancel(ticket)
     before = {ticket: list(found[ticket]) for ticket in gone}
-    while not scheduler.idle:
+    while not scheduler.is_idle:
         step()
     assert {ticket: found[ticket] for ticket in gone} == before
     for ticket, request in list(zip(tickets, wanted, strict=True))[::2]:
@@ -182,7 +182,7 @@ def test_what_can_never_run_is_refused_at_once(engine, request_, message):
     scheduler = Scheduler(engine, cache_tokens=128)
     with pytest.raises(UserError, match=message):
         scheduler.add(request_)
-    assert scheduler.idle
+    assert scheduler.is_idle
     with pytest.raises(UserError, match="rows must be"):
         Scheduler(engine, rows=0)
 

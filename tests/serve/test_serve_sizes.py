@@ -90,7 +90,7 @@ def test_rows_of_a_foreign_model_start_as_long_as_memory_holds_them(r1):
     scheduler, most = Scheduler(engine, rows=16, cache_tokens=1024, queue=FairQueue()), 0
     for n in range(12):
         scheduler.add(Request((5,) * (300 if n == 6 else 20), n, 20, stop_ids=()))
-    while not scheduler.idle:
+    while not scheduler.is_idle:
         scheduler.step()
         stats = scheduler.stats()
         most = max(most, stats["running"])

@@ -97,7 +97,7 @@ def _faster(
             for prompt in prompts:
                 scheduler = Scheduler(engine, rows=1, drafts=drafts)
                 scheduler.add(Request(tuple(prompt), 1, new, SamplingParams(0.0), ()))
-                while not scheduler.idle:
+                while not scheduler.is_idle:
                     answers[drafts] += [event.token for event in scheduler.step() if isinstance(event, Token)]
                 figures = scheduler.stats()
                 drafted, taken = drafted + figures.get("drafted", 0), taken + figures.get("accepted", 0)

@@ -27,7 +27,7 @@ _USAGE: type[Exception] = typer.BadParameter.__mro__[2]
 def main() -> None:
     """The program `bessemer`."""
     prepare_cuda()
-    before, warnings.showwarning = warnings.showwarning, _warn
+    previous, warnings.showwarning = warnings.showwarning, _warn
     try:
         status = app(prog_name="bessemer", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -45,7 +45,7 @@ def main() -> None:
             raise
         _end(refusal)
     finally:
-        warnings.showwarning = before
+        warnings.showwarning = previous
 
 
 def _misused(error: Any) -> NoReturn:

@@ -107,18 +107,21 @@ def run(
         return
     if table:
         print(table)
-    now, whole = time.monotonic() - began, sum(result.seconds for result in results)
-    took = show_seconds(now) + (f", {show_seconds(whole)} with earlier work" if whole > now + 1 else "")
+    now, total = time.monotonic() - began, sum(result.seconds for result in results)
+    took = show_seconds(now) + (f", {show_seconds(total)} with earlier work" if total > now + 1 else "")
     print(f"{loaded.name}: {took}" + (f"; report: {report}" if report else ""))
     if models := writing_models(root):
-        others = [name for name, _ in models[:-1]]
+        earlier = [name for name, _ in models[:-1]]
         chat = f"bessemer chat {shlex.quote(str(root))}"
-        which = f" (or {chat}/STAGE: {', '.join(others)})" if others else ""
+        which = f" (or {chat}/STAGE: {', '.join(earlier)})" if earlier else ""
         print(f"talk to {models[-1][0]}: {chat}{which}")
     files = [path.stat() for path in root.glob("*/state/**/*") if path.is_file()]
     sizes = {(file.st_dev, file.st_ino): file.st_size for file in files}  # kept checkpoints are hard links
-    if (held := sum(sizes.values())) > 1e9 and until is None:  # every stage is finished: nothing will resume from them
-        print(f"{held / 1e9:.1f} GB are checkpoints and the like, which only bessemer replay still uses; to free them:")
+    stored = sum(sizes.values())
+    if stored > 1e9 and until is None:  # every stage is finished: nothing will resume from them
+        print(
+            f"{stored / 1e9:.1f} GB are checkpoints and the like, which only bessemer replay still uses; to free them:"
+        )
         print(f"rm -r {shlex.quote(str(root))}/*/state")
 
 
@@ -134,12 +137,12 @@ def chosen(options: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse(beside: str, options: dict[str, Any]) -> None:
     """Raises UserError for options without effect beside another."""
-    if given := chosen(options):
-        raise UserError(f"--{next(iter(given))} has no effect with {beside}, which runs nothing; leave it out")
+    if refused := chosen(options):
+        raise UserError(f"--{next(iter(refused))} has no effect with {beside}, which runs nothing; leave it out")
 
 
 def check_used(what_for: str, used: object, options: dict[str, Any]) -> None:
     """Raises UserError for options that have no effect."""
-    if not used and (given := chosen(options)):
-        name = next(iter(given)).replace("max_new_tokens", "max_tokens").replace("_", "-")
+    if not used and (unused := chosen(options)):
+        name = next(iter(unused)).replace("max_new_tokens", "max_tokens").replace("_", "-")
         raise UserError(f"--{name} has no effect without {what_for}; add {what_for}, or leave it out")

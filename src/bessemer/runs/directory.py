@@ -77,8 +77,8 @@ class RunDir:
         if not self.root.is_dir():
             why = "deleted, moved, or its disk unmounted"
             raise UserError(f"{self.root} has vanished while the run was using it: {why}; {BACK}")
-        path, held = self.root / ".lock", os.fstat(self._lock.fileno())
-        if path.exists() and os.path.samestat(path.stat(), held):
+        path, status = self.root / ".lock", os.fstat(self._lock.fileno())
+        if path.exists() and os.path.samestat(path.stat(), status):
             return
         try:
             lock, _ = _take_lock(self.root)
@@ -120,9 +120,9 @@ def _take_lock(root: Path) -> tuple[IO[str], str]:
     """The lock, and a message if its last holder was killed: a holder writes "PROCESS OOM-KILLS" while it runs."""
     lock = open(root / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
     lock.seek(0)
-    before = lock.read().split()
-    if not claim(lock, before[0] if before else ""):
-        holder = before[0] if before else "another process"
+    fields = lock.read().split()
+    if not claim(lock, fields[0] if fields else ""):
+        holder = fields[0] if fields else "another process"
         lock.close()
         raise UserError(
             f"{root} is in use by another run (process {holder}); wait for it, stop it, or choose another --out"
@@ -131,11 +131,11 @@ def _take_lock(root: Path) -> tuple[IO[str], str]:
     lock.write(f"{os.getpid()} {_oom_kills()}\n")
     lock.flush()
     killed = ""
-    if len(before) == 2:
-        memory = before[1].isdigit() and int(before[1]) < _oom_kills()
+    if len(fields) == 2:
+        memory = fields[1].isdigit() and int(fields[1]) < _oom_kills()
         why = " (this machine has run out of memory since: if that was why, use shorter rows or fewer workers)"
         killed = (
-            f"the last attempt (process {before[0]}) was killed{why if memory else ''}; continuing from what it saved"
+            f"the last attempt (process {fields[0]}) was killed{why if memory else ''}; continuing from what it saved"
         )
     return lock, killed
 
@@ -171,12 +171,12 @@ def stage_folders(root: Path) -> list[tuple[int, str, Path]]:
     return sorted(folders)
 
 
-def run_dir(given: str | Path) -> Path:
+def run_dir(name: str | Path) -> Path:
     """A run directory from a path, or from the name of a run under runs/."""
-    for path in (Path(given), Path("runs") / given):
+    for path in (Path(name), Path("runs") / name):
         if (path / "recipe.toml").is_file():
             return path
-    raise UserError(f"{given} is not a run directory (no recipe.toml in it); {available_runs()}")
+    raise UserError(f"{name} is not a run directory (no recipe.toml in it); {available_runs()}")
 
 
 def writing_models(root: Path) -> list[tuple[str, Path]]:
@@ -234,11 +234,17 @@ def _short(value: object) -> str:
 
 
 def write_stage_record(
-    folder: Path, what: dict[str, Any], inputs: dict[str, str], files: dict[str, dict[str, str]], since: float
+    folder: Path, identity: dict[str, Any], inputs: dict[str, str], files: dict[str, dict[str, str]], since: float
 ) -> None:
     """Write stage.json. `inputs` maps the stages it reads to the digests of their output, which a rerun may change;
     `files` are those it reads from outside the run (`pipeline/inputs.py`), as they were at the Unix time `since`."""
-    record = {"fingerprint": digest(what), "identity": what, "inputs": inputs, "files": files, "since": round(since)}
+    record = {
+        "fingerprint": digest(identity),
+        "identity": identity,
+        "inputs": inputs,
+        "files": files,
+        "since": round(since),
+    }
     write_json(folder / "stage.json", record)
 
 
@@ -263,9 +269,11 @@ def read_done(folder: Path) -> dict[str, Any] | None:
     """The record of a complete stage. None if it is missing or damaged: the stage then runs again, and its output is
     compared with what later stages were made from."""
     done = read_json(folder / "done.json") or {}
-    whole = isinstance(done.get("summary"), dict) and isinstance(done.get("seconds"), int | float)
-    whole = whole and {"fingerprint", "inputs"} <= done.keys() and done.get("digest") == digest(done.get("outputs"))
-    return done if whole else None
+    is_complete = isinstance(done.get("summary"), dict) and isinstance(done.get("seconds"), int | float)
+    is_complete = (
+        is_complete and {"fingerprint", "inputs"} <= done.keys() and done.get("digest") == digest(done.get("outputs"))
+    )
+    return done if is_complete else None
 
 
 def outputs(folder: Path) -> list[Path]:
@@ -288,13 +296,13 @@ def damages(folder: Path, done: dict[str, Any]) -> dict[str, str]:
         return {"done.json": "done.json is broken"}
     if done.get("checksum") != digest({k: v for k, v in done.items() if k != "checksum"}):
         return {"done.json": "done.json is not what was written (checksum differs)"}
-    found = {}
+    broken = {}
     for name, fact in done["outputs"].items():
         path = folder / name
         if not path.is_file():
-            found[name] = f"{name} is missing"
+            broken[name] = f"{name} is missing"
         elif path.stat().st_size != fact["size"]:
-            found[name] = f"{name} has {path.stat().st_size} bytes instead of {fact['size']}"
+            broken[name] = f"{name} has {path.stat().st_size} bytes instead of {fact['size']}"
         elif sha256(path, fresh=True) != fact["sha256"]:
-            found[name] = f"{name} is not what was written (checksum differs)"
-    return found
+            broken[name] = f"{name} is not what was written (checksum differs)"
+    return broken

@@ -140,8 +140,8 @@ class StageMetrics:
 
     def history(self) -> list[tuple[int, dict[str, Any]]]:
         """(step, values) of every line of this stage so far, including earlier attempts."""
-        mine = [line for line in self._metrics.lines() if line.get("stage") == self._stage]
-        return [(line.get("step", 0), line.get("values", {})) for line in mine]
+        own = [line for line in self._metrics.lines() if line.get("stage") == self._stage]
+        return [(line.get("step", 0), line.get("values", {})) for line in own]
 
     def last(self, name: str) -> Any:
         """The newest value of this name, from any attempt; None if there is none."""

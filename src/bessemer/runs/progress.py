@@ -34,10 +34,10 @@ class RunProgress:
         self.said_once: set[str] = set()
         """Lines that need not be said again, such as what all stages compute in."""
 
-    def say(self, what: RenderableType) -> None:
+    def say(self, message: RenderableType) -> None:
         """Print text, or anything that rich can render. Text is printed without rich's markup, and with control
         characters escaped: it may quote a model."""
-        self.console.print(Text(escaped(what)) if isinstance(what, str) else what)
+        self.console.print(Text(escaped(message)) if isinstance(message, str) else message)
 
     def begin(self, name: str) -> "StageProgress":
         return StageProgress(self, name)
@@ -50,12 +50,12 @@ class RunProgress:
 
     def left(self, stage: "StageProgress") -> float | None:
         """Seconds left of a stage, at the speed of this attempt; None if there is none yet."""
-        fresh, rest = stage.done - stage.done_at_start, max(0.0, stage.work - stage.done)
-        return (self.clock() - stage.started) * rest / fresh if fresh > 0 and stage.work > 0 else None
+        fresh, remaining = stage.done - stage.done_at_start, max(0.0, stage.work - stage.done)
+        return (self.clock() - stage.started) * remaining / fresh if fresh > 0 and stage.work > 0 else None
 
     def show(self, stage: "StageProgress") -> None:
-        left = self.left(stage)
-        words = stage.words() + ("" if left is None else f" · {show_seconds(left)} left")
+        seconds = self.left(stage)
+        words = stage.words() + ("" if seconds is None else f" · {show_seconds(seconds)} left")
         self.say(f"[{self.place(stage)}] {stage.share():4.0%} {words}")
 
     def place(self, stage: "StageProgress") -> str:
@@ -103,5 +103,5 @@ class StageProgress:
 
 def shown(estimates: Mapping[str, float], until: str | None = None) -> RunProgress:
     """The progress of a run, on the terminal, as the installed add-ons show it."""
-    made: RunProgress = (plugins.hook("progress") or RunProgress)(estimates, until=until)
-    return made
+    progress: RunProgress = (plugins.hook("progress") or RunProgress)(estimates, until=until)
+    return progress

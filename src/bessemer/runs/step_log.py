@@ -49,6 +49,6 @@ class StepLog:
         self.ctx.progress.advance(tokens - self.tokens, f"smoothed loss {loss:.3f}, {rate:,.0f} tokens/s")
         self.before, self.tokens = self.tokens, tokens
 
-    def passed(self, every: int) -> bool:
+    def has_passed(self, every: int) -> bool:
         """Whether the last step crossed a multiple of `every` tokens; never when `every` is 0."""
         return every > 0 and self.tokens // every > max(0, self.before) // every

@@ -155,8 +155,8 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
                 else:
                     ids = model.vocabulary.prompt_ids(body.prompt or "", body.add_special_tokens is not False)
                 names = [model.vocabulary.name(i) for i in ids]
-                known = {"tokens": ids, "count": len(ids), "max_model_len": model.facts.context}
-                return JSONResponse(known | {"token_strs": names})
+                result = {"tokens": ids, "count": len(ids), "max_model_len": model.facts.context}
+                return JSONResponse(result | {"token_strs": names})
 
             size = text_size(body.messages) if body.messages else len(body.prompt or "")
             return await model.tokenise(reply, size, renders=body.messages is not None)
@@ -207,8 +207,8 @@ def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
             facts = models.loaded[facts.name].facts
         details = {"stage": facts.name, "default": default, "loaded": loaded}
         details |= {name: getattr(facts, name) for name in MODEL_FACTS}
-        known = {"id": facts.name, "object": "model", "created": facts.created, "owned_by": "bessemer"}
-        return known | {"bessemer": details}
+        entry = {"id": facts.name, "object": "model", "created": facts.created, "owned_by": "bessemer"}
+        return entry | {"bessemer": details}
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -248,11 +248,11 @@ def _add_errors(app: FastAPI) -> None:
 
 def _api_error(request: Request, failure: Exception) -> ApiError:
     if isinstance(failure, HTTPException):
-        known = {
+        error_types = {
             404: ("not_found", f"there is nothing at {request.url.path}"),
             405: ("method_not_allowed", f"{request.url.path} does not take {request.method}"),
         }
-        code, message = known.get(failure.status_code, (None, str(failure.detail)))
+        code, message = error_types.get(failure.status_code, (None, str(failure.detail)))
         return ApiError(failure.status_code, message, code=code, headers=failure.headers)
     if isinstance(failure, RequestValidationError):
         return _validation_error(failure.errors())
@@ -267,7 +267,7 @@ def _validation_error(errors: Sequence[Any]) -> ApiError:
     """Validation errors in words. If a field may have several types, reports the error of the type that fits best: one
     with a wrong value, else the deepest. Leaves pydantic's type names out of the location."""
     worst = max(errors, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
-    place = [part for part in worst["loc"][1:] if isinstance(part, int) or part in FIELDS]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    path = [part for part in worst["loc"][1:] if isinstance(part, int) or part in FIELDS]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     what = worst["msg"]
     return invalid(f"{param or 'the body'}: {what[:1].lower()}{what[1:]}", param or None)

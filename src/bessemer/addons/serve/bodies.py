@@ -91,7 +91,7 @@ def parse(raw: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
     """`read` for the bytes of a body."""
     if not raw:
         raise invalid("the body is empty; send a JSON object")
-    if not few_values(raw):
+    if not has_few_values(raw):
         what = (
             f"the body has more than {MOST_VALUES:,} numbers, of which a string, list or object counts as {WEIGHT}; "
             "split it into several requests"
@@ -110,11 +110,11 @@ def parse(raw: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
     try:
         return kind.model_validate(value), unknown
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
-        raise RequestValidationError([one | {"loc": ("body", *one["loc"])} for one in found]) from None
+        problems = error.errors(include_url=False, include_input=False)
+        raise RequestValidationError([problem | {"loc": ("body", *problem["loc"])} for problem in problems]) from None
 
 
-def few_values(raw: bytes) -> bool:
+def has_few_values(raw: bytes) -> bool:
     """Whether the body has at most MOST_VALUES values. Counts exactly only if a quick upper bound exceeds that."""
     if raw.count(b",") + WEIGHT * (raw.count(b"[") + raw.count(b"{") + raw.count(b'"') // 2) < MOST_VALUES:
         return True
@@ -134,8 +134,8 @@ def _number(text: str) -> int | float:
     return int(value) if value.is_integer() and abs(value) <= 2**53 else value
 
 
-def _check_type(given: str) -> None:
-    kind = given.split(";")[0].strip().lower()
+def _check_type(content_type: str) -> None:
+    kind = content_type.split(";")[0].strip().lower()
     if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
         what = "the body must be JSON: send Content-Type: application/json"
         raise ApiError(415, what, code="unsupported_media_type")
@@ -147,7 +147,7 @@ def unknown_fields(value: object, body: type[Body]) -> list[str]:
     if not isinstance(value, dict):
         return []
     own = {info.alias or name for name, info in body.model_fields.items()}
-    unknown = [name for name, given in value.items() if name not in own and given is not None]
+    unknown = [name for name, content in value.items() if name not in own and content is not None]
     for name in unknown:
         if value[name] is False or value[name] in ("", [], {}):
             continue
@@ -155,7 +155,7 @@ def unknown_fields(value: object, body: type[Body]) -> list[str]:
         if not near and (name in HARMLESS or not body.generates or name not in generation_fields()):
             continue
         alike = next((names for names in SAME if name in names), ())
-        better = next((one for one in (*alike, *near) if one in own), None)
+        better = next((field for field in (*alike, *near) if field in own), None)
         hint = f"did you mean {better!r}?" if better else "leave it out"
         raise ApiError(400, f"this endpoint has no field {name[:64]!r}; {hint}", param=name, code="unknown_parameter")
     return unknown

@@ -105,7 +105,7 @@ class ChatResponder(Responder):
 
     def finish_reason(self, n: int) -> str | None:
         reason = super().finish_reason(n)
-        return "tool_calls" if reason == "stop" and self.calls and self.calls[n].called else reason
+        return "tool_calls" if reason == "stop" and self.calls and self.calls[n].has_called else reason
 
     def whole_fields(self, n: int, events: Sequence[AnswerEvent]) -> dict[str, Any]:
         thought = "".join(event.text for event in events if event.thinking) if self.format != "hidden" else ""
@@ -167,16 +167,16 @@ def _refuse_unsupported(body: ChatRequest) -> None:
         raise unsupported("audio" if body.audio else "modalities", "an answer is text; leave audio and modalities out")
 
 
-async def _grammar(wanted: ResponseFormat | None) -> str:
+async def _grammar(response_format: ResponseFormat | None) -> str:
     """The grammar of the content; empty for any text."""
-    if wanted is None or wanted.type == "text":
+    if response_format is None or response_format.type == "text":
         return ""
-    if wanted.type == "json_object":
+    if response_format.type == "json_object":
         schema: dict[str, Any] = {"type": "object"}
-    elif wanted.json_schema is None:
+    elif response_format.json_schema is None:
         raise invalid("the type json_schema needs a json_schema with a schema", "response_format")
     else:
-        schema = wanted.json_schema.schema_
+        schema = response_format.json_schema.schema_
     try:
         return await asyncio.to_thread(json_grammar, schema)
     except UserError as error:

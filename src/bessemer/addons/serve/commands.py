@@ -63,20 +63,24 @@ def generate(
         print(note, file=sys.stderr)
 
 
-def _about_cuts(completions: Sequence["Completion"], asked: int | None, context: int) -> list[str]:
+def _about_cuts(completions: Sequence["Completion"], max_tokens: int | None, context: int) -> list[str]:
     """What a user should know about texts that were cut off. `asked`: the option --max-tokens."""
     from bessemer.engine.generation import NEW_TOKENS
 
-    rooms = [context - one.prompt_tokens for one in completions]
-    cut = [(one, room) for one, room in zip(completions, rooms, strict=True) if one.finish_reason == "length"]
-    full = sum(len(one.tokens) >= room for one, room in cut)
+    rooms = [context - completion.prompt_tokens for completion in completions]
+    cut = [
+        (completion, room)
+        for completion, room in zip(completions, rooms, strict=True)
+        if completion.finish_reason == "length"
+    ]
+    full = sum(len(completion.tokens) >= room for completion, room in cut)
     of = f" of {len(completions)} texts" if len(completions) > 1 else " text"
     notes = []
-    if asked is not None and asked > min(rooms):
-        notes.append(f"--max-tokens {asked}: the context of {context} tokens leaves {min(rooms)} after the prompt")
+    if max_tokens is not None and max_tokens > min(rooms):
+        notes.append(f"--max-tokens {max_tokens}: the context of {context} tokens leaves {min(rooms)} after the prompt")
     if len(cut) > full:
         more = f"--max-tokens, here at most {max(rooms)}, allows more"
-        notes.append(f"{len(cut) - full}{of} cut at {asked or NEW_TOKENS} tokens; {more}")
+        notes.append(f"{len(cut) - full}{of} cut at {max_tokens or NEW_TOKENS} tokens; {more}")
     if full:
         notes.append(f"{full}{of} cut where the model's context of {context} tokens is full")
     return notes

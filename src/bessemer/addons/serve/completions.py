@@ -161,8 +161,8 @@ async def prepare(body: CompletionRequest, model: LoadedModel, client: str) -> C
         encode = lambda: [_text_prompt(text, model, body.add_special_tokens is not False) for text in texts]  # noqa: E731
         prompts = await model.tokenise(encode, sum(map(len, texts)))
     else:
-        one = [i for i in body.prompt if isinstance(i, int)]
-        lists = [one] if one else [ids for ids in body.prompt if isinstance(ids, list)]
+        token_ids = [i for i in body.prompt if isinstance(i, int)]
+        lists = [token_ids] if token_ids else [ids for ids in body.prompt if isinstance(ids, list)]
         if (most := max(map(len, lists), default=0)) > model.facts.context:
             raise model.too_long(most, "prompt")
         decode, known = model.tokenizer.decode, model.tokenizer.vocab_size

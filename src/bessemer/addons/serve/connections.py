@@ -281,7 +281,7 @@ def _slice_size(data: bytearray) -> int:
     end = min(len(data), SLICE_BYTES)
     if data.count(b"\n", 0, end) <= SLICE_LINES:
         return end
-    place = -1
+    cut = -1
     for _ in range(SLICE_LINES):
-        place = data.find(b"\n", place + 1)
-    return place + 1
+        cut = data.find(b"\n", cut + 1)
+    return cut + 1

@@ -22,15 +22,15 @@ TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 def digest(folder: Path) -> str:
     """32 hex digits."""
     entries = sorted(Checkpoint(folder).entries.items())
-    found = sha256()
+    total = sha256()
     for name, entry in entries:
-        found.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+        total.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
     step = -(-len(entries) // MOST_TENSORS) or 1
     for _, entry in entries[::step]:
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start + max(0, entry.size - SAMPLE) // 2)
-            found.update(file.read(min(SAMPLE, entry.size)))
+            total.update(file.read(min(SAMPLE, entry.size)))
     for name in TEXTS:
         if (path := folder / name).is_file():
-            found.update(f"{name}\n".encode() + path.read_bytes())
-    return found.hexdigest()[:32]
+            total.update(f"{name}\n".encode() + path.read_bytes())
+    return total.hexdigest()[:32]

@@ -51,7 +51,7 @@ class FairQueue(WaitingQueue):
             return []
 
         def turn(line: tuple[str, str]) -> tuple[int, ...]:
-            served = [(self.running[who], self._last_turn.get(who, 0)) for who in (line[:1], line)]
+            served = [(self.running[key], self._last_turn.get(key, 0)) for key in (line[:1], line)]
             return (*served[0], *served[1], self._lines[line][0].number)
 
         line = min(self._lines, key=turn)
@@ -88,7 +88,7 @@ class FairQueue(WaitingQueue):
             for sequence in queue:
                 if sequence.number == number:
                     queue.remove(sequence)
-                    self._lines = {line: rest for line, rest in self._lines.items() if rest}
+                    self._lines = {line: jobs for line, jobs in self._lines.items() if jobs}
                     self._forget(sequence)
                     return True
         return False
@@ -98,9 +98,11 @@ class FairQueue(WaitingQueue):
         free, lookahead, more = scheduler.cache.free_pages(), scheduler.runner.lookahead, self._lengths.more
         if free is None:  # every row has as many slots as the longest
             running = scheduler.started()
-            longest = [len(one.request.prompt) + len(one.tokens) + more(one) for one in (*running, *job.sequences)]
+            longest = [
+                len(queued.request.prompt) + len(queued.tokens) + more(queued) for queued in (*running, *job.sequences)
+            ]
             return max(0, min(len(job.sequences), scheduler.cache_tokens // max(longest) - len(running)))
-        left, owned = free - scheduler.reserved_pages(), free
+        remaining, owned = free - scheduler.reserved_pages(), free
         needs = []
         for sequence, pages in zip(scheduler.runner.sequences, scheduler.cache.row_pages, strict=True):
             needs.append(_need(sequence, lookahead, sequence.shared, more))
@@ -110,7 +112,7 @@ class FairQueue(WaitingQueue):
             owned += _own_pages(other, len(other.sequences))
 
         def fit(count: int) -> bool:
-            if job.pages_needed(lookahead, count) > left:
+            if job.pages_needed(lookahead, count) > remaining:
                 return False
             return peak_pages(needs + _needs(job, count, lookahead, more)) <= owned + _own_pages(job, count)
 
@@ -128,12 +130,12 @@ class FairQueue(WaitingQueue):
     def _forget(self, sequence: ServedSequence) -> None:
         """Drops what is known of a client and a user if none of their sequences is left."""
         line = _line(sequence)
-        left: set[tuple[str, ...]] = {*self._lines, *map(_line, self._preempted)}
-        left |= {other[:1] for other in left}
-        for who in (line, line[:1]):
-            if not self.running[who] and who not in left:
-                self.running.pop(who, None)
-                self._last_turn.pop(who, None)
+        waiting: set[tuple[str, ...]] = {*self._lines, *map(_line, self._preempted)}
+        waiting |= {other[:1] for other in waiting}
+        for client in (line, line[:1]):
+            if not self.running[client] and client not in waiting:
+                self.running.pop(client, None)
+                self._last_turn.pop(client, None)
 
 
 def _line(sequence: ServedSequence) -> tuple[str, str]:
@@ -149,7 +151,7 @@ def _own_pages(job: PromptJob, count: int) -> int:
 def _needs(job: PromptJob, count: int, lookahead: int, more: Callable[[ServedSequence], int]) -> list[Need]:
     """What its first `count` sequences take besides the pages that they share."""
     shared = job.prompt.full_pages * PAGE if count > 1 else 0
-    return [_need(one, lookahead, shared, more) for one in job.sequences[:count]]
+    return [_need(sequence, lookahead, shared, more) for sequence in job.sequences[:count]]
 
 
 def _need(sequence: ServedSequence, lookahead: int, shared: int, more: Callable[[ServedSequence], int]) -> Need:

@@ -120,9 +120,9 @@ class GrammarState:
         self.waits = waits
         """Every token is allowed until </think>."""
 
-    def few(self, left: int, of: int) -> None:
+    def few(self, remaining: int, of: int) -> None:
         """At most `left` of `of` tokens may follow: near the end, what is open is closed."""
-        self.left = left if left <= min(RESERVE, of // 2) else None
+        self.left = remaining if remaining <= min(RESERVE, of // 2) else None
 
     def append(self, token: int) -> None:
         if self.waits:
@@ -142,7 +142,7 @@ class GrammarState:
         return inside, escaped
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether nothing may follow."""
         return not self.waits and self._matcher.is_stopped()
 

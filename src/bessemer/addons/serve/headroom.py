@@ -59,9 +59,9 @@ class AnswerLengths:
         """Tokens that a sequence needs room for: SHARE of what it is still expected to generate. Its expected length is
         the mean of the recent answers that were longer; if none was, a quarter more than it has."""
         n, most = len(sequence.tokens), sequence.request.max_new_tokens
-        place = bisect_right(self._sorted, n)
-        if place < len(self._sorted):
-            length = -(-self._sums[place] // (len(self._sorted) - place))
+        rank = bisect_right(self._sorted, n)
+        if rank < len(self._sorted):
+            length = -(-self._sums[rank] // (len(self._sorted) - rank))
         else:
             length = n + n // 4 + PAGE if self._sorted else FIRST
         return max(1, int(SHARE * (min(most, max(length, n + 1)) - n)))

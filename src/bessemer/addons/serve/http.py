@@ -46,11 +46,11 @@ class UnsignalledServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for sig, handler in before.items():
+            for sig, handler in handlers.items():
                 signal.signal(sig, handler)
 
 
@@ -68,15 +68,15 @@ def add_page(app: FastAPI | APIRouter, *folders: Path, home: str = "/") -> None:
 
     def static(name: str, request: Request) -> Response:
         files = (path for folder in reversed(folders) for path in folder.iterdir() if path.suffix in PAGE_TYPES)
-        known = {path.name: path for path in files}
-        if name not in known:
+        by_name = {path.name: path for path in files}
+        if name not in by_name:
             raise ApiError(404, f"there is no file {name!r} here", code="not_found")
-        data = known[name].read_bytes()
+        data = by_name[name].read_bytes()
         tag = f'"{hashlib.sha256(data).hexdigest()[:24]}"'
         headers = PAGE_HEADERS | {"ETag": tag}
         if tag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        return Response(data, headers=headers | {"Content-Type": PAGE_TYPES[known[name].suffix]})
+        return Response(data, headers=headers | {"Content-Type": PAGE_TYPES[by_name[name].suffix]})
 
 
 def bind(host: str, port: int) -> socket.socket:

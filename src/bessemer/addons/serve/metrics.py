@@ -30,7 +30,7 @@ class ServerMetrics:
         self.generated = self._counter("completion_tokens", "Tokens of answers")
         self.first = self._timer("time_to_first_token", "From the request to the first token of an answer")
         self.each = self._timer("time_per_output_token", "Average time between two tokens of an answer")
-        self.whole = self._timer("request", "From the request to the end of its answers")
+        self.whole_request = self._timer("request", "From the request to the end of its answers")
         self.registry.register(_Gauges(models))
 
     def answered(
@@ -38,7 +38,7 @@ class ServerMetrics:
     ) -> None:
         """Counts a request that has ended, successfully or not. started, first: when it and its first token arrived."""
         now, tokens = monotonic(), [choice.completion_tokens for choice in choices]
-        self.whole.labels(model).observe(now - started)
+        self.whole_request.labels(model).observe(now - started)
         self.prompt.labels(model).inc(prompt_tokens)
         self.generated.labels(model).inc(sum(tokens))
         if first is not None:

@@ -115,10 +115,10 @@ class RequestGuard:
             raise ApiError(413, message, code="body_too_large")
 
 
-def _check_key(given: bytes, key: str) -> None:
-    scheme, _, token = given.partition(b" ")
+def _check_key(sent: bytes, key: str) -> None:
+    scheme, _, token = sent.partition(b" ")
     if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), key.encode()):
-        what = f"the API key is {'wrong' if given else 'missing'}: send Authorization: Bearer KEY"
+        what = f"the API key is {'wrong' if sent else 'missing'}: send Authorization: Bearer KEY"
         raise ApiError(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 

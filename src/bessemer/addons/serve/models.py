@@ -146,8 +146,8 @@ def _generation(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(advice, dict):
         return {}
-    given = {key: advice.get(key) for key in GENERATION if not isinstance(advice.get(key), bool)}
-    sampling = {key: value for key, value in given.items() if isinstance(value, GENERATION[key])}
+    values = {key: advice.get(key) for key in GENERATION if not isinstance(advice.get(key), bool)}
+    sampling = {key: value for key, value in values.items() if isinstance(value, GENERATION[key])}
     if advice.get("do_sample") is False:
         sampling = {"temperature": 0.0}
     ends = advice.get("eos_token_id")
@@ -354,12 +354,12 @@ class Models:
             await oldest.service.stop()
 
 
-def find_models(given: str | Path, config: ServeConfig, name: str | None = None, launch: Launch = launch) -> Models:
+def find_models(source: str | Path, config: ServeConfig, name: str | None = None, launch: Launch = launch) -> Models:
     """The models of a run, a stage or a directory; `name` renames a single one."""
-    for path in (Path(given), Path("runs") / given):
+    for path in (Path(source), Path("runs") / source):
         if (path / "recipe.toml").is_file():
             if name is not None:
-                raise UserError(f"{given} is a run: its models go by the names of their stages; leave the name out")
+                raise UserError(f"{source} is a run: its models go by the names of their stages; leave the name out")
             offers, broken = [], []
             for stage, folder in writing_models(path):
                 try:
@@ -367,12 +367,12 @@ def find_models(given: str | Path, config: ServeConfig, name: str | None = None,
                 except UserError as error:
                     broken.append(str(error))
             if not offers:
-                model_dir(given)  # raises if the run has no model at all
+                model_dir(source)  # raises if the run has no model at all
                 raise UserError(f"no model of {path} can be served: {broken[0]}")
             models = Models(offers, config, broken, launch)
             models.run = path
             return models
-    folder = model_dir(given)
+    folder = model_dir(source)
     return Models([read_facts(name or _name(folder), folder)], config, launch=launch)
 
 

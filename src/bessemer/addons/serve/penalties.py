@@ -100,25 +100,25 @@ class Penalties:
         self._params = {id(sequence): params for sequence, params in changed}
         fresh = {id(sequence): sequence for sequence, params in changed if params.counts}
         counting = self.sequences[: len(self._counted)]
-        for place in reversed(range(len(counting))):
-            if fresh.pop(id(counting[place]), None) is None:
-                self._give_up(place, counting)
+        for i in reversed(range(len(counting))):
+            if fresh.pop(id(counting[i]), None) is None:
+                self._give_up(i, counting)
         self._take_up(counting, list(fresh.values()))
         self._index_N = torch.from_numpy(self._host_N).to(self._index_N.device)
         self.sequences = counting + [sequence for sequence, params in changed if not params.counts]
         self._look_at_params(len(counting))
 
-    def _give_up(self, place: int, counting: list[ServedSequence]) -> None:
+    def _give_up(self, row: int, counting: list[ServedSequence]) -> None:
         last = len(counting) - 1
         columns: tuple[list[Any], ...] = (counting, self._counted, self._seen)
         for column in columns:
-            column[place] = column[last]
+            column[row] = column[last]
             column.pop()
         owner_N = self._host_N // self.vocab
-        moved_N = np.where(owner_N == last, self._host_N - (last - place) * self.vocab, self._host_N)
-        self._host_N = moved_N[owner_N != place]
-        if place < last:
-            self._answer_CV[place] = self._answer_CV[last]
+        moved_N = np.where(owner_N == last, self._host_N - (last - row) * self.vocab, self._host_N)
+        self._host_N = moved_N[owner_N != row]
+        if row < last:
+            self._answer_CV[row] = self._answer_CV[last]
 
     def _take_up(self, counting: list[ServedSequence], fresh: list[ServedSequence]) -> None:
         room, needed = len(self._answer_CV), len(counting) + len(fresh)
@@ -128,14 +128,14 @@ class Penalties:
         elif not needed:  # nobody has penalties any more: the memory goes too
             self._answer_CV = self._answer_CV[:0].clone()
         prompts: dict[int, tuple[frozenset[int], np.ndarray]] = {}
-        for place, sequence in enumerate(fresh, len(counting)):
-            self._answer_CV[place] = 0.0
+        for row, sequence in enumerate(fresh, len(counting)):
+            self._answer_CV[row] = 0.0
             prompt = sequence.request.prompt if self._params[id(sequence)].repetition_penalty != 1.0 else ()
             if id(prompt) not in prompts:  # samples of one request share it
                 ids = frozenset(prompt)
                 prompts[id(prompt)] = ids, np.fromiter(ids, np.int64, len(ids))
             ids, ids_N = prompts[id(prompt)]
-            self._host_N = np.concatenate((self._host_N, ids_N + place * self.vocab))
+            self._host_N = np.concatenate((self._host_N, ids_N + row * self.vocab))
             self._seen.append((ids, set()))
         counting += fresh
         self._counted += [0] * len(fresh)
@@ -148,7 +148,7 @@ class Penalties:
             for p in params[:C]
         ]
         self._factors_4C = torch.tensor(factors, device=device).view(C, 4).T.contiguous()
-        biases = [(place * self.vocab + token, value) for place, p in enumerate(params) for token, value in p.bias]
+        biases = [(row * self.vocab + token, value) for row, p in enumerate(params) for token, value in p.bias]
         self._bias = None
         if biases:
             places, values = zip(*biases, strict=True)
@@ -157,17 +157,17 @@ class Penalties:
     def _count(self) -> None:
         """Adds the tokens generated since the last call."""
         new, unseen = [], []
-        for place, (sequence, n) in enumerate(zip(self.sequences, self._counted, strict=False)):
-            prompt, others = self._seen[place]
+        for row, (sequence, n) in enumerate(zip(self.sequences, self._counted, strict=False)):
+            prompt, answers = self._seen[row]
             for token in sequence.tokens[n:]:
-                new.append(place * self.vocab + token)
-                if token not in prompt and token not in others:
-                    others.add(token)
+                new.append(row * self.vocab + token)
+                if token not in prompt and token not in answers:
+                    answers.add(token)
                     unseen.append(new[-1])
         if new:
             self._counted = [len(sequence.tokens) for sequence in self.sequences[: len(self._counted)]]
-            one = self._answer_CV.new_ones(())
-            self._answer_CV.view(-1).index_put_((indices(new, one.device),), one, accumulate=True)
+            ones = self._answer_CV.new_ones(())
+            self._answer_CV.view(-1).index_put_((indices(new, ones.device),), ones, accumulate=True)
         if unseen:
             self._host_N = np.concatenate((self._host_N, np.array(unseen, dtype=np.int64)))
             self._index_N = torch.cat((self._index_N, indices(unseen, self._index_N.device)))

@@ -42,10 +42,10 @@ class PrefixCache(LatentCache):
         """Pages that can still be allocated; None without a limit."""
         return None if self.limit is None else self.limit - self.pages.total + self.pages.available
 
-    def open(self, ids: Sequence[int], keys: list[bytes] | None = None, asked: int | None = None) -> PromptPages:
+    def open(self, ids: Sequence[int], keys: list[bytes] | None = None, max_length: int | None = None) -> PromptPages:
         """A prompt, starting from the longest cached prefix. keys: those of its pages that are already known; receives
         the others as they are computed. `asked` as in `PromptPages`."""
-        prompt = super().open(ids, keys, asked)
+        prompt = super().open(ids, keys, max_length)
         if self.prefix_cache:
             prompt.keys = [] if keys is None else keys
             least = 0 if self.drafts else 1  # at least one token is left to compute
@@ -77,7 +77,7 @@ class PrefixCache(LatentCache):
 
     def scrub(self, row: int) -> None:
         """Makes a row's own slots finite again after the network failed on it."""
-        own = [page for page in self.row_pages[row] if self.pages.exclusive(page)]
+        own = [page for page in self.row_pages[row] if self.pages.is_exclusive(page)]
         own_N = indices(own, self.table_BP.device)
         for pool in self.layers:
             pool[own_N] = 0.0
@@ -125,7 +125,7 @@ class CachedPages(PageAllocator):
         else:
             super()._unused(page)
 
-    def exclusive(self, page: int) -> bool:
+    def is_exclusive(self, page: int) -> bool:
         """The page has one user and is not cached."""
         return self._users[page] == 1 and page not in self._key
 
@@ -151,6 +151,6 @@ def prefix_keys(ids: Sequence[int], length: int, drafts: int, known: list[bytes]
     or grows is hashed once."""
     for n, end in enumerate(range(PAGE + drafts, length + 1, PAGE)):
         if n == len(known):
-            before, page = known[-1] if known else b"", array("q", ids[end - PAGE - drafts : end])
-            known.append(hashlib.blake2b(before + page.tobytes(), digest_size=16).digest())
+            previous, page = known[-1] if known else b"", array("q", ids[end - PAGE - drafts : end])
+            known.append(hashlib.blake2b(previous + page.tobytes(), digest_size=16).digest())
         yield known[n]

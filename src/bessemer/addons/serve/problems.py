@@ -70,16 +70,16 @@ def add_problems(app: FastAPI, models: Models) -> None:
         if body.task not in {skill.task for skill in facts.practice.skills}:
             raise invalid(f"{facts.name} was not trained on a task {body.task!r}", "task")
         async with judges:
-            found = await asyncio.to_thread(_judge, body)
-        return AnswerVerdict(correct=found.correct, reason=found.reason, answer=found.answer)
+            judged = await asyncio.to_thread(_judge, body)
+        return AnswerVerdict(correct=judged.correct, reason=judged.reason, answer=judged.answer)
 
 
 def offered(facts: ModelFacts) -> list[OfferedProblem]:
     """At most GROUPS groups of PER_GROUP problems, one group per task and language. A model is asked about tasks that
     it has only read about only if it practised none."""
     groups: list[list[OfferedProblem]] = []
-    known = facts.practice.skills
-    for skill in [skill for skill in known if skill.practised] or known:
+    trained_skills = facts.practice.skills
+    for skill in [skill for skill in trained_skills if skill.practised] or trained_skills:
         task = _checkable(skill.task)
         groups += [_some(skill.task, language) for language in task.languages] if task else []
         if len(groups) >= GROUPS:
@@ -121,8 +121,8 @@ def _judge(body: AnswerToJudge) -> tasks.Verdict:
     if task is None:
         raise invalid(f"answers to {body.task!r} cannot be judged here", "task")
     if body.language not in task.languages:
-        known = ", ".join(task.languages)
-        raise invalid(f"{body.task!r} has no language {body.language!r}; it has {known}", "language")
+        available = ", ".join(task.languages)
+        raise invalid(f"{body.task!r} has no language {body.language!r}; it has {available}", "language")
     size = task.size("test")
     if size is not None and body.number >= size:
         raise invalid(f"{body.task!r} has {size} held-out problems", "number")

@@ -98,8 +98,8 @@ class ReasoningParser:
             self._inside = kind == OPEN
         if kind == TEXT or not self._split:
             return self._show(self.stop_buffer.push(self.decoder.push(token_id), TEXT))
-        before = self.stop_buffer.push(self.decoder.flush(), TEXT)  # a character that the tag leaves unfinished
-        return self._show(before + self.stop_buffer.push(self.decoder.push(token_id), kind))
+        flushed = self.stop_buffer.push(self.decoder.flush(), TEXT)  # a character that the tag leaves unfinished
+        return self._show(flushed + self.stop_buffer.push(self.decoder.push(token_id), kind))
 
     def end(self) -> list[AnswerEvent]:
         """The delayed text, which can be shown now that nothing follows."""
@@ -192,15 +192,15 @@ class StopBuffer:
         pending, stops = self._pending, self.stop_strings
         if any(pending.endswith(stops, 0, end) for end in range(start + 1, len(pending) + 1)):
             self.stopped = True
-            shown = self._up_to(min(place for stop in stops if (place := pending.find(stop)) >= 0))
+            shown = self._up_to(min(position for stop in stops if (position := pending.find(stop)) >= 0))
             self._texts = []
             return shown
         return self._up_to(next((n for n in range(len(pending)) if self._may_begin(pending[n:])), len(pending)))
 
     def _may_begin(self, text: str) -> bool:
         """Whether a stop string begins with `text`."""
-        place = bisect_left(self.stop_strings, text)
-        return place < len(self.stop_strings) and self.stop_strings[place].startswith(text)
+        i = bisect_left(self.stop_strings, text)
+        return i < len(self.stop_strings) and self.stop_strings[i].startswith(text)
 
     def end(self) -> list[TaggedText]:
         shown, self._texts, self._pending = self._texts, [], ""

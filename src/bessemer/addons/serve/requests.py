@@ -68,7 +68,7 @@ class Control(Protocol):
     def start(self, sequence: ServedSequence) -> None:
         """The sequence enters a batch, for the first time or after a preemption."""
 
-    def append(self, token: int, left: int) -> tuple[FinishReason, str] | None:
+    def append(self, token: int, remaining: int) -> tuple[FinishReason, str] | None:
         """A token was added, and at most `left` may follow. Returns why the sequence ends, and with `error` what went
         wrong; None if it goes on."""
 
@@ -117,8 +117,8 @@ class ServedSequence(Sequence):
         """Adds the experts of tokens that were fed to the model."""
         self.routes += [tuple(map(tuple, expert_LK)) for expert_LK in expert_TLK.tolist()]
 
-    def append(self, token: int, logp: float, raw_logp: float, kept: list[int] | None = None) -> None:
-        super().append(token, logp, raw_logp, kept)
+    def append(self, token: int, logp: float, raw_logp: float, kept_ids: list[int] | None = None) -> None:
+        super().append(token, logp, raw_logp, kept_ids)
         if self.control is not None:
             ended = self.control.append(token, self.request.max_new_tokens - len(self.tokens))
             if ended is not None:

@@ -173,7 +173,7 @@ class ResponsesResponder(chat.ChatResponder):
 
     id_prefix, object = "resp", "response"
     end: ClassVar[bytes] = b""
-    asked: ResponsesRequest
+    request: ResponsesRequest
 
     async def events(self, stream: Stream | None) -> AsyncIterator[bytes]:
         started = self._response("in_progress", [], None)
@@ -227,9 +227,9 @@ class ResponsesResponder(chat.ChatResponder):
         return "incomplete" if self.choices[0].finish_reason == "length" else "completed"
 
     def _response(self, status: str, items: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
-        asked, envelope = self.asked, self._envelope
-        choice = asked.tool_choice or ("auto" if asked.tools else "none")
-        text_format = asked.text.format if asked.text and asked.text.format else TextFormat(type="text")
+        request, envelope = self.request, self._envelope
+        choice = request.tool_choice or ("auto" if request.tools else "none")
+        text_format = request.text.format if request.text and request.text.format else TextFormat(type="text")
         return {
             "id": envelope["id"],
             "object": "response",
@@ -247,16 +247,16 @@ class ResponsesResponder(chat.ChatResponder):
                 "total_tokens": usage["total_tokens"],
             },
             "error": None,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "metadata": asked.metadata or {},
-            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "metadata": request.metadata or {},
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": self.requests[0].sampling.temperature,
             "text": {"format": text_format.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": [tool.model_dump() for tool in asked.tools or ()],
+            "tools": [tool.model_dump() for tool in request.tools or ()],
             "top_p": self.requests[0].sampling.top_p,
         }
 
@@ -279,7 +279,7 @@ async def prepare(body: ResponsesRequest, model: LoadedModel, client: str) -> Re
         error.param = FIELDS_OF_CHAT.get(error.param or "", error.param)
         raise
     assert isinstance(responder, ResponsesResponder)
-    responder.asked = body
+    responder.request = body
     return responder
 
 
@@ -288,7 +288,7 @@ def _chat_request(body: ResponsesRequest) -> ChatRequest:
     turns += [Turn(role="user", content=body.input)] if isinstance(body.input, str) else _turns(body.input)
     if not turns:
         raise invalid("input holds no message", "input")
-    wanted = body.text.format if body.text else None
+    text_format = body.text.format if body.text else None
     return ChatRequest(
         model=body.model,
         messages=turns,
@@ -302,7 +302,7 @@ def _chat_request(body: ResponsesRequest) -> ChatRequest:
         tool_choice=_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
-        response_format=_response_format(wanted) if wanted else None,
+        response_format=_response_format(text_format) if text_format else None,
     )
 
 
@@ -344,6 +344,6 @@ def _choice(
     return NamedTool(type="function", function=FunctionName(name=choice.name))
 
 
-def _response_format(wanted: TextFormat) -> ResponseFormat:
-    schema = None if wanted.schema_ is None else JsonSchema(name=wanted.name, schema=wanted.schema_)
-    return ResponseFormat(type=wanted.type, json_schema=schema)
+def _response_format(text_format: TextFormat) -> ResponseFormat:
+    schema = None if text_format.schema_ is None else JsonSchema(name=text_format.name, schema=text_format.schema_)
+    return ResponseFormat(type=text_format.type, json_schema=schema)

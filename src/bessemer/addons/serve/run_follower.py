@@ -67,11 +67,11 @@ class RolloutTail:
         anew, lines = self._tail.read()
         while self._tail.more:
             lines += self._tail.read()[1]
-        kept = [] if anew or (self.newest and not self.path.exists()) else self.newest
+        recent = [] if anew or (self.newest and not self.path.exists()) else self.newest
         for line in lines[-ROLLOUTS:]:
             self._count += 1
-            kept = [*kept, _rollout(line, self._count)]
-        self.newest = kept[-ROLLOUTS:]
+            recent = [*recent, _rollout(line, self._count)]
+        self.newest = recent[-ROLLOUTS:]
 
 
 class RunFollower:
@@ -93,21 +93,21 @@ class RunFollower:
         self._generation = 0
         self._begun = False
         """The directory has been looked at once."""
-        self._looked = self._asked = time.monotonic()
+        self._looked = self._last_request = time.monotonic()
         self._ticked: dict[Path, tuple[int, float]] = {}
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Starts the thread if it does not run. Every request calls this, since it means that somebody is watching."""
         with self.lock:
-            self._asked = time.monotonic()
+            self._last_request = time.monotonic()
             if self._thread is None or not self._thread.is_alive():
-                self._looked = self._asked
+                self._looked = self._last_request
                 self._thread = threading.Thread(target=self._follow, daemon=True)
                 self._thread.start()
 
     def _follow(self) -> None:
-        while time.monotonic() - self._asked < UNWATCHED:
+        while time.monotonic() - self._last_request < UNWATCHED:
             if not self.poll():
                 time.sleep(EVERY)
 
@@ -167,12 +167,12 @@ class RunFollower:
             done, wall = self._json(folder / "done.json"), self._json(folder / "wall.json")
         seconds = (done or wall or {}).get("seconds")
         state = "waiting" if folder is None else "finished" if done else "stopped"
-        if folder is not None and not done and self._ticks(folder / "wall.json"):
+        if folder is not None and not done and self._is_ticking(folder / "wall.json"):
             state = "running"
         number = seconds if isinstance(seconds, int | float) else None
         return {"name": name, "kind": kind, "state": state, "seconds": number}
 
-    def _ticks(self, wall: Path) -> bool:
+    def _is_ticking(self, wall: Path) -> bool:
         """Whether a stage's clock on disk was written lately: timed from when we saw it change, or by its file time."""
         try:
             written = wall.stat().st_mtime_ns
@@ -225,26 +225,26 @@ class RunFollower:
 
     def _trouble(self) -> list[str]:
         """Sentences that say what is wrong with the directory."""
-        found = []
+        troubles = []
         waited = time.monotonic() - self._looked
         if self._gone:
-            found.append(f"{self.root} cannot be read now ({self._gone}); what this page had stays until it is back")
+            troubles.append(f"{self.root} cannot be read now ({self._gone}); what this page had stays until it is back")
         elif waited > SLOW:
-            found.append(f"the disk of {self.root} has not answered for {waited:.0f} seconds")
+            troubles.append(f"the disk of {self.root} has not answered for {waited:.0f} seconds")
         if self._recipe_fault:
-            found.append(f"recipe.toml cannot be read ({self._recipe_fault})")
+            troubles.append(f"recipe.toml cannot be read ({self._recipe_fault})")
         if broken := self.store.broken + self._tail.broken:
             lines = "a damaged line, which is" if broken == 1 else f"{broken} damaged lines, which are"
-            found.append(f"metrics.jsonl has {lines} left out")
-        return found
+            troubles.append(f"metrics.jsonl has {lines} left out")
+        return troubles
 
     def _alarms(self) -> list[dict[str, Any]]:
-        found = []
+        alarms = []
         for stage, tracker in self.store.alarms.items():
             active = {alarm.code: alarm for alarm in tracker.active}
             for code, (step, first) in tracker.raised.items():
                 alarm = active.get(code, first)
-                found.append({
+                alarms.append({
                     "stage": stage, "step": step, "active": code in active, "title": alarm.title,
                     "message": alarm.message, "cause": alarm.cause, "advice": alarm.advice,
                 })  # fmt: skip
@@ -252,20 +252,20 @@ class RunFollower:
             for name, column in lines.columns.items():
                 if column.bad:
                     times = "once" if column.bad == 1 else f"{column.bad} times, last"
-                    found.append({
+                    alarms.append({
                         "stage": stage, "step": column.bad_step, "active": False, "title": "not finite",
                         "message": f"{name} was not finite {times} at step {column.bad_step}",
                         "cause": "", "advice": "",
                     })  # fmt: skip
-        return found
+        return alarms
 
 
 def _rollout(line: dict[str, Any], number: int) -> dict[str, Any]:
     """What the page shows of a line of rollouts.jsonl. Its values come from a file and may be anything."""
 
     def text(key: str) -> str:
-        whole = str(line.get(key, ""))
-        return whole if len(whole) <= LONGEST else f"{whole[:LONGEST]}… {len(whole) - LONGEST:,} more characters"
+        full = str(line.get(key, ""))
+        return full if len(full) <= LONGEST else f"{full[:LONGEST]}… {len(full) - LONGEST:,} more characters"
 
     def fact(key: str, *kinds: type) -> object:
         return value if isinstance(value := line.get(key), kinds) else None

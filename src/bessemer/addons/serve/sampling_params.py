@@ -24,21 +24,21 @@ DEFAULTED = ("temperature", "top_p", "top_k", "min_p")
 
 def sampling(body: Generation, defaults: dict[str, Any]) -> SamplingParams:
     """How tokens are sampled. A temperature too small for float32, or a top_p of 0, means the likeliest token."""
-    given = _given(body, DEFAULTED, defaults)
-    if given.get("top_k") == -1:
-        given["top_k"] = 0
-    if given.get("top_p") == 0:
-        given |= {"top_p": 1.0, "temperature": 0.0}
-    if given.get("temperature", 1.0) < MIN_TEMPERATURE:
-        given["temperature"] = 0.0
-    return SamplingParams(**given)
+    params = _given(body, DEFAULTED, defaults)
+    if params.get("top_k") == -1:
+        params["top_k"] = 0
+    if params.get("top_p") == 0:
+        params |= {"top_p": 1.0, "temperature": 0.0}
+    if params.get("temperature", 1.0) < MIN_TEMPERATURE:
+        params["temperature"] = 0.0
+    return SamplingParams(**params)
 
 
 def penalties(body: Generation, defaults: dict[str, Any], vocab_size: int) -> PenaltyParams:
     """How earlier tokens and biases change the logits."""
-    given = _given(body, ("repetition_penalty",), defaults)
-    given |= _given(body, ("presence_penalty", "frequency_penalty"), {})
-    return PenaltyParams(**given, bias=_bias(body.logit_bias or {}, vocab_size))
+    params = _given(body, ("repetition_penalty",), defaults)
+    params |= _given(body, ("presence_penalty", "frequency_penalty"), {})
+    return PenaltyParams(**params, bias=_bias(body.logit_bias or {}, vocab_size))
 
 
 def _given(body: Generation, names: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -47,11 +47,11 @@ def _given(body: Generation, names: Iterable[str], defaults: dict[str, Any]) -> 
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _bias(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    for name in given:
+def _bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    for name in biases:
         if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab_size):
             raise invalid(f"logit_bias: {name!r} is not a token id below {vocab_size}", "logit_bias")
-    return tuple(sorted((int(name), value) for name, value in given.items()))
+    return tuple(sorted((int(name), value) for name, value in biases.items()))
 
 
 def requests(
@@ -86,7 +86,7 @@ def requests(
         if len(ids) >= model.facts.context:
             raise model.too_long(len(ids), param)
     numbers: Counter[tuple[int, ...]] = Counter()
-    made: list[ServedRequest] = []
+    served: list[ServedRequest] = []
     for ids in prompts:
         digest, first, n = prompt_digest(ids), numbers[ids], body.n or 1
         numbers[ids] += n
@@ -103,15 +103,15 @@ def requests(
             client=client,
             user=body.user or "",
         )
-        made += [replace(request, key=stream_key(seed, digest, first + k)) for k in range(n)]
-    return made
+        served += [replace(request, key=stream_key(seed, digest, first + k)) for k in range(n)]
+    return served
 
 
 def room(model: LoadedModel, prompt_tokens: int, max_tokens: int | None) -> int:
     """Most new tokens in an answer to such a prompt. Without `max_tokens` the answer stays within the positions that
     the model was trained on, unless the prompt already fills them."""
-    left = max(0, model.facts.context - prompt_tokens)
+    remaining = max(0, model.facts.context - prompt_tokens)
     if max_tokens is not None:
-        return min(max_tokens, left)
+        return min(max_tokens, remaining)
     trained = (model.facts.practice.trained_length or 0) - prompt_tokens
-    return min(left, trained) if trained > 0 else left
+    return min(remaining, trained) if trained > 0 else remaining

@@ -146,7 +146,7 @@ class Scheduler:
         return min(PAGE * pages_for(self.cache_tokens) - self.runner.lookahead + 1, self.model.cfg.max_seq_len)
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether no request is waiting or running."""
         return not (self.queue or self.prefills or self.runner.sequences)
 
@@ -309,10 +309,13 @@ class WaitingQueue:
         free, lookahead, count = scheduler.cache.free_pages(), scheduler.runner.lookahead, len(job.sequences)
         if free is None:  # every row has as many slots as the longest
             running = scheduler.started()
-            longest = max(len(one.request.prompt) + one.request.max_new_tokens for one in (*running, *job.sequences))
+            longest = max(
+                len(sequence.request.prompt) + sequence.request.max_new_tokens
+                for sequence in (*running, *job.sequences)
+            )
             return max(0, min(count, scheduler.cache_tokens // longest - len(running)))
-        left = free - scheduler.reserved_pages()
-        while count and job.pages_needed(lookahead, count) > left:
+        remaining = free - scheduler.reserved_pages()
+        while count and job.pages_needed(lookahead, count) > remaining:
             count -= 1
         return count
 
@@ -322,5 +325,5 @@ def same_prompt(sequences: Iterable[ServedSequence]) -> list[ServedSequence]:
     sequences = iter(sequences)
     first = next(sequences)
     prompt = first.request.prompt
-    same = lambda ids: ids is prompt or ids == prompt  # noqa: E731 (comparing a long prompt with itself takes time)
-    return [first, *takewhile(lambda sequence: same(sequence.request.prompt), sequences)]
+    is_same = lambda ids: ids is prompt or ids == prompt  # noqa: E731 (comparing a long prompt with itself takes time)
+    return [first, *takewhile(lambda sequence: is_same(sequence.request.prompt), sequences)]

@@ -119,21 +119,21 @@ class ServedRunner(ModelRunner[ServedSequence]):
         """Stores the requested top tokens of the token about to be appended, for `selected` sequences."""
         if not self._top:
             return
-        found = top_tokens(self.sequences, logits_BV, self.vocab) or []
-        for b, (sequence, top) in enumerate(zip(self.sequences, found, strict=True)):
+        tops = top_tokens(self.sequences, logits_BV, self.vocab) or []
+        for b, (sequence, top) in enumerate(zip(self.sequences, tops, strict=True)):
             if sequence.request.top and (selected is None or selected[b]):
                 sequence.top.append(top)
 
 
 def top_tokens(sequences: list[ServedSequence], logits_BV: Tensor, vocab: int) -> list[TopTokens] | None:
     """The most likely tokens for every sequence that requests them; None if none does."""
-    wanted = [b for b, sequence in enumerate(sequences) if sequence.request.top]
-    if not wanted:
+    rows = [b for b, sequence in enumerate(sequences) if sequence.request.top]
+    if not rows:
         return None
-    most = max(sequences[b].request.top for b in wanted)
-    own_BV = logits_BV if len(wanted) == len(sequences) else logits_BV[indices(wanted, logits_BV.device)]
+    most = max(sequences[b].request.top for b in rows)
+    own_BV = logits_BV if len(rows) == len(sequences) else logits_BV[indices(rows, logits_BV.device)]
     best = own_BV.log_softmax(-1)[:, :vocab].topk(min(most, vocab), -1)
-    found: list[TopTokens] = [()] * len(sequences)
-    for b, ids, values in zip(wanted, best.indices.tolist(), best.values.tolist(), strict=True):
-        found[b] = tuple(zip(ids, values, strict=True))[: sequences[b].request.top]
-    return found
+    tops: list[TopTokens] = [()] * len(sequences)
+    for b, ids, values in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True):
+        tops[b] = tuple(zip(ids, values, strict=True))[: sequences[b].request.top]
+    return tops

@@ -112,12 +112,12 @@ class Stream:
 
 def launch(folder: Path, config: ServeConfig) -> tuple[Connection, subprocess.Popen[bytes]]:
     """Starts a worker in a fresh process: a fork of this one would copy its threads' locks but not its threads."""
-    ours, theirs = Pipe()
-    command = [sys.executable, "-c", f"from {worker.__name__} import main; main()", str(theirs.fileno())]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-    theirs.close()
-    ours.send((folder, config))
-    return ours, process
+    parent_end, child_end = Pipe()
+    command = [sys.executable, "-c", f"from {worker.__name__} import main; main()", str(child_end.fileno())]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[child_end.fileno()])
+    child_end.close()
+    parent_end.send((folder, config))
+    return parent_end, process
 
 
 class Service:
@@ -128,12 +128,12 @@ class Service:
         self.config = config
         try:
             self.connection, self.process = launch(folder, config)
-            kind, *rest = self.connection.recv()
+            kind, *arguments = self.connection.recv()
         except (EOFError, OSError):  # OSError: it had not even read what to load
             raise UserError(f"{folder}: the model's process ended while loading it (no memory left?)") from None
         if kind == worker.REFUSED:
-            raise UserError(rest[1])
-        self.facts: WorkerFacts = rest[0]
+            raise UserError(arguments[1])
+        self.facts: WorkerFacts = arguments[0]
         self.stats = ServiceStats()
         self.alive = True
         self.last_used = monotonic()
@@ -208,11 +208,11 @@ class Service:
         first, self._numbered = self._numbered + 1, self._numbered + count
         return range(first, self._numbered + 1)
 
-    async def _call(self, kind: str, *rest: object) -> Any:
+    async def _call(self, kind: str, *arguments: object) -> Any:
         (call,) = self._new_numbers(1)
         self._calls[call] = answer = self.loop.create_future()
         try:
-            self._send(kind, call, *rest)
+            self._send(kind, call, *arguments)
             return await answer
         finally:
             self._calls.pop(call, None)
@@ -235,14 +235,14 @@ class Service:
 
     def _read(self) -> None:
         try:
-            kind, *rest = pickle.loads(self.connection.recv_bytes())
+            kind, *arguments = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             self._close("its process has ended")
             return
         if kind == worker.EVENTS:
-            self._on_events(*rest)
-        elif (future := self._calls.get(rest[0])) and not future.done():
-            future.set_exception(UserError(rest[1])) if kind == worker.REFUSED else future.set_result(rest[1])
+            self._on_events(*arguments)
+        elif (future := self._calls.get(arguments[0])) and not future.done():
+            future.set_exception(UserError(arguments[1])) if kind == worker.REFUSED else future.set_result(arguments[1])
 
     def _on_events(self, records: Iterable[tuple[Any, ...]], scheduler: dict[str, float] | None) -> None:
         now = self.loop.time()

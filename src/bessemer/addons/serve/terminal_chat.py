@@ -105,11 +105,11 @@ def _reader() -> Callable[[str], str]:
         def edited(prompt: str) -> str:
             # The editor takes Ctrl-C itself. During its setup, Ctrl-C would break its event loop, and there is nothing
             # yet that it could end.
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             try:
                 return session.prompt(prompt)
             finally:
-                signal.signal(signal.SIGINT, before)
+                signal.signal(signal.SIGINT, handler)
 
         return edited
 
@@ -151,8 +151,8 @@ class Conversation:
 
     def obey(self, line: str) -> None:
         """Runs one command."""
-        command, _, rest = line.partition(" ")
-        rest = rest.strip()
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
         if command == "/continue" and self.unfinished:
             self._generate(*self.unfinished)
         elif command == "/continue":
@@ -160,13 +160,13 @@ class Conversation:
         elif command == "/think":
             self.note(self.thought or "no thought yet")
         elif command == "/system":
-            self.system = "" if rest == "-" else rest or self.system
+            self.system = "" if argument == "-" else argument or self.system
             self.note(f"system message: {self.system or 'none'}")
         elif command == "/alone":
             self.alone = not self.alone
             self.note("each question alone" if self.alone else "the conversation from here on")
         elif command == "/save":
-            self._save(rest)
+            self._save(argument)
         elif command == "/reset":
             self.messages, self.lines, self.unfinished = [], [], None
             self.note("forgotten")
@@ -177,14 +177,14 @@ class Conversation:
         """Runs one turn; a turn that fails leaves the conversation unchanged."""
         # A terminal passes bytes that are not UTF-8 as lone surrogates, which no tokenizer accepts.
         line = line.encode("utf-8", "replace").decode()
-        before, lines = self.messages, self.lines
-        self.messages = [*([] if self.alone else before), {"role": "user", "content": line}]
+        earlier, lines = self.messages, self.lines
+        self.messages = [*([] if self.alone else earlier), {"role": "user", "content": line}]
         self.lines = [*(lines if self.alone else lines[:-1]), []]
         try:
             prompt = self._prompt()
             self._generate(prompt, Screen(self.engine.tokenizer, self.show, self.dim, prompt))
         except BaseException as error:
-            self.messages, self.lines = before, lines
+            self.messages, self.lines = earlier, lines
             if not isinstance(error, UserError):
                 raise
             self.note(f"error: {error}")
@@ -206,7 +206,7 @@ class Conversation:
             why = "stopped"
         screen.pause(bool(why))
         self.thought = screen.styled_thought()
-        answered = [one for one in self.messages if one is not screen.message]
+        answered = [turn for turn in self.messages if turn is not screen.message]
         screen.message = {"role": "assistant", "content": screen.content(self.style)}
         self.messages = [*answered, screen.message]
         self.lines[-1] = [*self._system, *self.messages]

@@ -75,17 +75,17 @@ class TokenControl:
         self._n_thinking = None if self._n_thinking is None else 0
         self._count_thinking(sequence.tokens)
 
-    def append(self, token: int, left: int) -> tuple[FinishReason, str] | None:
+    def append(self, token: int, remaining: int) -> tuple[FinishReason, str] | None:
         if self.rules.thinking_budget is not None:
             self._count_thinking((token,))
         grammar = self.grammar
         if grammar is None:
             return None
         grammar.append(token)
-        grammar.few(left, self._most)
+        grammar.few(remaining, self._most)
         if grammar.error:
             return "error", f"the grammar of this answer failed: {grammar.error}"
-        return ("length" if grammar.cut else "stop", "") if grammar.complete else None
+        return ("length" if grammar.cut else "stop", "") if grammar.is_complete else None
 
     def allowed(self, vocab: int) -> Tensor | None:
         """The tokens that may come next, bool [vocab]; None for all."""
@@ -120,23 +120,31 @@ class TokenControls(Controls):
         rules = request.control
         if not isinstance(rules, TokenRules):
             return None
-        if (bad := next((one for one, _ in rules.penalties.bias if not 0 <= one < self._width), None)) is not None:
+        if (
+            bad := next((token for token, _ in rules.penalties.bias if not 0 <= token < self._width), None)
+        ) is not None:
             raise UserError(f"bias: {bad} is no token id below {self._width}")
         grammar = self._grammars.start(rules.grammar, rules.grammar_waits) if rules.grammar else None
         return TokenControl(rules, grammar, self._think)
 
     def follow(self, live: list[ServedSequence]) -> None:
-        controls = {id(one): (b, one.control) for b, one in enumerate(live) if isinstance(one.control, TokenControl)}
-        self._penalties.follow([(one, controls[id(one)][1].rules.penalties) for one in live if id(one) in controls])
-        self._live = [controls.pop(id(one)) for one in self._penalties.sequences] + list(controls.values())
+        controls = {
+            id(sequence): (b, sequence.control)
+            for b, sequence in enumerate(live)
+            if isinstance(sequence.control, TokenControl)
+        }
+        self._penalties.follow(
+            [(sequence, controls[id(sequence)][1].rules.penalties) for sequence in live if id(sequence) in controls]
+        )
+        self._live = [controls.pop(id(sequence)) for sequence in self._penalties.sequences] + list(controls.values())
 
     def bound(self) -> list[int]:
         return [b for b, control in self._live if not control.free]
 
     def change(self, sequences: list[ServedSequence], logits_BV: Tensor, vocab: int) -> None:
         self._penalties.apply(logits_BV)
-        controls = [one.control for one in sequences]
-        masks = [one.allowed(vocab) if isinstance(one, TokenControl) else None for one in controls]
+        controls = [sequence.control for sequence in sequences]
+        masks = [control.allowed(vocab) if isinstance(control, TokenControl) else None for control in controls]
         if all(mask is None for mask in masks):
             return
         every_V = torch.ones(vocab, dtype=torch.bool)

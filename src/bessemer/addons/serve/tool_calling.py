@@ -83,30 +83,30 @@ def messages_of(turns: Sequence[Turn]) -> list[Message]:
     """The turns of a request as messages for a template, with outputs in the order of their calls. Raises ApiError if
     calls and outputs do not match."""
     messages: list[Message] = []
-    place = 0
-    while place < len(turns):
-        turn = turns[place]
+    i = 0
+    while i < len(turns):
+        turn = turns[i]
         if turn.role == "tool":
-            raise invalid(f"message {place} is the output of a tool, and no call comes before it", "messages")
+            raise invalid(f"message {i} is the output of a tool, and no call comes before it", "messages")
         role = "system" if turn.role == "developer" else turn.role
         messages.append({"role": role, "content": "".join(turn_texts(turn))})
-        place += 1
+        i += 1
         if not turn.tool_calls:
             continue
         if role != "assistant":
-            raise invalid(f"message {place - 1} of role {role!r} has tool_calls; only the assistant calls", "messages")
+            raise invalid(f"message {i - 1} of role {role!r} has tool_calls; only the assistant calls", "messages")
         if turn.reasoning_content:  # the template drops it if it belongs to an earlier question
             thought = f"{THINK}\n{turn.reasoning_content}\n{THINK_END}\n\n"
             messages[-1]["content"] = thought + messages[-1]["content"]
         messages[-1]["tool_calls"] = [call.model_dump() for call in turn.tool_calls]
-        end = next((n for n in range(place, len(turns)) if turns[n].role != "tool"), len(turns))
-        outputs = {turns[n].tool_call_id: turns[n] for n in range(place, end)}
+        end = next((n for n in range(i, len(turns)) if turns[n].role != "tool"), len(turns))
+        outputs = {turns[n].tool_call_id: turns[n] for n in range(i, end)}
         ids = [call.id for call in turn.tool_calls]
-        if len(set(ids)) < len(ids) or len(outputs) < end - place or set(outputs) != set(ids):
+        if len(set(ids)) < len(ids) or len(outputs) < end - i or set(outputs) != set(ids):
             what = "must be followed by one message of role tool for each call, with its tool_call_id"
-            raise invalid(f"message {place - 1} has tool_calls and {what}", "messages")
+            raise invalid(f"message {i - 1} has tool_calls and {what}", "messages")
         messages += [{"role": "tool", "content": "".join(turn_texts(outputs[call_id]))} for call_id in ids]
-        place = end
+        i = end
     return messages
 
 
@@ -115,11 +115,15 @@ def turn_texts(turn: Turn) -> list[str]:
     return [part.text for part in turn.content] if isinstance(turn.content, list) else [turn.content or ""]
 
 
-def text_size(turns: Sequence[Turn], each: int = 100) -> int:
+def text_size(turns: Sequence[Turn], overhead: int = 100) -> int:
     """Characters of a conversation, plus `each` per message and per call for the cost of rendering it."""
-    texts = sum(each + len(text) for turn in turns for text in turn_texts(turn))
+    texts = sum(overhead + len(text) for turn in turns for text in turn_texts(turn))
     thoughts = sum(len(turn.reasoning_content or "") for turn in turns if turn.tool_calls)
-    return texts + thoughts + sum(each + len(one.function.arguments) for turn in turns for one in turn.tool_calls or ())
+    return (
+        texts
+        + thoughts
+        + sum(overhead + len(call.function.arguments) for turn in turns for call in turn.tool_calls or ())
+    )
 
 
 class CallWriter:
@@ -131,7 +135,7 @@ class CallWriter:
         self._ids: list[str] = []
 
     @property
-    def called(self) -> bool:
+    def has_called(self) -> bool:
         return bool(self._ids)
 
     def delta(self, text: str) -> dict[str, Any]:
@@ -154,7 +158,7 @@ class CallWriter:
                     calls.append({key: value for key, value in piece.items() if key != "index"})
                 else:
                     calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
-        if not self.called:
+        if not self.has_called:
             fields["content"] = fields["content"] or ""
         return fields
 

@@ -115,21 +115,21 @@ def _multi_turn(table: dict[str, Any], folders: dict[str, Path]) -> Iterator[boo
 
 def _ancestry(name: str, tables: dict[str, Any], folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
     """The tables of a stage and of everything it was made from, nearest first."""
-    waiting, seen = [name], {name}
+    waiting, visited = [name], {name}
     while waiting:
-        one = waiting.pop(0)
-        table = tables[one]
+        stage = waiting.pop(0)
+        table = tables[stage]
         if table.get("kind") == "reward-model":
             continue
         yield table
-        record = _read(folders[one] / "stage.json") if one in folders else None
+        record = _read(folders[stage] / "stage.json") if stage in folders else None
         sources = [*(record or {}).get("inputs", {}), table.get("from")]
         if not starts_from(table.get("kind")):  # the stage before it is an input that it does not read
             named = {value for key, value in table.items() if key != "from" and isinstance(value, str)}
             sources = [source for source in sources if source in named]
-        fresh = [source for source in dict.fromkeys(sources) if source in tables and source not in seen]
+        fresh = [source for source in dict.fromkeys(sources) if source in tables and source not in visited]
         waiting += fresh
-        seen.update(fresh)
+        visited.update(fresh)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -147,8 +147,8 @@ def _evaluation(name: str, folders: dict[str, Path]) -> tuple[list[dict[str, Any
     """The rows of a model's last evaluation that are closest to how it is asked here: without examples, at the lowest
     temperature. And that temperature."""
     for folder in reversed(folders.values()):
-        found = (_read(folder / "results.json") or {}).get("rows", [])
-        rows = [row for row in found if row.get("model") == name and isinstance(row.get("pass_at_1"), int | float)]
+        evaluated = (_read(folder / "results.json") or {}).get("rows", [])
+        rows = [row for row in evaluated if row.get("model") == name and isinstance(row.get("pass_at_1"), int | float)]
         rows = [row for row in rows if not row.get("shots") and not row.get("prefix")] or rows
         if rows:
             lowest = min(float(row.get("temperature", 1.0)) for row in rows)

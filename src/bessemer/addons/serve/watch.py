@@ -99,10 +99,10 @@ def add_watch(app: FastAPI, followers: Sequence[RunFollower], home: str = "/", c
         lines = []
         for run, follower in enumerate(followers):
             with follower.lock:
-                known = follower.store.stages.get(stage)
-                names = _metrics(known, panel) if known else []
-                found = [(name, *known.curve(name, over, *bounds)) for name in names] if known else []
-            lines += [line | {"run": run} for line in map(_line, found) if line["x"]]
+                stage_lines = follower.store.stages.get(stage)
+                names = _metrics(stage_lines, panel) if stage_lines else []
+                measured = [(name, *stage_lines.curve(name, over, *bounds)) for name in names] if stage_lines else []
+            lines += [line | {"run": run} for line in map(_line, measured) if line["x"]]
         return answer({"lines": lines})
 
     @app.get(f"{home}api/experts", include_in_schema=False)
@@ -110,20 +110,20 @@ def add_watch(app: FastAPI, followers: Sequence[RunFollower], home: str = "/", c
         maps = []
         for run, follower in enumerate(followers):
             with follower.lock:
-                known = follower.store.stages.get(stage)
-                loads = known.loads.get(LOADS + layer) if known else None
-                if known and loads and loads.rows:
-                    steps = [known.steps[row] for row in loads.rows]
+                stage_lines = follower.store.stages.get(stage)
+                loads = stage_lines.loads.get(LOADS + layer) if stage_lines else None
+                if stage_lines and loads and loads.rows:
+                    steps = [stage_lines.steps[row] for row in loads.rows]
                     maps.append({"run": run, "steps": steps, "shares": list(loads.shares)})
         return answer({"maps": maps})
 
     @app.get(f"{home}api/rollouts", include_in_schema=False)
     def rollouts(stage: str, most: int = Query(12, ge=1, le=24)) -> Response:
-        found = []
+        rows = []
         for run, follower in enumerate(followers):
             tail = follower.rollouts.get(stage)
-            found += [{"run": run, **line} for line in tail.newest[-most:]] if tail else []
-        return answer({"rollouts": found})
+            rows += [{"run": run, **line} for line in tail.newest[-most:]] if tail else []
+        return answer({"rollouts": rows})
 
 
 def _drawn(followers: Sequence[RunFollower], stage: str) -> dict[str, Any]:
@@ -132,9 +132,9 @@ def _drawn(followers: Sequence[RunFollower], stage: str) -> dict[str, Any]:
     loads: dict[str, None] = {}
     for follower in followers:
         with follower.lock:
-            if known := follower.store.stages.get(stage):
-                numbers |= dict.fromkeys(name for name, column in known.columns.items() if column.rows)
-                loads |= dict.fromkeys(name for name, layer in known.loads.items() if layer.rows)
+            if stage_lines := follower.store.stages.get(stage):
+                numbers |= dict.fromkeys(name for name, column in stage_lines.columns.items() if column.rows)
+                loads |= dict.fromkeys(name for name, layer in stage_lines.loads.items() if layer.rows)
     layers = [
         {"key": name.removeprefix(LOADS), "label": label(name)}
         for name in sorted(loads, key=order) if name.startswith(LOADS)
@@ -143,9 +143,11 @@ def _drawn(followers: Sequence[RunFollower], stage: str) -> dict[str, Any]:
         {"key": panel.title, "title": panel.title, "unit": panel.unit, "log": panel.log, "floor": panel.floor,
          "ceiling": panel.ceiling, "ordered": panel.ordered, "first": panel.title in FIRST}
         for panel in {panel.title: panel for panel in TRAINING + LEARNING}.values()
-        if any(_belongs(name, panel.title) for name in numbers)
+        if any(_belongs_to(name, panel.title) for name in numbers)
     ]  # fmt: skip
-    others = sorted(name for name in numbers if not any(_belongs(name, panel.title) for panel in TRAINING + LEARNING))
+    others = sorted(
+        name for name in numbers if not any(_belongs_to(name, panel.title) for panel in TRAINING + LEARNING)
+    )
     panels += [{"key": name, "title": name, "unit": "", "log": False, "floor": None, "ceiling": None,
                 "ordered": False, "first": False} for name in others]  # fmt: skip
     return {"panels": panels, "layers": layers}
@@ -156,7 +158,7 @@ def _named(title: str) -> Iterator[Panel]:
     return (panel for panel in TRAINING + LEARNING if panel.title == title)
 
 
-def _belongs(name: str, title: str) -> bool:
+def _belongs_to(name: str, title: str) -> bool:
     return any(
         name.startswith(metric) if metric.endswith("/") else name == metric
         for panel in _named(title) for metric in panel.metrics
@@ -165,24 +167,24 @@ def _belongs(name: str, title: str) -> bool:
 
 def _metrics(lines: StageLines, key: str) -> list[str]:
     """The metrics of a plot that a stage has numbers for, in the order of their lines."""
-    known = [name for name, column in lines.columns.items() if column.rows]
-    if key in known:
+    measured = [name for name, column in lines.columns.items() if column.rows]
+    if key in measured:
         return [key]
-    found: list[str] = []
+    names: list[str] = []
     for panel in _named(key):
         for metric in panel.metrics:
-            below = sorted((name for name in known if name.startswith(metric)), key=order)
-            found += below if metric.endswith("/") else [name for name in below if name == metric]
+            below = sorted((name for name in measured if name.startswith(metric)), key=order)
+            names += below if metric.endswith("/") else [name for name in below if name == metric]
         if panel.most:
-            found = sorted(found, key=lambda name: -max(lines.columns[name].values))[: panel.most]
-    if len(found) <= MOST_LINES:
-        return found
-    return [found[round(place * (len(found) - 1) / (MOST_LINES - 1))] for place in range(MOST_LINES)]
+            names = sorted(names, key=lambda name: -max(lines.columns[name].values))[: panel.most]
+    if len(names) <= MOST_LINES:
+        return names
+    return [names[round(i * (len(names) - 1) / (MOST_LINES - 1))] for i in range(MOST_LINES)]
 
 
-def _line(found: tuple[str, list[float], list[float]]) -> dict[str, Any]:
+def _line(curve: tuple[str, list[float], list[float]]) -> dict[str, Any]:
     """One line of a plot: the measured values, the smoothed ones drawn over them if noisy, and the drawn line's end."""
-    name, x, y = found
+    name, x, y = curve
     faint, bold = thinned(x, y), smoothed(x, y)
     end = bold[1][-1] if bold[1] else y[-1] if y else None
     columns = {"x": (faint[0], 15), "y": (faint[1], 6), "sx": (bold[0], 15), "sy": (bold[1], 6)}

@@ -167,17 +167,17 @@ class ModelWorker:
         }
         while True:
             with self._changed:
-                while not (self._inbox or self._scores or self._closed) and self._scheduler.idle:
+                while not (self._inbox or self._scores or self._closed) and self._scheduler.is_idle:
                     self._changed.wait()
                 messages = list(self._inbox)
                 self._inbox.clear()
             if self._closed:
                 return
-            for kind, *rest in messages:
-                actions[kind](*rest)
+            for kind, *arguments in messages:
+                actions[kind](*arguments)
             if self._scores:
                 self._score(*self._scores.popleft())
-            if not self._scheduler.idle:
+            if not self._scheduler.is_idle:
                 self._step()
 
     def _receive(self) -> None:
@@ -224,7 +224,7 @@ class ModelWorker:
             if ticket is not None:
                 del self._samples[ticket]
                 self._scheduler.cancel(ticket)
-        if self._scheduler.idle:
+        if self._scheduler.is_idle:
             self._send_events([])
 
     def _end(self, reason: str) -> None:
@@ -264,7 +264,7 @@ class ModelWorker:
         """Sends records (plain tuples pickle in a third of the time) and, every FIGURES_SECONDS, the scheduler's
         figures; it always sends the figures when all work is done, so that they end at zero."""
         now, figures = monotonic(), None
-        if now >= self._figures_due or self._scheduler.idle:
+        if now >= self._figures_due or self._scheduler.is_idle:
             self._figures_due = now + FIGURES_SECONDS
             figures = self._scheduler.stats() | {"failures": self.failures}
         if records or figures is not None:

@@ -116,15 +116,15 @@ class MetricHistory:
         """The last values before that moment."""
 
     def add(self, values: Values) -> None:
-        known = {
+        numbers = {
             name.removeprefix("rl/"): float(value)
             for name, value in values.items()
             if isinstance(value, int | float) and math.isfinite(value)
         }
-        if "preference" in known and not self.judged:
+        if "preference" in numbers and not self.judged:
             self.before = {name: list(track.recent) for name, track in self.tracks.items()}
-        for tracks in [self.tracks, self.judged] if "preference" in known or self.judged else [self.tracks]:
-            for name, value in known.items():
+        for tracks in [self.tracks, self.judged] if "preference" in numbers or self.judged else [self.tracks]:
+            for name, value in numbers.items():
                 tracks.setdefault(name, MetricTrack()).add(value)
 
     def has(self, *names: str, values: int = WINDOW) -> bool:

@@ -72,14 +72,14 @@ class TimedProgress(RunProgress):
             self._bars.stop()
             self._tasks = None
 
-    def run_left(self, name: str, elapsed: float, left: float) -> float:
+    def run_left(self, name: str, elapsed: float, remaining: float) -> float:
         """Seconds left of the run while `name`, started `elapsed` seconds ago, has `left` to go."""
-        took = self._ran | {name: elapsed + left}
+        took = self._ran | {name: elapsed + remaining}
         known = [stage for stage in took if stage not in self.texts and stage in self.spent.keys() | {name}]
         prior = PRIOR * sum(self.estimates[stage] for stage in self.ahead)
         estimated = sum(self.estimates.get(stage, 0.0) for stage in known) + prior
         scale = (sum(took[stage] for stage in known) + prior) / estimated if estimated > 0 else 1.0
-        return left + sum(
+        return remaining + sum(
             (1.0 if stage in self.texts else scale) * self.estimates[stage]
             for stage in self.ahead
             if stage not in self.spent and stage != name
@@ -87,24 +87,24 @@ class TimedProgress(RunProgress):
 
     def left(self, stage: StageProgress) -> float | None:
         """Seconds left: by the estimate at first, then at the speed of this attempt; None if neither says."""
-        fresh, rest = stage.done - stage.done_at_start, max(0.0, stage.work - stage.done)
+        fresh, remaining = stage.done - stage.done_at_start, max(0.0, stage.work - stage.done)
         part = (stage.work - stage.done_at_start) / stage.work if stage.work > 0 else 1.0
         planned = max(0.0, part * self.estimates.get(stage.name, 0.0) - stage.elapsed())
         measured = super().left(stage)
         if measured is None:
             return planned or None
-        trust = min(1.0, fresh / (fresh + rest) / SURE)
+        trust = min(1.0, fresh / (fresh + remaining) / SURE)
         return trust * measured + (1 - trust) * planned
 
     def show(self, stage: StageProgress) -> None:
-        left, words = self.left(stage), stage.words()
+        seconds, words = self.left(stage), stage.words()
         run_words, run_share = "", 0.0
-        if left is not None:
-            run_left = self.run_left(stage.name, stage.elapsed(), left)
+        if seconds is not None:
+            run_left = self.run_left(stage.name, stage.elapsed(), seconds)
             so_far = sum(self.spent.values()) + stage.elapsed()
             run_share = so_far / (so_far + run_left) if so_far + run_left > 0 else 0.0
             run_words = f"{show_seconds(run_left)} left"
-            words += f" · {show_seconds(left)} left"
+            words += f" · {show_seconds(seconds)} left"
         if self._bars is not None and self._tasks is not None:
             self._bars.update(self._tasks[0], completed=stage.share(), words=words)
             self._bars.update(self._tasks[1], completed=run_share, words=run_words)
@@ -117,9 +117,9 @@ def record_plan(root: Path, seconds: dict[str, float]) -> dict[str, float]:
     """Record each stage's estimated seconds, for views that compare them with the measured ones; those of a stage
     that has begun stay what they were before it began. Returns them."""
     begun = {name for _, name, _ in stage_folders(root)}
-    before = (read_json(root / PLAN) or {}).get("seconds", {})
-    kept = {name: value for name, value in before.items() if name in begun and isinstance(value, int | float)}
-    merged = {name: float(kept.get(name, round(value, 3))) for name, value in seconds.items()}
-    if before != merged:
+    recorded = (read_json(root / PLAN) or {}).get("seconds", {})
+    still_begun = {name: value for name, value in recorded.items() if name in begun and isinstance(value, int | float)}
+    merged = {name: float(still_begun.get(name, round(value, 3))) for name, value in seconds.items()}
+    if recorded != merged:
         write_json(root / PLAN, {"seconds": merged})
     return merged

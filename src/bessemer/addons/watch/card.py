@@ -61,8 +61,8 @@ def samples(facts: RunFacts) -> Html:
             if len(shown) > 1:
                 parts.append(page.paragraph(f"Prompt {at + 1}: {_opening(lines)}", "lead"))
             parts += [
-                page.fold(title, page.block(text), opened=place in (0, len(lines) - 1))
-                for place, (title, text) in enumerate(lines)
+                page.fold(title, page.block(text), opened=i in (0, len(lines) - 1))
+                for i, (title, text) in enumerate(lines)
             ]
     return page.join(*parts)
 
@@ -77,8 +77,8 @@ def _by_prompt(lines: list[Sample]) -> list[list[Sample]]:
         return [lines] if lines else []
     groups: dict[int, list[Sample]] = {}
     for step in steps.values():
-        for place, line in enumerate(step):
-            groups.setdefault(place, []).append(line)
+        for i, line in enumerate(step):
+            groups.setdefault(i, []).append(line)
     return list(groups.values())
 
 
@@ -86,7 +86,7 @@ def _opening(lines: list[Sample]) -> str:
     """The words that all texts of a prompt begin with: the prompt."""
     texts = [text for _, text in lines]
     pairs = zip(min(texts), max(texts), strict=False)  # what the first and the last of an order share, all share
-    shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) if len(texts) > 1 else ""
+    shared = "".join(char for char, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) if len(texts) > 1 else ""
     return _cut(" ".join(shared.split()), 160) or "…"
 
 
@@ -106,7 +106,7 @@ def rollouts(facts: RunFacts) -> Html:
             telling = max(rivals, key=_gain)  # the first of equals
             chosen = [telling, *(lines for lines in chosen if lines is not telling)][:_PROMPTS]
             most = _most_moments(chosen)
-            body = "\n".join(_prompt(lines, most, opened=not place) for place, lines in enumerate(chosen))
+            body = "\n".join(_prompt(lines, most, opened=not i) for i, lines in enumerate(chosen))
             first = ", first the one whose answers changed most" if _gain(chosen[0]) > 0 else ""
             parts.append(page.heading(stage.name, f"{len(chosen)} of {len(by_prompt)} prompts{first}"))
             parts.append(Html(f'<div class="browser">{body}</div>'))
@@ -131,9 +131,9 @@ def _prompt(lines: list[Answer], most: int, opened: bool) -> Html:
     prompt = " ".join(str(lines[0].get("prompt", "")).split())
     summary = f'<span class="prompt">{page.text(_cut(prompt, 160))}</span><span class="trail">{trail}</span>'
     right = [any(line.get("correct") for line in group) for _, group in moments]
-    turns = [place for place in range(1, len(right)) if right[place] and not right[place - 1]]
+    turns = [i for i in range(1, len(right)) if right[i] and not right[i - 1]]
     telling = turns[-1] if turns else len(moments) - 1  # where the answers became right for good, or the last
-    answers = "".join(_moment(step, group, place == telling) for place, (step, group) in enumerate(moments))
+    answers = "".join(_moment(step, group, i == telling) for i, (step, group) in enumerate(moments))
     return page.fold(Html(summary), Html(f'<div class="answers">{answers}</div>'), opened)
 
 
@@ -177,10 +177,10 @@ def _answer(line: Answer) -> str:
 
 def _dot(group: list[Answer]) -> str:
     """A mark for whether any answer is correct, by colour, shape and title."""
-    known = [line["correct"] for line in group if line.get("correct") is not None]
-    if not known:
+    verdicts = [line["correct"] for line in group if line.get("correct") is not None]
+    if not verdicts:
         return ""
-    correct = any(known)
+    correct = any(verdicts)
     return '<i class="right" title="correct">✓</i>' if correct else '<i class="wrong" title="wrong">✗</i>'
 
 
@@ -192,7 +192,7 @@ def _spread(items: list[Any], most: int) -> list[Any]:
     """At most `most` items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return items
-    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,8 @@ def table(root: Path) -> str:
     """The tables of a run for a terminal: stages, controls, formats, long contexts; "" when it has none of them."""
     facts = read(root)
     main = comparisons.stage_table_text(comparisons.main_rows(facts))
-    others = (text(facts) for text in (comparisons.controls_text, comparisons.formats_text, comparisons.long_text))
-    return "\n\n".join(filter(None, (main, *others)))
+    sections = (text(facts) for text in (comparisons.controls_text, comparisons.formats_text, comparisons.long_text))
+    return "\n\n".join(filter(None, (main, *sections)))
 
 
 def render(facts: RunFacts) -> str:
@@ -242,8 +242,8 @@ def render(facts: RunFacts) -> str:
         parts.append(page.paragraph(words, "missing"))
     name = str(facts.recipe.get("name", facts.root.name))
     nav = Html(f"<nav>{''.join(anchors)}</nav>")
-    made = time.strftime("%Y-%m-%d %H:%M")
-    foot = Html(f"<footer>bessemer {page.text(__version__)} · written {made} from {page.text(facts.root)}</footer>")
+    date = time.strftime("%Y-%m-%d %H:%M")
+    foot = Html(f"<footer>bessemer {page.text(__version__)} · written {date} from {page.text(facts.root)}</footer>")
     return page.document(f"{name} · bessemer", page.join(_head(facts, name), nav, *parts, foot))
 
 
@@ -253,8 +253,8 @@ def _head(facts: RunFacts, name: str) -> Html:
     if facts.finished_at:
         words.append(time.strftime("%Y-%m-%d", time.localtime(facts.finished_at)))
     finished = {stage.name for stage in facts.stages if stage.finished}
-    left = [str(table["name"]) for table in facts.recipe.get("stage", []) if table.get("name") not in finished]
-    note = page.paragraph(f"Not finished yet: {', '.join(left)}.", "note") if left else ""
+    unfinished = [str(table["name"]) for table in facts.recipe.get("stage", []) if table.get("name") not in finished]
+    note = page.paragraph(f"Not finished yet: {', '.join(unfinished)}.", "note") if unfinished else ""
     return Html(
         f'<header><div class="brand">Bessemer report</div><h1>{page.text(name)}</h1>'
         f"{page.paragraph(' · '.join(words), 'sub')}{note}{page.tiles(_tiles(facts))}</header>"
@@ -277,11 +277,11 @@ def _tiles(facts: RunFacts) -> list[Html]:
     for task, scores, temperature in _headline(facts):
         first, last = next(iter(scores)), facts.recipe.get("main")
         last = last if last in scores else [*scores][-1]
-        before = _percent(scores[first]) if last != first else ""
+        baseline = _percent(scores[first]) if last != first else ""
         detail = " → ".join(dict.fromkeys((first, last)))
         if isinstance(temperature, int | float):
             detail += f", T\u00a0{temperature:g}"
-        tiles.append(page.tile(f"pass@1, {task}", _percent(scores[last]), detail, before))
+        tiles.append(page.tile(f"pass@1, {task}", _percent(scores[last]), detail, baseline))
     for stage in facts.stages:
         finals = [series.values[-1] for name, series in stage.series.items() if name.startswith("val/bpb/")]
         numbers = [value for value in finals if isinstance(value, int | float)]
@@ -332,12 +332,12 @@ def _headline(facts: RunFacts) -> list[tuple[str, dict[str, float], Any]]:
     lines = [line for _, lines in tables[0].accuracy for line in lines]
     if len(lines) > 2:
         lines.insert(0, replace(tables[0].overall[0], label=f"mean of {len(lines)} rows"))
-    found = []
+    parts = []
     for line in lines[:2]:
         scores = {model: cell.value for model, cell in zip(tables[0].models, line.cells, strict=True) if cell}
         if scores:
-            found.append((line.label, scores, rows[0].get("temperature")))
-    return found
+            parts.append((line.label, scores, rows[0].get("temperature")))
+    return parts
 
 
 def _percent(share: float) -> str:

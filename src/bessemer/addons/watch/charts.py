@@ -84,17 +84,15 @@ def lines(
     `names`: labels of x = 0, 1, 2 and so on."""
     with rc_context(_style(salt)):
         figure, axes = _canvas(2.3)
-        for place, (x, y, colour, dash) in enumerate(curves):
+        for i, (x, y, colour, dash) in enumerate(curves):
             x, y = _thin(x, y)
             smooth, ink = _smooth(y), _PLACEHOLDERS[colour]
             if len(y) >= _SMOOTH_FROM:
-                axes.plot(x, y, color=ink, gid=f"line-{place} raw", linewidth=0.8, alpha=0.28)
+                axes.plot(x, y, color=ink, gid=f"line-{i} raw", linewidth=0.8, alpha=0.28)
             mark = "o" if len(y) == 1 else None
             style = _DASHES[dash - 1]
-            axes.plot(
-                x, smooth, color=ink, gid=f"line-{place}", linewidth=1.7, marker=mark, markersize=4, linestyle=style
-            )
-        if log and _wide(value for _, y, *_ in curves for value in y):
+            axes.plot(x, smooth, color=ink, gid=f"line-{i}", linewidth=1.7, marker=mark, markersize=4, linestyle=style)
+        if log and _is_wide(value for _, y, *_ in curves for value in y):
             axes.set_yscale("log")
             axes.minorticks_off()
         else:
@@ -143,7 +141,7 @@ def cells(shares: Sequence[Sequence[float]], down: Sequence[str], across: Sequen
         return _svg(figure, axes)
 
 
-def _wide(values: Iterable[float]) -> bool:
+def _is_wide(values: Iterable[float]) -> bool:
     """Whether numbers span enough, and are positive enough, for a logarithmic axis to help."""
     values = list(values)
     return min(values) > 0 and max(values) / min(values) > 30
@@ -177,7 +175,7 @@ def _smooth(y: list[float]) -> list[float]:
     if len(y) < _SMOOTH_FROM:
         return y
     reach = max(1, len(y) // 60)
-    windows = [y[max(0, place - reach) : place + reach + 1] for place in range(len(y))]
+    windows = [y[max(0, i - reach) : i + reach + 1] for i in range(len(y))]
     return [sum(window) / len(window) for window in windows]
 
 
@@ -235,7 +233,7 @@ def _place(figure: Figure, axes: Axes) -> None:
 def _labels(axis: Axis) -> list[str]:
     """The tick labels within the view; a single empty one if there are none."""
     low, high = sorted(axis.get_view_interval())
-    places = [place for place in axis.get_majorticklocs() if low <= place <= high]
+    places = [location for location in axis.get_majorticklocs() if low <= location <= high]
     return list(axis.get_major_formatter().format_ticks(places)) or [""]
 
 

@@ -48,8 +48,8 @@ def render(runs: dict[str, RunFacts]) -> str:
         ("curves", "Curves", _curves(runs), "Noisy curves: faint as measured, bold smoothed."),
         ("cost", "What it cost", _cost(runs), "Minutes, restarts included."),
     ]  # fmt: skip
-    shown = [part for part in parts if part[2]]
-    links = "".join(f'<a href="#{anchor}">{page.text(title)}</a>' for anchor, title, _, _ in shown)
+    filled = [part for part in parts if part[2]]
+    links = "".join(f'<a href="#{anchor}">{page.text(title)}</a>' for anchor, title, _, _ in filled)
     missing = [title.lower() for anchor, title, body, _ in parts if not body and anchor != "differences"]
     none = page.paragraph(f"Nothing to compare for: {', '.join(missing)}.", "missing") if missing else ""
     title = " and ".join(runs)
@@ -58,7 +58,7 @@ def render(runs: dict[str, RunFacts]) -> str:
         f'<header><div class="brand">Bessemer comparison</div><h1>{page.text(title)}</h1>'
         f"{page.paragraph(roots, 'sub')}</header><nav>{links}</nav>"
     )
-    sections = [page.section(anchor, title, body, lead) for anchor, title, body, lead in shown]
+    sections = [page.section(anchor, title, body, lead) for anchor, title, body, lead in filled]
     return page.document(f"{title} · bessemer", page.join(head, *sections, none))
 
 
@@ -122,11 +122,11 @@ def _settings(runs: dict[str, RunFacts]) -> Html:
     rows = _differing("", tops)
     for name in dict.fromkeys(name for tables in stages for name in tables):
         tables = [of_run.get(name) for of_run in stages]
-        known = [table for table in tables if table is not None]
-        if len(known) < len(tables):
+        present = [table for table in tables if table is not None]
+        if len(present) < len(tables):
             rows.append([f"stage {name}", *("–" if table is None else _short(table.get("kind")) for table in tables)])
         else:
-            rows += _differing(f"{name}.", known)
+            rows += _differing(f"{name}.", present)
     return page.table(["key", *runs], rows) if rows else Html()
 
 
@@ -165,12 +165,12 @@ def _curves(runs: dict[str, RunFacts]) -> Html:
 
 def _metrics(stages: Sequence[StageFacts]) -> Iterator[str]:
     """Metrics to compare, in the order of the report's panels."""
-    known = sorted({metric for stage in stages for metric in stage.series})
+    names = sorted({metric for stage in stages for metric in stage.series})
     for panel in TRAINING if not stages[0].learns_by_reward else LEARNING:
         for metric in panel.metrics:
             if metric.endswith("/") and metric not in _LEFT_OUT:
-                yield from (name for name in known if name.startswith(metric))
-            elif metric in known:
+                yield from (name for name in names if name.startswith(metric))
+            elif metric in names:
                 yield metric
 
 
@@ -179,6 +179,8 @@ def _cost(runs: dict[str, RunFacts]) -> Html:
     if not names:
         return Html()
     minutes = [{stage.name: stage.seconds / 60 for stage in facts.stages} for facts in runs.values()]
-    rows: list[list[str]] = [[name, *(f"{one[name]:.1f}" if name in one else "–" for one in minutes)] for name in names]
-    rows.append([Html("<b>all</b>"), *(Html(f"<b>{sum(one.values()):.1f}</b>") for one in minutes)])
+    rows: list[list[str]] = [
+        [name, *(f"{costs[name]:.1f}" if name in costs else "–" for costs in minutes)] for name in names
+    ]
+    rows.append([Html("<b>all</b>"), *(Html(f"<b>{sum(costs.values()):.1f}</b>") for costs in minutes)])
     return page.table(["stage", *runs], rows, numeric=range(1, len(runs) + 1))

@@ -45,7 +45,7 @@ def _stage_table_html(table: StageTable, kinds: dict[str, str]) -> Html:
         for title, lines in groups:
             if lines:
                 rows.append(title)
-            rows += [[line.label, *(_score(line, place) for place in range(len(table.models)))] for line in lines]
+            rows += [[line.label, *(_score(line, column) for column in range(len(table.models)))] for line in lines]
         return page.table(["", *map(heading, table.models)], rows, kind="stages", row_headings=True)
 
     tasks = sum(len(lines) for _, lines in table.accuracy)
@@ -57,15 +57,15 @@ def _stage_table_html(table: StageTable, kinds: dict[str, str]) -> Html:
     return Html(shown)
 
 
-def _score(line: TableRow, place: int) -> Html:
+def _score(line: TableRow, column: int) -> Html:
     """One score, in bold if it is the best of its row, with a bar if it has an interval; of two models, the second also
     shows its gain."""
-    score = line.cells[place]
+    score = line.cells[column]
     if score is None:
         return Html("–")
     best = score.value == line.best
     shown = f"<b>{_figure(line, score)}</b>" if best else _figure(line, score)
-    if len(line.cells) == 2 and place == 1 and line.cells[0] is not None and line.measure.higher_is_better:
+    if len(line.cells) == 2 and column == 1 and line.cells[0] is not None and line.measure.higher_is_better:
         points = 100 * (score.value - line.cells[0].value)
         shown = f'<span class="gain{" loss" if points < 0 else ""}">{points:+.1f}</span> {shown}'
     if score.interval is None:
@@ -131,12 +131,12 @@ class ControlGroup:
 
 def control_groups(facts: RunFacts) -> list[ControlGroup]:
     groups: list[ControlGroup] = []
-    taken: set[str] = set()
+    used: set[str] = set()
     for main in facts.stages:
         if main.kind == "rl" and "accuracy" in _reward(main):
-            left = [stage for stage in facts.stages if stage.name not in taken]
-            controls = tuple((stage, words) for stage in left if (words := _difference(stage, main)))
-            taken |= {stage.name for stage, _ in controls}
+            unused = [stage for stage in facts.stages if stage.name not in used]
+            controls = tuple((stage, words) for stage in unused if (words := _difference(stage, main)))
+            used |= {stage.name for stage, _ in controls}
             if controls:
                 groups.append(ControlGroup(main, controls))
     return groups
@@ -246,12 +246,12 @@ def format_gaps(facts: RunFacts) -> list[FormatGap]:
 
 
 def _format_gap(stage: StageFacts, base: StageFacts) -> FormatGap:
-    ours, theirs = _smoothed(stage), _smoothed(base)
-    steps = [step for step in ours if step in theirs]
+    smoothed, base_smoothed = _smoothed(stage), _smoothed(base)
+    steps = [step for step in smoothed if step in base_smoothed]
     at = dict(zip(stage.series["train/loss"].steps, stage.series["train/loss"].tokens, strict=True))
-    gap = [100 * (ours[step] - theirs[step]) / theirs[step] for step in steps]
-    mine, other = _heldout(stage), _heldout(base)
-    heldout = 100 * (mine - other) / other if mine and other else None
+    gap = [100 * (smoothed[step] - base_smoothed[step]) / base_smoothed[step] for step in steps]
+    own_heldout, base_heldout = _heldout(stage), _heldout(base)
+    heldout = 100 * (own_heldout - base_heldout) / base_heldout if own_heldout and base_heldout else None
     label, precision = _format_label(stage, base), str(base.settings.get("precision"))
     return FormatGap(label, precision, stage.settings.get("seed"), [at[step] for step in steps], gap, heldout)
 
@@ -290,9 +290,9 @@ def _format_rows(gaps: Sequence[FormatGap]) -> list[list[str]]:
 
     return [
         [
-            label, str(len(of_format)), *shown([mean(one.settled) for one in of_format]),
-            f"{max(abs(gap) for one in of_format for gap in one.settled):.3f}",
-            *shown([one.heldout for one in of_format if one.heldout is not None]),
+            label, str(len(of_format)), *shown([mean(row.settled) for row in of_format]),
+            f"{max(abs(gap) for row in of_format for gap in row.settled):.3f}",
+            *shown([row.heldout for row in of_format if row.heldout is not None]),
         ]
         for label, of_format in _by_label(gaps).items()
     ]  # fmt: skip
@@ -321,7 +321,7 @@ def formats_html(facts: RunFacts) -> Html:
         charts.panel(
             label,
             "loss gap, per cent, over tokens",
-            [Curve(f"seed {one.seed}", one.tokens, one.gap) for one in of_format],
+            [Curve(f"seed {row.seed}", row.tokens, row.gap) for row in of_format],
             f"formats/{label}",
             floor=-BOUND,
             ceiling=BOUND,
@@ -377,7 +377,7 @@ def long_html(facts: RunFacts) -> Html:
 
 def _needles(stage: StageFacts, model: str, rows: list[dict[str, Any]]) -> Html:
     depths = [f"{100 * cell['depth']:.0f} %" for cell in rows[0]["cells"]]
-    shares = [[row["cells"][place]["share"] for row in rows] for place in range(len(depths))]
+    shares = [[row["cells"][column]["share"] for row in rows] for column in range(len(depths))]
     svg = charts.cells(shares, depths, [f"{row['length']:,}" for row in rows], f"{stage.name}/needle/{model}")
     unit = f"% of needles found, by depth and tokens of text; {rows[0]['cells'][0]['n']} problems per cell"
     return page.chart(model, unit, svg, last=f"{100 * rows[-1]['share']:.1f} % at {rows[-1]['length']:,}")

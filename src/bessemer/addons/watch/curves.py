@@ -113,8 +113,8 @@ def label(name: str) -> str:
 
 def layer_of(name: str) -> tuple[bool, int]:
     """(in an MTP module, number or -1): (False, 3) for "3" and "model.layers.3.mlp.gate", (True, 0) for "mtp0"."""
-    found = re.search(r"\d+", name)
-    return name.startswith("mtp"), int(found[0]) if found else -1
+    match = re.search(r"\d+", name)
+    return name.startswith("mtp"), int(match[0]) if match else -1
 
 
 def order(name: str) -> tuple[bool, int, str]:

@@ -60,10 +60,10 @@ class LineTail:
                 self._at, self._edge, cut = size - self.last, b"", True
             file.seek(self._at)
             raw = file.read(min(PIECE, size - self._at))
-        whole = raw.rfind(b"\n") + 1 or (len(raw) if len(raw) == PIECE else 0)  # no real line is as long as a piece
-        self._at += whole
-        self._edge = (self._edge + raw[:whole])[-_EDGE:]
-        lines = self._parsed(raw[:whole].split(b"\n")[1 if cut else 0 :])
+        end = raw.rfind(b"\n") + 1 or (len(raw) if len(raw) == PIECE else 0)  # no real line is as long as a piece
+        self._at += end
+        self._edge = (self._edge + raw[:end])[-_EDGE:]
+        lines = self._parsed(raw[:end].split(b"\n")[1 if cut else 0 :])
         self.more = len(raw) == PIECE  # set last, because other threads check whether the file is being read
         return anew, lines
 
@@ -138,8 +138,8 @@ class StageLines:
     def add(self, line: dict[str, Any]) -> None:
         """Adds a line. Raises ValueError if a run cannot have written it."""
         step, tokens, time, values = (line.get(key, 0) for key in ("step", "tokens", "time", "values"))
-        whole = all(isinstance(number, int) and 0 <= number < 1 << 62 for number in (step, tokens))
-        if not whole or not isinstance(time, int | float) or not math.isfinite(time) or not isinstance(values, dict):
+        is_valid = all(isinstance(number, int) and 0 <= number < 1 << 62 for number in (step, tokens))
+        if not is_valid or not isinstance(time, int | float) or not math.isfinite(time) or not isinstance(values, dict):
             raise ValueError
         row = len(self.steps)
         self.steps.append(step)
@@ -147,17 +147,17 @@ class StageLines:
         self.times.append(float(time))
         for name, value in values.items():
             if isinstance(value, list):
-                if name in self.loads or self._room():
+                if name in self.loads or self._has_room():
                     self.loads.setdefault(name, Loads()).add(row, value)
             elif value is None or isinstance(value, int | float):
                 column = self.columns.get(name)
                 if column is None:
-                    if not self._room():
+                    if not self._has_room():
                         continue
                     column = self.columns[name] = Column()
                 column.add(row, step, value)
 
-    def _room(self) -> bool:
+    def _has_room(self) -> bool:
         return len(self.columns) + len(self.loads) < MOST_NAMES
 
     def curve(
@@ -182,13 +182,13 @@ def thinned(x: Sequence[float], y: Sequence[float], buckets: int = BUCKETS) -> t
     that no peak is lost."""
     if len(y) <= 2 * buckets:
         return list(x), list(y)
-    kept = {0, len(y) - 1}
+    places_kept = {0, len(y) - 1}
     for number in range(buckets):
         start, end = len(y) * number // buckets, len(y) * (number + 1) // buckets
         piece = y[start:end]
-        kept |= {start + piece.index(min(piece)), start + piece.index(max(piece))}
-    places = sorted(kept)
-    return [x[place] for place in places], [y[place] for place in places]
+        places_kept |= {start + piece.index(min(piece)), start + piece.index(max(piece))}
+    places = sorted(places_kept)
+    return [x[i] for i in places], [y[i] for i in places]
 
 
 def smoothed(x: Sequence[float], y: Sequence[float], buckets: int = BUCKETS) -> tuple[list[float], list[float]]:
@@ -200,5 +200,5 @@ def smoothed(x: Sequence[float], y: Sequence[float], buckets: int = BUCKETS) -> 
     xs = [sum(x[a:b]) / (b - a) for a, b in pieces]
     means = [sum(y[a:b]) / (b - a) for a, b in pieces]
     reach = max(1, len(means) // 60)
-    windows = [means[max(0, place - reach) : place + reach + 1] for place in range(len(means))]
+    windows = [means[max(0, i - reach) : i + reach + 1] for i in range(len(means))]
     return xs, [sum(window) / len(window) for window in windows]

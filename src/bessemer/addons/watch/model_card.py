@@ -32,9 +32,11 @@ def model_card(model: Path, name: str, licence: str | None) -> str:
     lines += [f"# {name}", "", _network(config), ""]
     folder = model.resolve().parent
     # a recipe.toml above a model proves nothing: it may be of another run or another program
-    made = (folder / "done.json").is_file() and (folder.parent / "recipe.toml").is_file()
-    facts = read(folder.parent) if made else None
-    stage = next((one for one in facts.stages if one.folder.resolve() == folder), None) if facts else None
+    of_run = (folder / "done.json").is_file() and (folder.parent / "recipe.toml").is_file()
+    facts = read(folder.parent) if of_run else None
+    stage = (
+        next((candidate for candidate in facts.stages if candidate.folder.resolve() == folder), None) if facts else None
+    )
     if facts and stage:
         lines += _of_run(facts, stage)
     lines += _use(model, config, name)
@@ -89,7 +91,7 @@ def _of_run(facts: RunFacts, stage: StageFacts) -> list[str]:
 
 def _lineage(facts: RunFacts, stage: StageFacts) -> list[str]:
     """The stages from the first to this one, each starting from the one before."""
-    by_name, chain = {one.name: one for one in facts.stages}, [stage.name]
+    by_name, chain = {other.name: other for other in facts.stages}, [stage.name]
     while (source := _source(by_name[chain[0]])) in by_name and source not in chain:
         chain.insert(0, source)
     return chain
@@ -123,20 +125,20 @@ def _score(row: dict[str, Any]) -> str:
 
 def _corpora(facts: RunFacts, stage: StageFacts) -> list[StageFacts]:
     """The corpora that it or a stage before it was trained on."""
-    by_name, left, found = {one.name: one for one in facts.stages}, [stage.name], set[str]()
-    while left:
-        if (name := left.pop()) in by_name and name not in found:
-            found.add(name)
+    by_name, queue, visited = {other.name: other for other in facts.stages}, [stage.name], set[str]()
+    while queue:
+        if (name := queue.pop()) in by_name and name not in visited:
+            visited.add(name)
             table = by_name[name].settings
             samples = table.get("samples")  # of SFT stages a list of stages, of others a number
-            left += [_source(by_name[name]), str(table.get("corpus")), *(samples if isinstance(samples, list) else ())]
-    return [one for one in facts.stages if one.name in found and one.kind == "corpus"]
+            queue += [_source(by_name[name]), str(table.get("corpus")), *(samples if isinstance(samples, list) else ())]
+    return [other for other in facts.stages if other.name in visited and other.kind == "corpus"]
 
 
 def _data(facts: RunFacts, stage: StageFacts) -> list[str]:
     from bessemer.data import sources
 
-    tables = [one.settings for one in _corpora(facts, stage)]
+    tables = [corpus.settings for corpus in _corpora(facts, stage)]
     parts = [
         (part, source, table.get("limits") or {})
         for table in tables
@@ -146,9 +148,9 @@ def _data(facts: RunFacts, stage: StageFacts) -> list[str]:
         return []
     lines = ["## Training data", "", "| part | source | at most | licence |", "|---|---|---|---|"]
     for part, source, limits in parts:
-        known = sources.registered().get(str(source))
+        listed = sources.registered().get(str(source))
         written = "written by Bessemer" if str(source).startswith("task:") else "not recorded"
         most = limits.get(part, "all")
         most = show_tokens(most) if isinstance(most, int) else most
-        lines.append(f"| {part} | `{source}` | {most} tokens | {written if known is None else known.licence} |")
+        lines.append(f"| {part} | `{source}` | {most} tokens | {written if listed is None else listed.licence} |")
     return [*lines, ""]

@@ -37,9 +37,9 @@ def join(*parts: str, by: str = "\n") -> Html:
 
 def block(value: object) -> Html:
     """Model output, verbatim line by line, cut if too long."""
-    whole = str(value)
-    cut = f"\n… {len(whole) - LONGEST:,} more characters" if len(whole) > LONGEST else ""
-    return Html(f"<pre>{text(whole[:LONGEST] + cut)}</pre>")
+    full = str(value)
+    cut = f"\n… {len(full) - LONGEST:,} more characters" if len(full) > LONGEST else ""
+    return Html(f"<pre>{text(full[:LONGEST] + cut)}</pre>")
 
 
 def document(title: str, body: str, styles: str = "", script: str = "") -> str:
@@ -104,8 +104,8 @@ def table(
     """A table panel. A row that is a string is the heading of the rows below it; `numeric` columns are right-aligned;
     `row_headings`: the first column names the rows and the others share the width."""
 
-    def cell(name: str, place: int, value: object) -> str:
-        mark = ' class="n"' if place in numeric else ""
+    def cell(name: str, column: int, value: object) -> str:
+        mark = ' class="n"' if column in numeric else ""
         name = "td" if name == "th" and not value else name  # an empty heading names nothing
         return f"<{name}{mark}>{text(value)}</{name}>"
 
@@ -115,14 +115,16 @@ def table(
             body.append(f'<tr class="group"><th colspan="{len(headings)}"><span>{text(row)}</span></th></tr>')
             continue
         first = [f'<th scope="row">{text(row[0])}</th>'] if row_headings else []
-        cells = first + [cell("td", place, value) for place, value in enumerate(row)][len(first) :]
+        cells = first + [cell("td", i, value) for i, value in enumerate(row)][len(first) :]
         body.append(f"<tr>{''.join(cells)}</tr>")
     if row_headings:
-        others = len(headings) - 1
-        columns = f'<colgroup><col style="width:22%"><col span="{others}" style="width:{78 / others:.1f}%"></colgroup>'
+        n_values = len(headings) - 1
+        columns = (
+            f'<colgroup><col style="width:22%"><col span="{n_values}" style="width:{78 / n_values:.1f}%"></colgroup>'
+        )
         head = "<td></td>" + "".join(f'<th scope="col">{text(value)}</th>' for value in headings[1:])
     else:
-        columns, head = "", "".join(cell("th", place, value) for place, value in enumerate(headings))
+        columns, head = "", "".join(cell("th", i, value) for i, value in enumerate(headings))
     body_html = "\n".join(body)
     inner = f"{columns}<thead><tr>{head}</tr></thead>\n<tbody>{body_html}</tbody>"
     return Html(f'<div class="scroll"><table class="{kind}">{inner}</table></div>')
@@ -171,12 +173,12 @@ def fold(summary: str, body: str, opened: bool = False) -> Html:
 def grid(rows: Sequence[Sequence[str]]) -> str:
     """A table for a terminal: the first column left-aligned, the others right-aligned. A Chinese character takes two
     columns."""
-    widths = [max(cell_len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         padded = []
-        for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
             blank = " " * (width - cell_len(cell))
-            padded.append(blank + cell if place else cell + blank)
+            padded.append(blank + cell if column else cell + blank)
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)

@@ -23,7 +23,7 @@ def training(facts: RunFacts) -> Html:
     parts = []
     for stage in facts.stages:
         if drawn := draw(stage, TRAINING):
-            parts += [page.heading(stage.name, f"over {'tokens' if _by_tokens(stage) else 'steps'}"), drawn]
+            parts += [page.heading(stage.name, f"over {'tokens' if _counts_tokens(stage) else 'steps'}"), drawn]
     others = _not_drawn(facts) if parts else []
     if others:
         parts.append(page.paragraph(f"Also in metrics.jsonl: {', '.join(others)}.", "missing"))
@@ -48,8 +48,8 @@ def expert_loads(facts: RunFacts) -> Html:
     for stage in facts.stages:
         loads = _below(stage, LOADS)
         if len(loads) > _MOST_LAYERS:
-            places = [round(place * (len(loads) - 1) / (_MOST_LAYERS - 1)) for place in range(_MOST_LAYERS)]
-            loads = [loads[place] for place in places]
+            places = [round(i * (len(loads) - 1) / (_MOST_LAYERS - 1)) for i in range(_MOST_LAYERS)]
+            loads = [loads[i] for i in places]
         if drawn := [_heat(stage, name, series) for name, series in loads if _is_table(series)]:
             parts += [page.heading(stage.name), page.charts(drawn)]
     scale = Html('<div class="scale"><span>idle</span><b></b><span>twice its share or more</span></div>')
@@ -64,12 +64,14 @@ def draw(stage: StageFacts, panels: Sequence[Panel]) -> Html:
 def compared(stages: Sequence[StageFacts], metric: str, salt: str = "against") -> Html:
     """One chart of a metric for several stages, over their tokens or, if one has none, their steps; "" if fewer than
     two recorded it. `salt` distinguishes it from other charts of the same stages and metric on the page."""
-    found = [(stage, _numbers(stage.series.get(metric, Series()))) for stage in stages]
-    found = [(stage, series) for stage, series in found if series.values]
-    if len(found) < 2:
+    series_of = [(stage, _numbers(stage.series.get(metric, Series()))) for stage in stages]
+    series_of = [(stage, series) for stage, series in series_of if series.values]
+    if len(series_of) < 2:
         return Html()
-    tokens = all(_by_tokens(stage) for stage, _ in found)
-    curves = [Curve(stage.name, series.tokens if tokens else series.steps, series.values) for stage, series in found]
+    tokens = all(_counts_tokens(stage) for stage, _ in series_of)
+    curves = [
+        Curve(stage.name, series.tokens if tokens else series.steps, series.values) for stage, series in series_of
+    ]
     title = COMPARED.get(metric) or NAMES.get(metric)
     if not title:
         plain = metric.removeprefix("rl/").removeprefix("train/").replace("_", " ")
@@ -80,19 +82,19 @@ def compared(stages: Sequence[StageFacts], metric: str, salt: str = "against") -
 
 
 def _draw(stage: StageFacts, panel: Panel) -> Html:
-    found: list[tuple[str, Series]] = []
+    drawn: list[tuple[str, Series]] = []
     for metric in panel.metrics:
         below = _below(stage, metric) if metric.endswith("/") else [(metric, stage.series.get(metric, Series()))]
-        found += [(name, _numbers(series)) for name, series in below]
-    found = [(name, series) for name, series in found if series.values]
+        drawn += [(name, _numbers(series)) for name, series in below]
+    drawn = [(name, series) for name, series in drawn if series.values]
     if panel.most:
-        found = sorted(found, key=lambda item: -max(item[1].values))[: panel.most]
-        found = [(name, series) for name, series in found if max(series.values) > 0]
-    if not found:
+        drawn = sorted(drawn, key=lambda item: -max(item[1].values))[: panel.most]
+        drawn = [(name, series) for name, series in drawn if max(series.values) > 0]
+    if not drawn:
         return Html()
     return charts.panel(
         panel.title, panel.unit,
-        [Curve(label(name) if len(found) > 1 else "", _x(stage, series), series.values) for name, series in found],
+        [Curve(label(name) if len(drawn) > 1 else "", _x(stage, series), series.values) for name, series in drawn],
         f"{stage.name}/{panel.title}", ordered=panel.ordered, floor=panel.floor, ceiling=panel.ceiling, log=panel.log,
     )  # fmt: skip
 
@@ -131,14 +133,14 @@ def _not_drawn(facts: RunFacts) -> list[str]:
 
 def _below(stage: StageFacts, prefix: str) -> list[tuple[str, Series]]:
     """Metrics under a prefix; layers in the order of their numbers, MTP modules after them."""
-    found = ((name, series) for name, series in stage.series.items() if name.startswith(prefix))
-    return sorted(found, key=lambda item: order(item[0]))
+    matching = ((name, series) for name, series in stage.series.items() if name.startswith(prefix))
+    return sorted(matching, key=lambda item: order(item[0]))
 
 
 def _numbers(series: Series) -> Series:
     """The points of a series that are numbers."""
-    places = [place for place, value in enumerate(series.values) if isinstance(value, int | float)]
-    return Series(*([column[place] for place in places] for column in (series.steps, series.tokens, series.values)))
+    places = [i for i, value in enumerate(series.values) if isinstance(value, int | float)]
+    return Series(*([column[i] for i in places] for column in (series.steps, series.tokens, series.values)))
 
 
 def _is_table(series: Series) -> bool:
@@ -147,7 +149,7 @@ def _is_table(series: Series) -> bool:
     return bool(values) and all(isinstance(row, list) and row for row in values) and len({len(v) for v in values}) == 1
 
 
-def _by_tokens(stage: StageFacts) -> bool:
+def _counts_tokens(stage: StageFacts) -> bool:
     """RL is drawn over steps, training over tokens, if it recorded any."""
     return not stage.learns_by_reward and any(
         series.tokens and series.tokens[-1] > 0 for series in stage.series.values()
@@ -155,4 +157,4 @@ def _by_tokens(stage: StageFacts) -> bool:
 
 
 def _x(stage: StageFacts, series: Series) -> list[int]:
-    return series.tokens if _by_tokens(stage) else series.steps
+    return series.tokens if _counts_tokens(stage) else series.steps

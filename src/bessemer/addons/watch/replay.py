@@ -92,21 +92,21 @@ class Replay:
 
     def differences(self) -> list[dict[str, tuple[Any, Any]]]:
         """For each rollout, the metrics that differ from the record: name -> (recorded, replayed)."""
-        found = []
+        changes = []
         for played, recorded in zip(self.original, self.recorded, strict=True):
             written = {} if recorded is None else recorded
             values = {name: x for name, x in written.items() if not CLOCK.match(name)}
-            found.append({n: (x, played.values.get(n)) for n, x in values.items() if played.values.get(n) != x})
-        return found
+            changes.append({n: (x, played.values.get(n)) for n, x in values.items() if played.values.get(n) != x})
+        return changes
 
     def facts(self) -> dict[str, Any]:
         return {
             "stage": self.stage, "from_step": self.begun, "computed_before": self.again, "notes": list(self.notes),
-            "original": [one.facts() for one in self.original],
+            "original": [rollout.facts() for rollout in self.original],
             "equal": [recorded is not None and not d
                       for recorded, d in zip(self.recorded, self.differences(), strict=True)],
             "differences": self.differences(), "changes": list(self.changes),
-            "changed": [one.facts() for one in self.changed],
+            "changed": [rollout.facts() for rollout in self.changed],
         }  # fmt: skip
 
 
@@ -132,8 +132,8 @@ def replay(
     settings = _changed(recipe, root, config, changes, number, count)
     begun = 0 if start is None else _cursor(start, config)
     stopping = signals(first_of_all="finishing this rollout")
-    with tempfile.TemporaryDirectory(prefix="bessemer-replay-") as place, stopping as stop:
-        first, other = Path(place) / "original", Path(place) / "changed"
+    with tempfile.TemporaryDirectory(prefix="bessemer-replay-") as scratch, stopping as stop:
+        first, other = Path(scratch) / "original", Path(scratch) / "changed"
         original = _play(recipe, root, first, start, stop, config, begun, number, count, pace)
         changed = []
         if settings is not None:
@@ -161,16 +161,16 @@ def _stage(recipe: Recipe, name: str | None) -> RLConfig:
 def _recorded(root: Path, name: str) -> tuple[list[tuple[int, dict[str, Any]]], float]:
     """(steps after its updates, metrics) of every rollout that the run has recorded; the median seconds of one."""
     lines = (line for line in read_lines(root / "metrics.jsonl") if line.get("stage") == name)
-    made = [line for line in lines if "rl/reward" in line["values"]]
-    gaps = [after["time"] - before["time"] for before, after in pairwise(made)]
-    return [(line["step"], line["values"]) for line in made], median(gaps or [0.0])
+    rollouts = [line for line in lines if "rl/reward" in line["values"]]
+    gaps = [after["time"] - before["time"] for before, after in pairwise(rollouts)]
+    return [(line["step"], line["values"]) for line in rollouts], median(gaps or [0.0])
 
 
 def _number(config: RLConfig, recorded: Sequence[tuple[int, Any]], step: int) -> int | None:
     """The rollout whose updates made this step; None if the run has not made it."""
     if step < 1:
         return None
-    return next((number for number, (after, _) in enumerate(recorded) if after >= step), None)
+    return next((number for number, (end, _) in enumerate(recorded) if end >= step), None)
 
 
 def _counters(path: Path) -> dict[str, Any]:
@@ -187,22 +187,23 @@ def _nearest(
 ) -> Path | None:
     """The last checkpoint before a rollout; None for the start of the stage, from which it takes `seconds`."""
     paths = [*checkpoint.steps(state), *checkpoint.steps(state / checkpoint.KEPT)]
-    places = {_cursor(path, config): path for path in paths}
-    before = [place for place in places if place <= number]
+    by_rollout = {_cursor(path, config): path for path in paths}
+    before = [rollout for rollout in by_rollout if rollout <= number]
     if before:
-        return places[max(before)]
+        return by_rollout[max(before)]
     if from_start or number == 0:
         return None
-    steps = [recorded[place][0] - config.updates_per_rollout + 1 for place in sorted(places) if place < len(recorded)]
-    kept = f"checkpoints are there for steps from {steps[0]} on" if steps else "no checkpoint is there"
+    rollouts = [rollout for rollout in sorted(by_rollout) if rollout < len(recorded)]
+    steps = [recorded[rollout][0] - config.updates_per_rollout + 1 for rollout in rollouts]
+    available = f"checkpoints are there for steps from {steps[0]} on" if steps else "no checkpoint is there"
     raise UserError(
-        f"no checkpoint before this step is kept ({kept}); --from-start recomputes the {number} rollouts before "
+        f"no checkpoint before this step is kept ({available}); --from-start recomputes the {number} rollouts before "
         f"it, about {show_seconds(seconds)}. keep_every in the stage's table keeps checkpoints in later runs"
     )
 
 
 def _changed(
-    made: Recipe, root: Path, config: RLConfig, changes: Sequence[str], number: int, count: int
+    recorded: Recipe, root: Path, config: RLConfig, changes: Sequence[str], number: int, count: int
 ) -> Recipe | None:
     """The recipe that was `made`, with changes of one stage, `key=value` or `stage.key=value`; UserError if the stage
     cannot run with them, or if they could not act on rollout `number`."""
@@ -217,7 +218,9 @@ def _changed(
     recipe = Recipe.load(root / "recipe.toml", full)
     changed = _stage(recipe, config.name)
     with places.of_recipe(recipe.folder, root / places.REVISIONS):
-        before, now = (preflight.examine(one, cache_dir(None), [config.name])[0].faults for one in (made, recipe))
+        before, now = (
+            preflight.examine(checked, cache_dir(None), [config.name])[0].faults for checked in (recorded, recipe)
+        )
     if new := [fault for fault in now if fault not in before]:
         raise UserError(new[0])
     if changed.rollouts < number + count:
@@ -243,7 +246,7 @@ def _changed(
 def _play(
     recipe: Recipe,
     root: Path,
-    place: Path,
+    scratch: Path,
     start: Path | None,
     stop: StopFlag,
     config: RLConfig,
@@ -254,23 +257,23 @@ def _play(
 ) -> list[Played]:
     """Runs the stage from a checkpoint, which rollout `first` follows, in its own folder. A rollout took `pace`
     seconds in the run."""
-    place.mkdir()
+    scratch.mkdir()
     if start is not None:
-        checkpoint.copy(start, place / "state" / start.name)
+        checkpoint.copy(start, scratch / "state" / start.name)
     folders = {name: folder for _, name, folder in stage_folders(root)}
-    if kept := measured.kept_precision(folders[config.name] / "state"):
-        measured.keep_precision(place / "state", kept)
-    metrics = Metrics(place / "metrics.jsonl")
+    if precision := measured.kept_precision(folders[config.name] / "state"):
+        measured.keep_precision(scratch / "state", precision)
+    metrics = Metrics(scratch / "metrics.jsonl")
     progress = RunProgress({})
-    if again := number - first:
+    if lead_in := number - first:
         progress.say(
-            f"no checkpoint right before step {1 + number * config.updates_per_rollout} is kept: {again} "
-            f"rollout{'s are' if again > 1 else ' is'} computed again first, about {show_seconds(again * pace)}"
+            f"no checkpoint right before step {1 + number * config.updates_per_rollout} is kept: {lead_in} "
+            f"rollout{'s are' if lead_in > 1 else ' is'} computed again first, about {show_seconds(lead_in * pace)}"
         )
     try:
         with places.of_recipe(recipe.folder, root / places.REVISIONS):
             ctx = StageContext(
-                name=config.name, dir=place, inputs={name: folders[name] for _, name in stage_refs(config)},
+                name=config.name, dir=scratch, inputs={name: folders[name] for _, name in stage_refs(config)},
                 source=folders.get(config.source or ""), recipe=recipe, cache=cache_dir(None),
                 metrics=StageMetrics(metrics, config.name), progress=progress.begin(config.name), stop_flag=stop,
             )  # fmt: skip
@@ -287,9 +290,9 @@ def _play(
 def _notes(folder: Path, start: Path | None) -> tuple[str, ...]:
     """What may explain a difference."""
     notes = []
-    made = (read_json(folder / "done.json") or {}).get("version", __version__)
-    if made != __version__:
-        notes.append(f"the run was made by version {made}, this is {__version__}")
+    version = (read_json(folder / "done.json") or {}).get("version", __version__)
+    if version != __version__:
+        notes.append(f"the run was made by version {version}, this is {__version__}")
     before, now = None if start is None else _counters(start).get("backend"), ops.backend(setup.device())
     if before not in (None, now):
         notes.append(f"the run computed on {before}, this is {now}: results differ by rounding")

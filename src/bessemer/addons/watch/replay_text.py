@@ -16,18 +16,18 @@ PROMPT = 60
 """Characters of a prompt that are shown."""
 
 
-def describe(found: Replay) -> str:
+def describe(result: Replay) -> str:
     """What was replayed, whether it matches the record, and the changed rollouts beside the original ones."""
-    before = f", {found.again} rollouts computed before it" if found.again else ""
-    parts = [f"{found.stage}: from the checkpoint of step {found.begun}{before}"]
-    for played, recorded, differing in zip(found.original, found.recorded, found.differences(), strict=True):
+    before = f", {result.again} rollouts computed before it" if result.again else ""
+    parts = [f"{result.stage}: from the checkpoint of step {result.begun}{before}"]
+    for played, recorded, differing in zip(result.original, result.recorded, result.differences(), strict=True):
         parts.append(f"rollout {played.number}, to step {played.step}: {_verdict(recorded, differing)}")
-    parts += found.notes
-    if not found.changed:
-        parts += [_problems(one, None) for one in found.original[:1]]
-    for one, other in zip(found.original, found.changed, strict=bool(found.changed)):
-        parts.append(f"\nrollout {one.number} with {', '.join(found.changes)}\n{_beside(one, other)}")
-        parts.append(_problems(one, other))
+    parts += result.notes
+    if not result.changed:
+        parts += [_problems(first, None) for first in result.original[:1]]
+    for first, second in zip(result.original, result.changed, strict=bool(result.changed)):
+        parts.append(f"\nrollout {first.number} with {', '.join(result.changes)}\n{_beside(first, second)}")
+        parts.append(_problems(first, second))
     return "\n".join(parts)
 
 
@@ -36,24 +36,24 @@ def _verdict(recorded: dict[str, object] | None, differing: dict[str, tuple[obje
         return "not in the run's record"
     if not differing:
         return f"all {len(recorded)} recorded values are bit-identical"
-    shown = ", ".join(f"{name} {_number(old)} -> {_number(new)}" for name, (old, new) in list(differing.items())[:3])
-    return f"{len(differing)} of {len(recorded)} recorded values DIFFER: {shown}"
+    deltas = ", ".join(f"{name} {_number(old)} -> {_number(new)}" for name, (old, new) in list(differing.items())[:3])
+    return f"{len(differing)} of {len(recorded)} recorded values DIFFER: {deltas}"
 
 
 def _number(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else "-"
 
 
-def _beside(one: Played, other: Played) -> str:
+def _beside(original: Played, changed: Played) -> str:
     rows = [
-        [name, _number(one.values.get(f"rl/{name}")), _number(other.values.get(f"rl/{name}"))]
+        [name, _number(original.values.get(f"rl/{name}")), _number(changed.values.get(f"rl/{name}"))]
         for name in SHOWN
-        if f"rl/{name}" in one.values | other.values
+        if f"rl/{name}" in original.values | changed.values
     ]
     return page.grid([["", "as it was", "changed"], *rows])
 
 
-def _problems(one: Played, other: Played | None) -> str:
+def _problems(original: Played, changed: Played | None) -> str:
     """Every problem with the sum of its rewards."""
 
     def prompt(group: Group) -> str:
@@ -62,9 +62,12 @@ def _problems(one: Played, other: Played | None) -> str:
     def total(group: Group | None) -> str:
         return "-" if group is None else f"{sum(row.reward for row in group):.4g}"
 
-    others = {group[0].problem.id: group for group in (other.rollout.groups if other else [])}
-    rows = [[prompt(group), total(group), total(others.pop(group[0].problem.id, None))] for group in one.rollout.groups]
-    rows += [[prompt(group), "-", total(group)] for group in others.values()]
-    columns = 2 if other is None else 3
-    heading = [f"reward of {len(one.rollout.groups[0])} samples", "as it was", "changed"]
+    changed_groups = {group[0].problem.id: group for group in (changed.rollout.groups if changed else [])}
+    rows = [
+        [prompt(group), total(group), total(changed_groups.pop(group[0].problem.id, None))]
+        for group in original.rollout.groups
+    ]
+    rows += [[prompt(group), "-", total(group)] for group in changed_groups.values()]
+    columns = 2 if changed is None else 3
+    heading = [f"reward of {len(original.rollout.groups[0])} samples", "as it was", "changed"]
     return page.grid([row[:columns] for row in [heading, *rows]])

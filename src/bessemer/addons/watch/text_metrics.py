@@ -53,27 +53,31 @@ class TextMetrics(Component):
 
 
 def counts_of(row: ScoredSample) -> TextCounts:
-    thoughts, traces, kept = thought(row.answer).strip(), plugins.hook("trace"), row.completion.kept
+    thoughts, traces, kept_tokens = thought(row.answer).strip(), plugins.hook("trace"), row.completion.kept
     return TextCounts(
         thoughts.count("\n") + 1 if thoughts else 0,
         Counter(word.lower() for word in _REFLECTIVE.findall(row.answer)),
         None if traces is None else traces.read(row.problem, row.answer),
-        None if kept is None else (int(kept.count_T[row.trained_N].sum()), row.length),
+        None if kept_tokens is None else (int(kept_tokens.count_T[row.trained_N].sum()), row.length),
     )
 
 
 def text_metrics(counts: Iterable[TextCounts]) -> dict[str, float]:
     """Means over all samples; those of traces without the samples that have nothing to count."""
     read = [*counts]
-    words, traces = sum((one.words for one in read), Counter[str]()), plugins.hook("trace")
-    traced = [one.trace for one in read if one.trace is not None]
-    kept = [one.kept for one in read if one.kept is not None]
+    words, traces = sum((row.words for row in read), Counter[str]()), plugins.hook("trace")
+    traced = [row.trace for row in read if row.trace is not None]
+    kept_shares = [row.kept for row in read if row.kept is not None]
     return {
-        "rl/think_share": _mean([one.lines > 0 for one in read]),
-        "rl/tries": _mean([one.lines for one in read]),
+        "rl/think_share": _mean([row.lines > 0 for row in read]),
+        "rl/tries": _mean([row.lines for row in read]),
         "rl/reflective_words": words.total() / len(read),
         **{f"rl/words/{word}": words[word] / len(read) for word in REFLECTIVE},
-        **({"rl/kept_tokens": sum(n for n, _ in kept) / max(1, sum(trained for _, trained in kept))} if kept else {}),
+        **(
+            {"rl/kept_tokens": sum(n for n, _ in kept_shares) / max(1, sum(trained for _, trained in kept_shares))}
+            if kept_shares
+            else {}
+        ),
         **(traces.metrics(traced) if traced else {}),
     }
 

@@ -123,9 +123,9 @@ class MLflow:
         folder, address = (root / "trackers").absolute(), os.environ.get("MLFLOW_TRACKING_URI")
         self.client = MlflowClient(address or f"sqlite:///{folder / 'mlflow.db'}")
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        known = self.client.get_experiment_by_name(title)
+        experiment = self.client.get_experiment_by_name(title)
         files = None if address else (folder / "mlflow-files").as_uri()
-        number = known.experiment_id if known else self.client.create_experiment(title, files)
+        number = experiment.experiment_id if experiment else self.client.create_experiment(title, files)
         runs = self.client.search_runs([number], f"tags.bessemer = '{id}'", max_results=1)
         run = runs[0] if runs else self.client.create_run(number, tags={"bessemer": id}, run_name=name)
         self.run = run.info.run_id
@@ -241,10 +241,10 @@ class Mirror:
 
 
 def _due(
-    lines: Iterable[tuple[float, int, dict[str, Any]]], before: dict[str, StageSent]
+    lines: Iterable[tuple[float, int, dict[str, Any]]], already_sent: dict[str, StageSent]
 ) -> tuple[list[Point], dict[str, StageSent]]:
     """The points in these lines that a tracker lacks, and what it has once they are sent."""
-    sent, points = dict(before), []
+    sent, points = dict(already_sent), []
     for first, number, line in lines:
         have = sent.setdefault(line["stage"], StageSent(first))
         if have.first != first:
@@ -267,8 +267,8 @@ def _read_records(root: Path) -> dict[str, TrackerState]:
     try:
         stored = json.loads((root / "trackers.json").read_text("utf-8"))
         return {
-            name: TrackerState(one["id"], {stage: StageSent(**sent) for stage, sent in one["stages"].items()})
-            for name, one in stored.items()
+            name: TrackerState(record["id"], {stage: StageSent(**sent) for stage, sent in record["stages"].items()})
+            for name, record in stored.items()
         }
     except FileNotFoundError:
         return {}
@@ -356,14 +356,14 @@ def mirrored(root: Path, names: Sequence[str]) -> Iterator[None]:
 def main() -> None:
     """The process beside a run, until its standard input closes: `python -m THIS_MODULE RUN NAME...`."""
     root, names = Path(sys.argv[1]), sys.argv[2:]
-    ours = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
+    stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
     with open(root / "trackers" / "log.txt", "ab") as log:
         for stream in (1, 2):  # what libraries print must not disturb the run's progress bars
             os.dup2(log.fileno(), stream)
 
     def report(name: str, why: str) -> None:
         rest = f"the run continues, and bessemer track {shlex.quote(str(root))} --to {name} sends the rest"
-        print(f"tracker {name} stopped: {escaped(why[:300])}; {rest}", file=ours, flush=True)
+        print(f"tracker {name} stopped: {escaped(why[:300])}; {rest}", file=stderr, flush=True)
 
     try:
         with _alone(root, 2 * POLL):  # the process beside a killed run may still be sending
@@ -374,7 +374,7 @@ def main() -> None:
             mirror.send()  # the lines written just before the end
             mirror.close()
     except (UserError, OSError) as error:
-        print(f"trackers: {error}; the run continues", file=ours, flush=True)
+        print(f"trackers: {error}; the run continues", file=stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -100,15 +100,15 @@ def replay(
 
     root, name = _stage_of(run)
     try:
-        found = replays.replay(root, name, step, rollouts, set_ or [], from_start)
+        result = replays.replay(root, name, step, rollouts, set_ or [], from_start)
     except Interrupted:
         print("stopped; the run is as it was", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
-        print_json(found.facts())
+        print_json(result.facts())
     else:
-        print(replay_text.describe(found))
-    if any(found.differences()):
+        print(replay_text.describe(result))
+    if any(result.differences()):
         raise typer.Exit(1)
 
 
@@ -124,12 +124,12 @@ def why(
     from bessemer.addons.watch import why_text as words
 
     root, name = _stage_of(run)
-    stage, found = causes.explain(root, name, problems, samples)
+    stage, explanation = causes.explain(root, name, problems, samples)
     report = card.write(root)
     if as_json:
-        print_json({"stage": stage} | found.facts())
+        print_json({"stage": stage} | explanation.facts())
     else:
-        print(words.describe(stage, found))
+        print(words.describe(stage, explanation))
         print(f"\n{report}")
 
 

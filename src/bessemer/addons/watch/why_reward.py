@@ -118,7 +118,7 @@ class Explanation:
     @classmethod
     def of_facts(cls, facts: dict[str, Any]) -> Explanation:
         """From JSON."""
-        causes, flips = [Cause(**one) for one in facts["causes"]], [Flip(**one) for one in facts["flips"]]
+        causes, flips = [Cause(**fields) for fields in facts["causes"]], [Flip(**fields) for fields in facts["flips"]]
         pairs = {name: tuple(facts[name]) for name in ("right", "length", "language", "dead")}
         terms = {name: tuple(pair) for name, pair in facts["terms"].items()}
         return cls(**facts | pairs | {"causes": causes, "flips": flips, "terms": terms})
@@ -172,7 +172,7 @@ def _terms(row: ScoredSample, reward: Reward) -> dict[str, float]:
 def _behaviours(row: ScoredSample) -> dict[str, float]:
     """The named behaviours of one answer, each 0 or 1, or an amount."""
     thoughts, answer = thought(row.answer).strip(), row.verdict.answer or ""
-    found = {
+    behaviours = {
         "thinks": float(bool(thoughts)),
         "keeps the form": float(row.verdict.formatted),
         "is longer, by 100 tokens": row.length / 100,
@@ -184,7 +184,7 @@ def _behaviours(row: ScoredSample) -> dict[str, float]:
     }
     if row.problem.meta.keys() >= {"numbers", "target"} and thoughts:
         trace = diagnose(row.problem, row.answer)
-        found |= {
+        behaviours |= {
             "searches in order": float(trace.systematic > 0),
             "goes on until it accepts a try": float(trace.said_yes > 0),
             "repeats no try": float(trace.repeated == 0),
@@ -192,7 +192,7 @@ def _behaviours(row: ScoredSample) -> dict[str, float]:
             "uses the given numbers": float(trace.right_numbers == trace.tries),
             "accepts no miss": float(trace.yes_on_miss == 0),
         }
-    return found
+    return behaviours
 
 
 def _stands_in(answer: str, prompt: str) -> bool:
@@ -205,27 +205,29 @@ def _columns(sides: Sequence[Sequence[Group]]) -> dict[str, np.ndarray]:
     rows = [row for side in sides for group in side for row in group]
     shape = (2, len(sides[0]), len(sides[0][0]))
     behaviours = [_behaviours(row) for row in rows]
-    names = dict.fromkeys(name for found in behaviours for name in found)
-    columns = {name: np.array([found.get(name, 0.0) for found in behaviours]).reshape(shape) for name in names} | {
-        RIGHT: _stack(sides, lambda row: float(row.verdict.correct))
-    }
+    names = dict.fromkeys(name for behaviour in behaviours for name in behaviour)
+    columns = {
+        name: np.array([behaviour.get(name, 0.0) for behaviour in behaviours]).reshape(shape) for name in names
+    } | {RIGHT: _stack(sides, lambda row: float(row.verdict.correct))}
     common = Counter(row.verdict.answer for group in sides[1] for row in group if row.verdict.answer).most_common(1)
     if common:
-        same = f'answers "{common[0][0][:40]}" to everything'
-        columns[same] = _stack(sides, lambda row: float(row.verdict.answer == common[0][0]))
-    held = [_phrases(row) for row in rows]
+        constant = f'answers "{common[0][0][:40]}" to everything'
+        columns[constant] = _stack(sides, lambda row: float(row.verdict.answer == common[0][0]))
+    phrases_of = [_phrases(row) for row in rows]
     half = len(rows) // 2
-    counts = [Counter(phrase for phrases in part for phrase in phrases) for part in (held[:half], held[half:])]
+    counts = [
+        Counter(phrase for phrases in part for phrase in phrases) for part in (phrases_of[:half], phrases_of[half:])
+    ]
     moved = {phrase: abs(counts[1][phrase] - counts[0][phrase]) for phrase in counts[0] | counts[1]}
     for phrase in sorted(moved, key=lambda phrase: (-moved[phrase], phrase))[:PHRASES]:
-        columns[f'writes "{phrase}"'] = np.array([float(phrase in phrases) for phrases in held]).reshape(shape)
+        columns[f'writes "{phrase}"'] = np.array([float(phrase in phrases) for phrases in phrases_of]).reshape(shape)
     return {name: column for name, column in columns.items() if np.ptp(column) > 0}
 
 
 def _phrases(row: ScoredSample) -> set[str]:
     """Words and pairs of words of an answer; numbers are one word."""
     words = ["0" if word.isdigit() else word for word in _WORD.findall(row.answer)]
-    return {*words, *(f"{one} {two}" for one, two in pairwise(words))} - {"0"}
+    return {*words, *(f"{first} {second}" for first, second in pairwise(words))} - {"0"}
 
 
 def _causes(term: str, value: np.ndarray, columns: dict[str, np.ndarray]) -> list[Cause]:
@@ -233,15 +235,15 @@ def _causes(term: str, value: np.ndarray, columns: dict[str, np.ndarray]) -> lis
     rise = float(value[1].mean() - value[0].mean())
     if abs(rise) < 1e-9:
         return []
-    pool = {name: column for name, column in columns.items() if _moved(column)}
+    pool = {name: column for name, column in columns.items() if _has_moved(column)}
     if term == RIGHT:
         pool.pop(RIGHT, None)
-    given = DEFINED.get(term, RIGHT)
-    chosen: list[str] = [given] if given in pool else []
+    definition = DEFINED.get(term, RIGHT)
+    chosen: list[str] = [definition] if definition in pool else []
     while len(chosen) < CAUSES:
         best, worth = None, 0.0
-        for name in [name for name in pool if _new(pool[name], [pool[one] for one in chosen])]:
-            coefficients, errors = _fit(value, [pool[one] for one in (*chosen, name)])
+        for name in [name for name in pool if _is_new(pool[name], [pool[other] for other in chosen])]:
+            coefficients, errors = _fit(value, [pool[other] for other in (*chosen, name)])
             part = float(coefficients[-1] * (pool[name][1].mean() - pool[name][0].mean()))
             weight = part / rise * (PLAINER if name.startswith('writes "') else 1.0)
             if abs(coefficients[-1]) > EARNS * errors[-1] and weight > max(COUNTS, worth):
@@ -255,16 +257,16 @@ def _causes(term: str, value: np.ndarray, columns: dict[str, np.ndarray]) -> lis
     coefficients, _ = _fit(value, parts)
     spread = _resampled(value, parts)
     causes = []
-    for place, name in enumerate(chosen):
-        first, last = (float(parts[place][side].mean()) for side in (0, 1))
-        part = float(coefficients[place]) * (last - first)
-        low, high = (float(end) for end in np.quantile(spread[:, place], [0.025, 0.975]))
+    for i, name in enumerate(chosen):
+        first, last = (float(parts[i][side].mean()) for side in (0, 1))
+        part = float(coefficients[i]) * (last - first)
+        low, high = (float(end) for end in np.quantile(spread[:, i], [0.025, 0.975]))
         low, high = widened(part, low, high, value.shape[1])
-        causes.append(Cause(term, name, first, last, float(coefficients[place]), part, low, high))
+        causes.append(Cause(term, name, first, last, float(coefficients[i]), part, low, high))
     return [cause for cause in causes if cause.part / rise > COUNTS]
 
 
-def _moved(column: np.ndarray) -> bool:
+def _has_moved(column: np.ndarray) -> bool:
     change = column.mean(2)[1] - column.mean(2)[0]
     error = change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else math.inf
     return abs(change.mean()) > CHANGED * error and abs(change.mean()) > 1e-9
@@ -275,14 +277,14 @@ def _inside(values: np.ndarray) -> np.ndarray:
     return (values - values.mean(2, keepdims=True)).reshape(-1)
 
 
-def _new(column: np.ndarray, chosen: Sequence[np.ndarray]) -> bool:
+def _is_new(column: np.ndarray, chosen: Sequence[np.ndarray]) -> bool:
     """Whether a column holds more than a combination of the chosen ones."""
     if not chosen:
         return True
     coefficients, _ = _fit(column, chosen)
     y = _inside(column)
-    left = y - np.stack([_inside(part) for part in chosen], 1) @ coefficients
-    return float(left @ left) > OWN * float(y @ y)
+    residual = y - np.stack([_inside(part) for part in chosen], 1) @ coefficients
+    return float(residual @ residual) > OWN * float(y @ y)
 
 
 def _fit(value: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -290,9 +292,9 @@ def _fit(value: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np
     y, x = _inside(value), np.stack([_inside(part) for part in parts], 1)
     square = x.T @ x + 1e-9 * np.eye(len(parts))
     coefficients = np.linalg.solve(square, x.T @ y)
-    left = y - x @ coefficients
+    residual = y - x @ coefficients
     freedom = max(1, y.size - 2 * value.shape[1] - len(parts))
-    return coefficients, np.sqrt(np.diag(np.linalg.inv(square)) * (left @ left) / freedom)
+    return coefficients, np.sqrt(np.diag(np.linalg.inv(square)) * (residual @ residual) / freedom)
 
 
 def _resampled(value: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -302,12 +304,12 @@ def _resampled(value: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
     square, cross = np.einsum("pni,pnj->pij", x, x), np.einsum("pni,pn->pi", x, y)
     change = np.stack([p.mean(2)[1] - p.mean(2)[0] for p in parts], 1)
     rng = np.random.default_rng(0)
-    found = []
+    samples = []
     for _ in range(RESAMPLES):
         drawn = rng.integers(len(y), size=len(y))
         total = square[drawn].sum(0) + 1e-9 * np.eye(len(parts))
-        found.append(np.linalg.solve(total, cross[drawn].sum(0)) * change[drawn].mean(0))
-    return np.array(found)
+        samples.append(np.linalg.solve(total, cross[drawn].sum(0)) * change[drawn].mean(0))
+    return np.array(samples)
 
 
 def _interval(total: np.ndarray, change: np.ndarray) -> tuple[float, float]:

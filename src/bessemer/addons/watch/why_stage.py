@@ -47,18 +47,18 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
         cap = round(config.max_new_tokens(config.rollouts * config.updates_per_rollout))
         judges = load_reward_models(config, folders)
         reward, seed = Reward.of_config(config), recipe.seed_of(config)
-        shown = TimedProgress(dict.fromkeys((config.source, config.name), 1.0))
-        shown.say(f"{config.source} and {config.name} each answer {len(chosen)} problems {samples} times")
+        progress = TimedProgress(dict.fromkeys((config.source, config.name), 1.0))
+        progress.say(f"{config.source} and {config.name} each answer {len(chosen)} problems {samples} times")
         before, after = (
-            _answers(folders[stage] / "model", config, chosen, samples, cap, seed, shown, stage)
+            _answers(folders[stage] / "model", config, chosen, samples, cap, seed, progress, stage)
             for stage in (config.source, config.name)
         )
         for groups in (before, after):
             reward.score(groups, 0, judges)
-    found = why.explain(before, after, reward, sum(_split(task) == "train" for task, _ in chosen))
+    explanation = why.explain(before, after, reward, sum(_split(task) == "train" for task, _ in chosen))
     models = {stage: digests[stage] for stage in (config.source, config.name)}
-    write_json(root / f"why-{config.name}.json", found.facts() | {"models": models})
-    return config.name, found
+    write_json(root / f"why-{config.name}.json", explanation.facts() | {"models": models})
+    return config.name, explanation
 
 
 def rl_stage(recipe: Recipe, name: str | None) -> RLConfig:
@@ -91,10 +91,10 @@ def _split(task: Task) -> str:
 
 
 def _answers(
-    folder: Path, config: RLConfig, problems: TaskProblems, samples: int, cap: int, seed: int, shown: TimedProgress,
+    folder: Path, config: RLConfig, problems: TaskProblems, samples: int, cap: int, seed: int, progress: TimedProgress,
     stage: str,
 ) -> list[Group]:  # fmt: skip
-    bar, began = shown.begin(stage), time.monotonic()
+    bar, began = progress.begin(stage), time.monotonic()
     bar.total(len(problems), "problems")
     model, tokenizer = setup.load_to_sample(folder, lambda text: None)
     tokenizer.use_template(config.prompt_template)
@@ -109,6 +109,6 @@ def _answers(
         )  # fmt: skip
         groups += rollout.verify(part, prompts, outcomes, tokenizer.opening, config.accuracy_needs_format)
         bar.advance(len(part))
-    shown.end(stage, time.monotonic() - began)
-    shown.say(f"{stage}: {len(problems)} problems answered ({show_seconds(shown.spent[stage])})")
+    progress.end(stage, time.monotonic() - began)
+    progress.say(f"{stage}: {len(problems)} problems answered ({show_seconds(progress.spent[stage])})")
     return groups

@@ -333,10 +333,10 @@ class _Monitor(StepLog):
             self.ctx.say("held-out bits per byte at the start: " + ", ".join(f"{k} {v:.4f}" for k, v in bits.items()))
 
     def __call__(self, trainer: Trainer) -> None:
-        if self.passed(self.config.validate_every):
+        if self.has_passed(self.config.validate_every):
             self.validate(trainer)
         first = self.before < self.config.first_sample <= self.tokens
-        if first or self.passed(self.config.sample_every):
+        if first or self.has_passed(self.config.sample_every):
             self.samples(trainer)
 
     def validate(self, trainer: Trainer, at_end: bool = False) -> dict[str, float]:

@@ -177,7 +177,7 @@ class _Monitor(StepLog):
         self.config, self.tokenizer, self.epoch = config, tokenizer, epoch
 
     def __call__(self, trainer: Trainer) -> None:
-        prompts = self.config.prompts if self.passed(self.epoch) else []
+        prompts = self.config.prompts if self.has_passed(self.epoch) else []
         if not prompts:
             return
         model = self.ctx.runtime.gather(trainer)
