@@ -41,13 +41,13 @@ def texts(groups):
 
 def generated(rank, kind):
     ranks, calls = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu")), []
-    own = engine()
+    sampled = engine()
     if kind == "sharded":
-        sampler = LocalSampler(own, lambda: calls.append(rank), runtime_of(ranks))
+        sampler = LocalSampler(sampled, lambda: calls.append(rank), runtime_of(ranks))
     else:
         sampler = Rank0Sampler(
-            LocalSampler(own, lambda: None) if rank == 0 else None,
-            own.tokenizer,
+            LocalSampler(sampled, lambda: None) if rank == 0 else None,
+            sampled.tokenizer,
             lambda: calls.append(rank),
             runtime_of(ranks),
         )
@@ -57,13 +57,13 @@ def generated(rank, kind):
 @pytest.mark.parametrize(("samples", "rows", "n", "expected"), [
     (1024, 256, 8, 128), (1024, 256, 4, 256), (1024, 256, 3, 171), (9, 2, 2, 2), (3, 64, 8, 1), (2048, 512, 4, 512),
 ])  # fmt: skip
-def test_ranks_get_equal_batch_counts(samples, rows, n, expected):
+def test_every_rank_gets_equally_many_batches(samples, rows, n, expected):
     assert rows_of_batch(samples, rows, n) == expected <= rows
     assert samples < n or -(-samples // expected) / n > 0.8
 
 
 @pytest.mark.parametrize("kind", ["sharded", "rank0"])
-def test_samples_match_one_process_on_all_ranks(kind):
+def test_all_ranks_get_the_samples_of_one_process(kind):
     expected = texts(engine().generate(PROMPTS, **ASKED))
     assert len({text for group in expected for text in group}) > 4
     for rank, (actual, calls) in enumerate(on_ranks(2, generated, kind)):
@@ -108,21 +108,21 @@ def episodes(rank, ranks=None):
         sampler, problems, None, samples=3, seeds=[5, 6], cap=20, context=200, once=once, temperature=1.0, top_p=1.0,
         batch_rows=2, stop_ids=range(20, 200),
     )  # fmt: skip
-    return [[(sample.completion.tokens, sample.verdict) for sample in group] for group in groups], Talk.resets
+    return [[(entry.completion.tokens, entry.verdict) for entry in group] for group in groups], Talk.resets
 
 
-def test_episodes_match_one_process_with_environments_on_rank_0():
+def test_episodes_match_those_of_one_process_and_rank_0_alone_has_environments():
     expected, _ = episodes(0)
     Talk.resets = 0
     actual = on_ranks(2, episodes, True)
-    assert [groups for groups, _ in actual] == [expected, expected] and [resets for _, resets in actual] == [6, 0]
+    assert [entry for entry, _ in actual] == [expected, expected] and [resets for _, resets in actual] == [6, 0]
     assert max(len(tokens) for group in expected for tokens, _ in group) > 20, "of two turns and what lies between"
 
 
-def changed(mine, step):
+def changed(target, step):
     """Replaces this model's weights by another's."""
     with torch.no_grad():
-        for own, other in zip(mine.model.parameters(), engine(9 + step).model.parameters(), strict=True):
+        for own, other in zip(target.model.parameters(), engine(9 + step).model.parameters(), strict=True):
             own.copy_(other)
 
 
@@ -140,7 +140,7 @@ def ordered(rank, folder):
     trained, actual = DealtEngine(student, folder / "3", ranks, "student", lambda: step), []
     prompts = [own.tokenizer.encode(text) for text in PROMPTS]
     for _ in range(2):
-        actual += [texts(dealt.generate(prompts, **ASKED)) for dealt in (plain, judge)]
+        actual += [texts(entry.generate(prompts, **ASKED)) for entry in (plain, judge)]
     for _ in range(2):
         changed(student, step)
         step += 1
@@ -150,7 +150,7 @@ def ordered(rank, folder):
     return actual
 
 
-def test_waiting_ranks_generate_for_rank_0(tmp_path):
+def test_waiting_ranks_generate_what_rank_0_orders(tmp_path):
     """The others load every model once, follow the weights of a model that changes, and load what it began as again."""
     expected = {}
     for seed in (1, 2, 9, 10):
@@ -169,13 +169,13 @@ def test_waiting_ranks_generate_for_rank_0(tmp_path):
 
 def led_by_rank_0(rank, folder):
     """Parts of a stage that rank 0 runs with the other as helper: one succeeds, one fails, and one is stopped."""
-    ranks, made = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu")), []
+    ranks, sampled = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu")), []
     ctx = StageContext("part", folder, {}, None, None, folder, None, None, StopFlag(), runtime=runtime_of(ranks))
 
     def make(alone):
         own = engine()
         prompts = [own.tokenizer.encode(text) for text in PROMPTS]
-        made.append(texts(DealtEngine(own, folder, alone.runtime.ranks).generate(prompts, **ASKED)))
+        sampled.append(texts(DealtEngine(own, folder, alone.runtime.ranks).generate(prompts, **ASKED)))
 
     def fail(alone):
         raise UserError("the judge does not answer")
@@ -185,10 +185,10 @@ def led_by_rank_0(rank, folder):
         ctx.led(fail)
     with pytest.raises(Interrupted):
         ctx.led(StageContext.interrupt)
-    return made
+    return sampled
 
 
-def test_rank_0_errors_and_stops_reach_all_ranks(tmp_path):
+def test_errors_and_stops_of_rank_0_reach_all_ranks(tmp_path):
     own = engine()
     own.model.save(tmp_path)
     own.tokenizer.save(tmp_path)

@@ -5,16 +5,16 @@ from bessemer.addons.serve.requests import Token
 
 def drain(scheduler, late=(), every=3):
     """Steps until idle, adding a late request every few steps. {ticket: (tokens, Finished)}, tickets in order."""
-    late, found, tickets, n = list(late), {}, [], 0
-    while late or not scheduler.is_idle:
+    late, actual, tickets, n = list(late), {}, [], 0
+    while late or not scheduler.idle:
         if late and n % every == 0:
             tickets.append(scheduler.add(late.pop(0)))
         for event in scheduler.step():
-            tokens, _ = found.setdefault(event.ticket, ([], None))
+            tokens, _ = actual.setdefault(event.ticket, ([], None))
             if isinstance(event, Token):
                 tokens.append(event)
             else:
-                found[event.ticket] = (tokens, event)
+                actual[event.ticket] = (tokens, event)
         n += 1
         assert n < 5000, "no progress"
-    return [found[ticket] for ticket in tickets], found
+    return [actual[ticket] for ticket in tickets], actual

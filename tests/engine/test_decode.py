@@ -34,7 +34,7 @@ def begun(model, rows, copies=1):
     cache = new_cache(model)
     prompts = [cache.open(row) for row in rows]
     logits = prefill_all(model, cache, prompts)
-    cache.admit([(held, copies) for held in prompts])
+    cache.admit([(prompt, copies) for prompt in prompts])
     return logits, cache
 
 
@@ -125,7 +125,7 @@ def test_a_prompt_in_parts_is_the_prompt(model, prompts):
 
 
 @torch.no_grad()
-def test_padding_is_seen_by_nothing(model, prompts):
+def test_padding_has_no_influence(model, prompts):
     """A short prompt next to a longer one is padded; its latents do not change."""
     short, long = prompts[4], prompts[7]
     _, alone = begun(model, [short, short])
@@ -146,11 +146,11 @@ def test_padding_is_not_routed(model, prompts, monkeypatch):
 
 @torch.no_grad()
 def test_only_last_positions_reach_the_head(model, prompts, monkeypatch):
-    seen = []
-    model.head.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    shapes = []
+    model.head.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
     logits, cache = begun(model, prompts)
     step(model, logits.argmax(-1), positions(prompts), cache)
-    assert seen == [(len(prompts), model.cfg.dim), (len(prompts), 1, model.cfg.dim)]
+    assert shapes == [(len(prompts), model.cfg.dim), (len(prompts), 1, model.cfg.dim)]
 
 
 @torch.no_grad()
@@ -171,8 +171,8 @@ def test_copies_share_full_pages_and_go_their_own_ways(model, prompts):
     )
     assert cache.pages.total - cache.pages.available == 1 + 3 + 3
     rows = go_on(model, cache, [rows[0]] * 3 + [rows[1]] * 3, 3)
-    kept = cache.keep([False, True, False, True, False, True])
-    rows = [rows[b] for b in kept]
+    rows_kept = cache.keep([False, True, False, True, False, True])
+    rows = [rows[b] for b in rows_kept]
     assert len(cache.row_pages) == 3 and cache.pages.total - cache.pages.available == 2 + 1 + 1
     go_on(model, cache, rows, 2)
     cache.keep([False] * 3)
@@ -200,6 +200,6 @@ def test_attention_after_cached_tokens(monkeypatch, cfg, form):
     model = Transformer(cfg).initialise(1).eval()
     mla, rope = model.layers[0].attn, model.rope_table(70)
     x_BTD = torch.randn(2, 70, cfg.dim, generator=torch.Generator().manual_seed(2))
-    whole, latent = mla(x_BTD, rope), mla.latent(x_BTD, rope)
+    expected, latent = mla(x_BTD, rope), mla.latent(x_BTD, rope)
     for T in (1, 5, 40, 70):
-        assert distance(expanded_after(mla, x_BTD[:, -T:], latent, rope[-T:]), whole[:, -T:]) < 1e-6
+        assert distance(expanded_after(mla, x_BTD[:, -T:], latent, rope[-T:]), expected[:, -T:]) < 1e-6

@@ -14,7 +14,7 @@ from bessemer.model.transformer import Transformer
 @pytest.fixture
 def engine(cfg, tokenizer, torch_steps, monkeypatch):
     """A model with an MTP module, on the CPU, without operations of others: theirs may be for one device."""
-    monkeypatch.setattr(Operation, "__call__", lambda self, *given, **named: self.equation(*given, **named))
+    monkeypatch.setattr(Operation, "__call__", lambda self, *arguments, **named: self.equation(*arguments, **named))
     return Engine(Transformer(cfg.model_copy(update={"n_mtp": 1})).initialise(3), tokenizer)
 
 
@@ -28,5 +28,5 @@ def test_a_tensor_is_on_the_model_s_device(engine, prompts, drafts):
     alone = drain(Scheduler(engine, drafts=drafts), wanted, every=1)[0]
     with torch.device("meta"):
         assert engine.generate(prompts, **options) == expected
-        found, _ = drain(Scheduler(engine, drafts=drafts), wanted, every=1)
-    assert found == alone
+        actual, _ = drain(Scheduler(engine, drafts=drafts), wanted, every=1)
+    assert actual == alone

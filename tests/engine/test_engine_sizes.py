@@ -52,11 +52,11 @@ def test_stop_strings_cost_nothing_by_the_vocabulary(large, wide, monkeypatch):
     tracemalloc.start()
     try:
         live = [scheduler.start(Request((5, 6), n, 4, stop_strings=stops)) for n in range(320)]
-        held, _ = tracemalloc.get_traced_memory()
+        allocated, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len({id(sequence.stop) for sequence in live}) == 1
-    assert not looked_at and held < 2e6
+    assert not looked_at and allocated < 2e6
     steps = 0
     while not scheduler.is_idle:
         scheduler.step()
@@ -84,8 +84,8 @@ def test_a_text_is_hashed_once(large, monkeypatch):
     while scheduler.stats()["waiting"] == 2:
         scheduler.step()
         waited += 1
-    _, found = drain(scheduler)
-    assert waited > 20 and sum(end.reason == "length" for _, end in found.values()) >= 1
+    _, actual = drain(scheduler)
+    assert waited > 20 and sum(end.reason == "length" for _, end in actual.values()) >= 1
     assert scheduler.stats()["prompt_tokens_found"] == 2 * pages * PAGE
     assert len(hashed) <= pages + 2
 

@@ -38,7 +38,7 @@ def cases(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_what_holds_for_every_placement(case):
+def test_invariants_of_every_placement(case):
     loads, replicas, groups, nodes, gpus = case
     placement = place(*case)
     slots_LR, count_LE = placement.replica_to_expert_LR, placement.count_LE
@@ -48,8 +48,8 @@ def test_what_holds_for_every_placement(case):
     assert placement.expert_to_replica_LEX.shape == (layers, experts, count_LE.max())
     for slots, listed, load in zip(slots_LR.tolist(), placement.expert_to_replica_LEX.tolist(), loads, strict=True):
         for expert in range(experts):
-            mine = [slot for slot in range(replicas) if slots[slot] == expert]
-            assert listed[expert] == mine + [-1] * (count_LE.max() - len(mine))
+            own = [slot for slot in range(replicas) if slots[slot] == expert]
+            assert listed[expert] == own + [-1] * (count_LE.max() - len(own))
         if max(load) == 0:
             spread = [slots.count(expert) for expert in range(experts)]
             assert placement.policy == "hierarchical" or max(spread) - min(spread) <= 1
@@ -65,8 +65,8 @@ def test_what_holds_for_every_placement(case):
         assert np.array_equal(slots_LR, place(loads, replicas, 1, 1, gpus).replica_to_expert_LR)
     share_LG = gpu_loads(placement, loads, gpus)
     for layer, gpu in product(range(layers), range(gpus)):
-        here = slots_LR[layer, gpu * (replicas // gpus) : (gpu + 1) * (replicas // gpus)].tolist()
-        assert np.isclose(share_LG[layer, gpu], sum(loads[layer][e] / slots_LR[layer].tolist().count(e) for e in here))
+        local = slots_LR[layer, gpu * (replicas // gpus) : (gpu + 1) * (replicas // gpus)].tolist()
+        assert np.isclose(share_LG[layer, gpu], sum(loads[layer][e] / slots_LR[layer].tolist().count(e) for e in local))
     assert (balance(placement, loads, gpus) >= 1 - 1e-12).all()
     assert np.array_equal(place(np.multiply(loads, 4.0), *case[1:]).replica_to_expert_LR, slots_LR), "any unit"
 
@@ -77,8 +77,8 @@ def test_no_other_numbers_of_replicas_are_better(load, spare):
     experts, replicas = len(load), len(load) + spare
     expert_R = replicate(np.array(load, dtype=float), replicas).tolist()
     assert expert_R[:experts] == list(range(experts)) and len(expert_R) == replicas
-    ways = [way for way in product(range(1, spare + 2), repeat=experts) if sum(way) == replicas]
-    hottest = [max(x / n for x, n in zip(load, way, strict=True)) for way in ways]
+    choices = [counts for counts in product(range(1, spare + 2), repeat=experts) if sum(counts) == replicas]
+    hottest = [max(x / n for x, n in zip(load, counts, strict=True)) for counts in choices]
     assert max(x / expert_R.count(e) for e, x in enumerate(load)) == min(hottest)
 
 
@@ -89,8 +89,8 @@ def best_packing(weights, room):
     first, rest = weights[0], range(1, len(weights))
     tries = []
     for others in combinations(rest, room - 1):
-        left = [weights[i] for i in rest if i not in others]
-        tries.append(max(first + sum(weights[i] for i in others), best_packing(left, room)))
+        remaining = [weights[i] for i in rest if i not in others]
+        tries.append(max(first + sum(weights[i] for i in others), best_packing(remaining, room)))
     return min(tries)
 
 
@@ -141,7 +141,7 @@ def test_balance_in_figures():
         (dict(load_LE=[[]]), r"have shape \[1, 0\]"),
     ],
 )
-def test_what_cannot_be_served(change, message):
+def test_impossible_placements_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         place(**(dict(load_LE=EXAMPLE, replicas=16, groups=4, nodes=2, gpus=4) | change))
 

@@ -38,7 +38,7 @@ def test_a_client_with_many_requests_does_not_delay_the_others(engine, prompts):
     assert order.index(late) <= 4 and len(order) == 13
 
 
-def test_a_client_with_many_names_waits_like_one(engine, prompts):
+def test_a_client_with_many_names_gets_one_share(engine, prompts):
     """And its users take turns among themselves."""
     scheduler = Scheduler(engine, rows=2, queue=FairQueue())
     made = [("many", f"name {k}") for k in range(9)] + [("proxy", "first")] * 4 + [("proxy", "second"), ("one", "")]
@@ -56,7 +56,7 @@ def test_a_client_with_many_names_waits_like_one(engine, prompts):
     assert [client for client, _ in order[:6]].count("many") <= 3
 
 
-def test_nothing_is_kept_of_clients_that_are_gone(engine):
+def test_state_of_gone_clients_is_dropped(engine):
     """One of whose requests ended while another waited, and one whose request waited after a preemption."""
     scheduler = Scheduler(engine, rows=1, queue=FairQueue())
     first = Request((20, 21, 22), 1, 1, stop_ids=(), client="impatient")
@@ -90,5 +90,5 @@ def test_a_full_cache_prefills_little_twice(cfg, tokenizer, lengths, pages):
         most = 448 if lengths == "equal" else draw.randint(20, 448)
         prompt = tuple(draw.randrange(3, 290) for _ in range(PAGE))
         scheduler.add(Request(prompt, n, most, stop_ids=()))
-    _, found = drain(scheduler)
-    assert len(found) == count and sum(tokens) <= 1.55 * count * PAGE
+    _, actual = drain(scheduler)
+    assert len(actual) == count and sum(tokens) <= 1.55 * count * PAGE

@@ -59,18 +59,18 @@ def biased(token, value):
 def alone(engine, request, **options):
     scheduler = Scheduler(engine, rows=1, **options)
     scheduler.add(request)
-    found = drain(scheduler)[1]
-    return next(iter(found.values()))
+    actual = drain(scheduler)[1]
+    return next(iter(actual.values()))
 
 
 def test_answers_obey_their_schema_and_are_the_same_alone(engine, prompts, tokenizer):
     """The cache is too small for all of them, so that some are preempted and resumed."""
-    wanted = requests(prompts, tokenizer)
+    expected = requests(prompts, tokenizer)
     scheduler = Scheduler(engine, rows=16, cache_tokens=5 * PAGE, prefill_tokens=20)
-    found, _ = drain(scheduler, wanted, every=1)
+    actual, _ = drain(scheduler, expected, every=1)
     assert scheduler.preempted > 0
     obeyed = 0
-    for i, (request, (tokens, end)) in enumerate(zip(wanted, found, strict=True)):
+    for i, (request, (tokens, end)) in enumerate(zip(expected, actual, strict=True)):
         solo, solo_end = alone(engine, request)
         assert ([t.token for t in tokens], end.reason) == ([t.token for t in solo], solo_end.reason)
         assert [t.logprob for t in tokens] == pytest.approx([t.logprob for t in solo], abs=1e-3)
@@ -84,7 +84,7 @@ def test_answers_obey_their_schema_and_are_the_same_alone(engine, prompts, token
     assert obeyed >= 8
 
 
-def test_the_mask_is_what_the_definition_allows(tokenizer):
+def test_the_mask_matches_the_definition(tokenizer):
     """Against every token in turn: allowed exactly if the text so far plus the token begins one of the words."""
     words = ["the fox", "fox", "two and two", "盛钢"]
     state = Grammars(tokenizer).start(json_grammar({"enum": words}), waits=False)
@@ -132,8 +132,8 @@ def test_a_bias_is_added_to_the_logits(engine, prompts, tokenizer):
         for key in range(400):
             control = TokenRules(PenaltyParams(bias=bias)).or_none()
             scheduler.add(Request(free.prompt, stream_key(key), 1, control=control))
-        found = drain(scheduler)[1].values()
-        counts[bias] = sum(tokens[0].token == first for tokens, _ in found)
+        actual = drain(scheduler)[1].values()
+        counts[bias] = sum(tokens[0].token == first for tokens, _ in actual)
     with torch.inference_mode():
         logits = engine.model.forward(torch.tensor([free.prompt]))[0, -1, : tokenizer.vocab_size].float()
     for bias, count in counts.items():
@@ -176,19 +176,19 @@ OPEN = {
 
 
 @pytest.mark.parametrize("form", ["content", "call"])
-def test_what_the_limit_cuts_off_can_still_be_parsed(cfg, prompts, tokenizer, form):
+def test_json_cut_off_by_the_limit_can_still_be_parsed(cfg, prompts, tokenizer, form):
     """A model that knows no JSON writes strings and lists without an end."""
     tool = Tool("note", parameters=OPEN)
     grammar = json_grammar(OPEN) if form == "content" else calls_grammar((tool,), tokenizer.tool_marks, 2)
     model = Transformer(cfg.model_copy(update={"max_seq_len": 512})).initialise(3)
     scheduler = Scheduler(Engine(model, tokenizer), rows=16)
-    wanted = [
+    expected = [
         Request(tuple(prompts[n % 4]), stream_key(3, n), 300, SAMPLINGS[n % 3], control=TokenRules(grammar=grammar))
         for n in range(12)
     ]
-    found, _ = drain(scheduler, wanted, every=1)
-    assert "length" in {end.reason for _, end in found}
-    for tokens, end in found:
+    actual, _ = drain(scheduler, expected, every=1)
+    assert "length" in {end.reason for _, end in actual}
+    for tokens, end in actual:
         text = tokenizer.decode([token.token for token in tokens], skip_special=False)
         value, length = json.JSONDecoder().raw_decode(text[text.index("{") :])
         jsonschema.validate(value, OPEN)

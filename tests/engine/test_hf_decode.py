@@ -58,15 +58,15 @@ def test_greedy_tokens_match_those_of_transformers(kind, tokenizer, prompts):
     stop = tokenizer.eos_id
     with torch.no_grad():  # a token that is often sampled ends the rows at different times
         engine.model.head_weight[stop] = engine.model.head_weight[2:60].mean(0) * 4
-    found = engine.generate(prompts, max_new_tokens=40, temperature=0)
+    actual = engine.generate(prompts, max_new_tokens=40, temperature=0)
     reasons = set()
-    for prompt, (completion,) in zip(prompts, found, strict=True):
-        theirs = engine.model.inner.generate(
+    for prompt, (completion,) in zip(prompts, actual, strict=True):
+        reference = engine.model.inner.generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=stop, pad_token_id=stop,
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), min_new_tokens=1,
             suppress_tokens=list(range(tokenizer.vocab_size, VOCABULARY)),
         )  # fmt: skip
-        assert list(completion.tokens) == theirs[0, len(prompt) :].tolist()
+        assert list(completion.tokens) == reference[0, len(prompt) :].tolist()
         reasons.add(completion.finish_reason)
     assert "length" in reasons
 
@@ -176,9 +176,9 @@ def test_rows_that_leave_take_their_slots_along():
     layer.update(states, states + 10)
     source = cache.keep([False, True, False, True])
     assert source == [3, 1] and cache.rows == 2
-    seen = cache.start_step(torch.tensor([3, 70]))
+    mask = cache.start_step(torch.tensor([3, 70]))
     keys, values = layer.update(torch.full((2, 2, 1, 5), 7.0), torch.full((2, 2, 1, 5), 8.0))
-    assert keys.shape == (2, 2, 71, 5) and seen.sum(1).tolist() == [4, 71]
+    assert keys.shape == (2, 2, 71, 5) and mask.sum(1).tolist() == [4, 71]
     assert keys[:, 0, 0, 0].tolist() == [3.0, 1.0] and values[:, 1, 2, 4].tolist() == [13.0, 11.0]
     assert keys[0, 0, 3, 0] == 7.0 and keys[1, 0, 70, 0] == 7.0 and keys[1, 0, 3, 0] == 0.0
 

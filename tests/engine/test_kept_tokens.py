@@ -10,8 +10,8 @@ from bessemer.errors import UserError
 CALL = dict(samples=2, max_new_tokens=16, seed=4, temperature=0.8, top_p=0.9, record_kept=True)
 
 
-def records(found):
-    return [completion for group in found for completion in group]
+def records(actual):
+    return [completion for group in actual for completion in group]
 
 
 def naive(model, vocab, prompt, completion, top_p, temperature):
@@ -30,12 +30,12 @@ def listed(completion):
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_they_match_those_of_the_definition(engine, prompts, kernels, request):
+def test_kept_tokens_match_the_definition(engine, prompts, kernels, request):
     if not kernels:
         request.getfixturevalue("torch_steps")
-    found, vocab, sizes = engine.generate(prompts, **CALL), engine.tokenizer.vocab_size, set()
+    actual, vocab, sizes = engine.generate(prompts, **CALL), engine.tokenizer.vocab_size, set()
     sets = same = 0
-    for prompt, group in zip(prompts, found, strict=True):
+    for prompt, group in zip(prompts, actual, strict=True):
         for one in group:
             for ids, token, logp, (expected, logits_V) in zip(
                 listed(one), one.tokens, one.logprobs, naive(engine.model, vocab, prompt, one, 0.9, 0.8), strict=True
@@ -46,7 +46,7 @@ def test_they_match_those_of_the_definition(engine, prompts, kernels, request):
                 sets, same, sizes = sets + 1, same + (set(ids) == expected), sizes | {len(ids)}
     assert same >= 0.99 * sets and len(sizes) > 20
     plain_form = engine.generate(prompts, **CALL | {"record_kept": False})
-    for one, other in zip(records(found), records(plain_form), strict=True):
+    for one, other in zip(records(actual), records(plain_form), strict=True):
         assert one.tokens == other.tokens and other.kept is None
         assert all(p > q for p, q in zip(one.logprobs, other.logprobs, strict=True)), "a share of less than all"
 
@@ -65,6 +65,6 @@ def test_a_mask_is_listed_row_by_row():
         ({"drafts": 1}, "record_kept and drafts cannot be combined"),
     ],
 )
-def test_where_nothing_is_to_be_recorded_it_is_refused(engine, options, complaint):
+def test_recording_without_truncation_is_refused(engine, options, complaint):
     with pytest.raises(UserError, match=complaint):
         Engine(engine.model, engine.tokenizer).plan([[5]], **CALL | options)

@@ -23,9 +23,9 @@ PARAMS = [
 
 
 def penalised(prompt, number, params, tokens=()):
-    made = Sequence(Request(prompt, number), number, control=TokenControl(TokenRules(params), None, (None, None)))
-    made.tokens.extend(tokens)
-    return made
+    sequence = Sequence(Request(prompt, number), number, control=TokenControl(TokenRules(params), None, (None, None)))
+    sequence.tokens.extend(tokens)
+    return sequence
 
 
 def follow(penalties, live):
@@ -41,7 +41,7 @@ def defined(sequence, logits_V):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_numbers_match_those_of_the_definition(seed):
+def test_penalties_match_the_definition(seed):
     chance, draw = random.Random(seed), torch.Generator().manual_seed(seed)
     penalties, live, number = Penalties(V, torch.device("cpu")), [], 0
     for _ in range(60):
@@ -91,7 +91,7 @@ def work_of_a_step(sequences, width):
     return work
 
 
-def test_a_step_costs_what_occurs_not_what_was_written():
+def test_penalty_cost_follows_distinct_tokens():
     """V3's vocabulary; prompts of 65,536 tokens, of which 200 differ, and answers of 30,000."""
     width, params = 129_280, PenaltyParams(repetition_penalty=1.1, frequency_penalty=0.1)
     short = penalised(tuple(range(200)), 1, params)

@@ -19,7 +19,7 @@ def records(engine, prompts, **more):
     return [c.routing for group in engine.generate(prompts, **OPTIONS, **more) for c in group]
 
 
-def test_counts_are_what_the_gates_of_the_plain_model_count(engine, prompts):
+def test_counts_match_the_gates_of_the_plain_model(engine, prompts):
     """The trainer's own counters see the same tokens; only two scores closer than 1e-6 may swap places."""
     model, cfg = engine.model, engine.model.cfg
     groups = engine.generate(prompts, samples=2, **OPTIONS)
@@ -68,11 +68,11 @@ def test_a_file_continues_as_if_uninterrupted(tmp_path):
     loads.add(one)
     loads.add([two, two[:3]])
     loads.save(tmp_path / "loads.json")
-    again = ExpertLoads.load(tmp_path / "loads.json")
-    for each in (loads, again):
-        each.add(three)
-    assert np.array_equal(again.estimate(), loads.estimate())
-    assert (again.windows, again.tokens, again.decay) == (3, 24, 0.7)
+    loaded = ExpertLoads.load(tmp_path / "loads.json")
+    for record in (loads, loaded):
+        record.add(three)
+    assert np.array_equal(loaded.estimate(), loads.estimate())
+    assert (loaded.windows, loaded.tokens, loaded.decay) == (3, 24, 0.7)
     assert [path.name for path in tmp_path.iterdir()] == ["loads.json"]
 
 
@@ -91,7 +91,7 @@ def test_a_file_continues_as_if_uninterrupted(tmp_path):
         ({"load": []}, '"load" is not a table'),
     ],
 )
-def test_a_spoilt_file(tmp_path, change, message):
+def test_a_corrupt_file_is_refused(tmp_path, change, message):
     path = tmp_path / "loads.json"
     ExpertLoads(1, 2).save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -99,7 +99,7 @@ def test_a_spoilt_file(tmp_path, change, message):
         ExpertLoads.load(path)
 
 
-def test_what_is_no_record(tmp_path):
+def test_malformed_records_are_refused(tmp_path):
     loads = ExpertLoads(2, 4)
     for wrong in (torch.zeros(3, 1, 2, dtype=torch.uint8), torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(3, 2, 2)):
         with pytest.raises(UserError, match="an engine with the same model"):
@@ -129,9 +129,9 @@ def folder(model, tokenizer, tmp_path):
 
 def test_report_places_by_the_past_and_judges_on_what_comes_next(folder, engine, prompts, tmp_path):
     """Recomputes every figure from the engine's records, with plain loops."""
-    kept = tmp_path / "loads.json"
+    file = tmp_path / "loads.json"
     sizes = dict(replicas=20, gpus=4, nodes=2, windows=2, max_new_tokens=12, seed=4)
-    facts = json.loads(json.dumps(placement.report(folder, prompts=prompts, loads_file=kept, **sizes)))
+    facts = json.loads(json.dumps(placement.report(folder, prompts=prompts, loads_file=file, **sizes)))
     seen, last = (sum(expert_counts(r, 2, 16) for r in records(engine, prompts[first::2])) for first in (0, 1))
     assert (facts["policy"], facts["groups"], facts["windows"]) == ("hierarchical", engine.model.cfg.n_expert_groups, 1)
     assert [layer["layer"] for layer in facts["layers"]] == [1, 2]
@@ -146,18 +146,18 @@ def test_report_places_by_the_past_and_judges_on_what_comes_next(folder, engine,
     assert np.mean([layer["fitted"] for layer in facts["layers"]]) < np.mean(
         [layer["naive"] for layer in facts["layers"]]
     )
-    assert np.allclose(ExpertLoads.load(kept).estimate(), (0.9 * seen + last) / 1.9), "the last window is kept too"
+    assert np.allclose(ExpertLoads.load(file).estimate(), (0.9 * seen + last) / 1.9), "the last window is kept too"
 
     text = placement.describe(facts)
     first = facts["layers"][0]
     assert f"    1   {first['naive']:18.3f}   {first['placed']:6.3f}   {first['fitted']:6.3f}" in text.splitlines()
-    shown = text.splitlines()[-2].removeprefix("layer 1: ").replace("||", "|").split(" | ")
-    assert [[int(e) for e in gpu.split()] for gpu in shown] == first["gpus"] and text.count("||") == 1 + 2
+    cells = text.splitlines()[-2].removeprefix("layer 1: ").replace("||", "|").split(" | ")
+    assert [[int(e) for e in gpu.split()] for gpu in cells] == first["gpus"] and text.count("||") == 1 + 2
 
     later = placement.report(
-        folder, prompts=[prompts[0]], loads_file=kept, **sizes | {"windows": 1, "gpus": 5, "nodes": 5}
+        folder, prompts=[prompts[0]], loads_file=file, **sizes | {"windows": 1, "gpus": 5, "nodes": 5}
     )
-    assert later["policy"] == "global" and later["windows"] == 2 and ExpertLoads.load(kept).windows == 3
+    assert later["policy"] == "global" and later["windows"] == 2 and ExpertLoads.load(file).windows == 3
     assert "5 nodes do not divide 4 expert groups" in placement.describe(later)
 
 

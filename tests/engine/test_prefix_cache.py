@@ -31,9 +31,9 @@ def test_a_prompt_whose_beginning_is_cached_is_the_prompt(model, prompts):
     for end in (40, 150):
         TorchSteps(model).prefill(cache, [PrefillChunk(held, end)])
     cache.admit([(held, 1)])
-    for other, found in ((long[:140], 128), (long[:128], 64), (long[:64], 0), ([9, *long[:140]], 0)):
+    for other, actual in ((long[:140], 128), (long[:128], 64), (long[:64], 0), ([9, *long[:140]], 0)):
         held = cache.open(other)
-        assert held.cached == found
+        assert held.cached == actual
         fresh, lengths = cache.open([5, 6]), (len(other), 2)
         for prompt, length in zip((held, fresh), lengths, strict=True):
             cache.extend(prompt, length)
@@ -47,7 +47,7 @@ def test_a_prompt_whose_beginning_is_cached_is_the_prompt(model, prompts):
 
 
 @torch.no_grad()
-def test_a_full_cache_says_so_and_stays_as_it_is(model):
+def test_a_full_cache_raises_and_stays_unchanged(model):
     cache = new_cache(model, limit=3 * PAGE)
     rows = [cache.open([n] * 64) for n in (5, 6)]
     for row in rows:
@@ -73,10 +73,10 @@ def test_pages_are_free_used_or_remembered():
     assert pages.match(keys([1, *ids])) == []
     pages.release(first)
     assert pages.available == 4
-    pages.share(found := pages.match(keys(ids)))  # in use again: only the third page may be evicted
-    taken = pages.allocate(2)
-    assert set(taken).isdisjoint(found) and pages.match(keys([*ids, 7])) == found and pages.available == 0
-    pages.release(found)
-    assert pages.match(keys(ids)) == found and pages.available == 2
+    pages.share(actual := pages.match(keys(ids)))  # in use again: only the third page may be evicted
+    allocated = pages.allocate(2)
+    assert set(allocated).isdisjoint(actual) and pages.match(keys([*ids, 7])) == actual and pages.available == 0
+    pages.release(actual)
+    assert pages.match(keys(ids)) == actual and pages.available == 2
     pages.allocate(2)
     assert pages.match(keys(ids)) == [] and pages.available == 0

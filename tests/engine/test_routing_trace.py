@@ -15,13 +15,13 @@ OPTIONS = dict(samples=3, max_new_tokens=20, seed=4, stop_ids=list(range(3, 20))
 @torch.no_grad()
 def whole(model, ids):
     """The experts that the network chooses when it reads everything at once, [T, L, K]."""
-    x, found = model.embed(torch.tensor([ids])), []
+    x, actual = model.embed(torch.tensor([ids])), []
     for layer in model.layers:
         attended = layer.attend(x, model.rope_table(len(ids)))
         if attended.routing is not None:
-            found.append(attended.routing.expert_NK)
+            actual.append(attended.routing.expert_NK)
         x = layer.feed_forward(attended)
-    return torch.stack(found, 1)
+    return torch.stack(actual, 1)
 
 
 def records(groups):
@@ -55,21 +55,21 @@ def test_records_do_not_depend_on_batches_or_processes(engine, prompts, monkeypa
         prompts, record_routing=True, batch_rows=4, **OPTIONS))  # fmt: skip
     monkeypatch.setattr(decode, "PREFILL_TOKENS", 20)
     alone = records(engine.generate(prompts, record_routing=True, **OPTIONS))
-    for found in (apart, alone):
-        assert [record.shape for record in found] == [record.shape for record in expected]
-        equal = torch.cat([(a == b).all(-1).flatten() for a, b in zip(found, expected, strict=True)])
+    for actual in (apart, alone):
+        assert [record.shape for record in actual] == [record.shape for record in expected]
+        equal = torch.cat([(a == b).all(-1).flatten() for a, b in zip(actual, expected, strict=True)])
         assert equal.float().mean() > 0.999
 
 
 def test_many_experts_take_two_bytes(cfg, tokenizer):
-    many = cfg.model_copy(update={"n_routed_experts": 300, "moe_inter_dim": 4, "n_expert_groups": 1,
+    cfg_300 = cfg.model_copy(update={"n_routed_experts": 300, "moe_inter_dim": 4, "n_expert_groups": 1,
                                   "n_limited_groups": 1})  # fmt: skip
-    model = Transformer(many).initialise(0)
+    model = Transformer(cfg_300).initialise(0)
     (((c,),)) = Engine(model, tokenizer).generate([[3, 4, 5]], max_new_tokens=30, stop_ids=[], record_routing=True)
     assert c.routing.dtype == torch.int16 and 255 < c.routing.max() < 300
 
 
-def test_without_experts_there_is_nothing_to_record(cfg, tokenizer):
+def test_dense_models_refuse_routing_records(cfg, tokenizer):
     model = Transformer(cfg.model_copy(update={"n_dense_layers": 3, "n_mtp": 0})).initialise(0)
     with pytest.raises(UserError, match="no layer of this model has routed experts"):
         Engine(model, tokenizer).generate([[3]], record_routing=True)

@@ -22,8 +22,8 @@ def test_streams_are_splitmix64():
     """First outputs for states 0 and 1234567, as published with the generator; the top 53 bits become the number."""
     known = {0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4], 1234567: [6457827717110365317, 3203168211198807973]}
     for key, outputs in known.items():
-        found = uniform(torch.tensor([key, key]), torch.tensor([0, 1]))
-        assert found.tolist() == [(x >> 11) * 2.0**-53 for x in outputs]
+        actual = uniform(torch.tensor([key, key]), torch.tensor([0, 1]))
+        assert actual.tolist() == [(x >> 11) * 2.0**-53 for x in outputs]
 
 
 def test_uniform_is_uniform_over_rows_and_positions():
@@ -93,9 +93,9 @@ def test_cuts_equal_the_definition(sampling):
 def test_logprobs_are_of_the_uncut_distribution(sampling):
     logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(2)) * 3
     drawn = sample_rows(logits, 300, rows(sampling, 40))
-    for found, temperature in ((drawn.logp_B, sampling.temperature or 1.0), (drawn.raw_logp_B, 1.0)):
+    for actual, temperature in ((drawn.logp_B, sampling.temperature or 1.0), (drawn.raw_logp_B, 1.0)):
         expected = (logits / temperature).log_softmax(-1).gather(-1, drawn.token_B[:, None]).squeeze(-1)
-        assert torch.allclose(found, expected, atol=1e-5, rtol=0)  # float32 logarithms of sums over 300 terms
+        assert torch.allclose(actual, expected, atol=1e-5, rtol=0)  # float32 logarithms of sums over 300 terms
     if sampling.temperature == 0:
         assert torch.equal(drawn.token_B, logits.argmax(-1))
 

@@ -29,9 +29,10 @@ SAMPLINGS = [
 def requests(prompts, n=24, **options):
     """Requests of every kind: prompts of 1 to 140 tokens, answers of 1 to 60."""
     long = (prompts[7] * 2)[:100]
-    made = [*prompts, long, long]
+    all_prompts = [*prompts, long, long]
     return [
-        Request(tuple(made[i % 10]), stream_key(9, i), 1 + 7 * i % 60, SAMPLINGS[i % 4], **options) for i in range(n)
+        Request(tuple(all_prompts[i % 10]), stream_key(9, i), 1 + 7 * i % 60, SAMPLINGS[i % 4], **options)
+        for i in range(n)
     ]
 
 
@@ -83,9 +84,9 @@ def test_samples_of_one_prompt_share_its_prefill_and_a_known_beginning_is_found(
     prompt = tuple((prompts[7] * 2)[:130])
     for k in range(8):
         scheduler.add(Request(prompt, stream_key(1, k), 5))
-    _, found = drain(scheduler)
+    _, actual = drain(scheduler)
     assert scheduler.stats()["prompt_tokens"] == 130
-    assert len({tuple(t.token for t in tokens) for tokens, _ in found.values()}) == 8
+    assert len({tuple(t.token for t in tokens) for tokens, _ in actual.values()}) == 8
     again = Request((*prompt[:128], 9, 9), stream_key(2), 20)
     ((tokens, end),), _ = drain(scheduler, [again])
     assert end.cached_tokens == 128 and [t.token for t in tokens] == list(alone(engine, again).tokens)
@@ -99,8 +100,8 @@ def test_a_preempted_request_counts_its_prompt_once(engine):
     scheduler = Scheduler(engine, rows=4, cache_tokens=4 * PAGE)
     drain(scheduler, [Request((5,), 9, 2)])  # answers are short here, it seems
     before = scheduler.stats()
-    wanted = [Request(tuple(range(20 + k, 20 + k + PAGE)), k, 90, stop_ids=()) for k in range(3)]
-    results, _ = drain(scheduler, wanted, every=1)
+    expected = [Request(tuple(range(20 + k, 20 + k + PAGE)), k, 90, stop_ids=()) for k in range(3)]
+    results, _ = drain(scheduler, expected, every=1)
     stats = {name: value - before[name] for name, value in scheduler.stats().items()}
     assert [end.cached_tokens for _, end in results] == [0, 0, 0]
     assert stats["preempted"] and (stats["prompt_tokens"], stats["prompt_tokens_found"]) == (3 * PAGE, 0)
@@ -110,26 +111,26 @@ def test_a_preempted_request_counts_its_prompt_once(engine):
 def test_a_cancelled_request_leaves_nothing_behind(engine, prompts, steps):
     """Waiting, partly prefilled or decoding: its pages are freed and the others are not affected."""
     scheduler = Scheduler(engine, rows=4, prefill_tokens=40)
-    wanted = [Request(tuple(prompts[i % 8]), stream_key(i), 30, stop_ids=()) for i in range(6)]
-    tickets = [scheduler.add(request) for request in wanted]
-    found = {ticket: [] for ticket in tickets}
+    expected = [Request(tuple(prompts[i % 8]), stream_key(i), 30, stop_ids=()) for i in range(6)]
+    tickets = [scheduler.add(request) for request in expected]
+    actual = {ticket: [] for ticket in tickets}
 
     def step():
         for event in scheduler.step():
             if isinstance(event, Token):
-                found[event.ticket].append(event.token)
+                actual[event.ticket].append(event.token)
 
     for _ in range(steps):
         step()
     gone = tickets[1::2]
     for ticket in (*gone, 12345):
         scheduler.cancel(ticket)
-    before = {ticket: list(found[ticket]) for ticket in gone}
-    while not scheduler.is_idle:
+    before = {ticket: list(actual[ticket]) for ticket in gone}
+    while not scheduler.idle:
         step()
-    assert {ticket: found[ticket] for ticket in gone} == before
-    for ticket, request in list(zip(tickets, wanted, strict=True))[::2]:
-        assert found[ticket] == list(alone(engine, request).tokens)
+    assert {ticket: actual[ticket] for ticket in gone} == before
+    for ticket, request in list(zip(tickets, expected, strict=True))[::2]:
+        assert actual[ticket] == list(alone(engine, request).tokens)
     assert used(scheduler) == 0 and not len(scheduler.queue)
 
 
@@ -145,17 +146,17 @@ def test_a_row_whose_logits_break_ends_alone(engine, prompts, monkeypatch):
             self.logits_BV[1], self.ahead = float("nan"), None
 
     monkeypatch.setattr(ModelRunner, "advance", overflow)
-    wanted = [Request(tuple(prompts[i]), stream_key(i), 9) for i in (3, 4, 5)]
-    for request in wanted:
+    expected = [Request(tuple(prompts[i]), stream_key(i), 9) for i in (3, 4, 5)]
+    for request in expected:
         scheduler.add(request)
-    _, found = drain(scheduler)
-    ends = [end.reason for _, end in found.values()]
-    assert ends == ["length", "error", "length"] and "not finite" in found[2][1].message
-    for request, (tokens, end) in zip(wanted, found.values(), strict=True):
+    _, actual = drain(scheduler)
+    ends = [end.reason for _, end in actual.values()]
+    assert ends == ["length", "error", "length"] and "not finite" in actual[2][1].message
+    for request, (tokens, end) in zip(expected, actual.values(), strict=True):
         if end.reason != "error":
             assert [t.token for t in tokens] == list(alone(engine, request).tokens)
-    results, _ = drain(scheduler, wanted)  # the pages it left have been cleaned
-    assert [[t.token for t in tokens] for tokens, _ in results] == [list(alone(engine, r).tokens) for r in wanted]
+    results, _ = drain(scheduler, expected)  # the pages it left have been cleaned
+    assert [[t.token for t in tokens] for tokens, _ in results] == [list(alone(engine, r).tokens) for r in expected]
 
 
 def test_alternatives_and_routing_are_reported(engine, prompts):
@@ -178,7 +179,7 @@ def test_alternatives_and_routing_are_reported(engine, prompts):
         (Request((3,), 1, stop_strings=("",)), "at least one char"),
     ],
 )  # fmt: skip
-def test_what_can_never_run_is_refused_at_once(engine, request_, message):
+def test_requests_that_never_fit_are_refused_at_once(engine, request_, message):
     scheduler = Scheduler(engine, cache_tokens=128)
     with pytest.raises(UserError, match=message):
         scheduler.add(request_)

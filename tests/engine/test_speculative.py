@@ -36,31 +36,31 @@ def test_greedy_answers_stay_the_same(engine, prompts, drafts):
 
 @pytest.mark.parametrize("drafts", [1, 2])
 @pytest.mark.usefixtures("torch_steps")  # test_round_kernel.py compares the kernel with them
-def test_guesses_are_made_from_true_states(cfg, tokenizer, prompts, drafts, monkeypatch):
+def test_drafts_come_from_true_states(cfg, tokenizer, prompts, drafts, monkeypatch):
     """The first draft of every step has the module's logits on the whole text at once (as in training), however many
     drafts were accepted before: its keys of rejected and of chained drafts were overwritten."""
     engine = flat(cfg, tokenizer)
     seen, inner = [], Drafter.first_logits
 
-    def logits(self, *given):
-        found = inner(self, *given)
-        seen.append((self._position.tolist(), found))
-        return found
+    def logits(self, *arguments):
+        actual = inner(self, *arguments)
+        seen.append((self._position.tolist(), actual))
+        return actual
 
     monkeypatch.setattr(Drafter, "first_logits", logits)
     (done,) = engine.generate([prompts[7]], max_new_tokens=50, drafts=drafts, seed=3, stop_ids=[])
     text = [*prompts[7], *done[0].tokens]
     with torch.no_grad():
-        whole = engine.model.head(engine.model.train_outputs(torch.tensor([text])).mtp_hidden[0])[0]
+        expected = engine.model.head(engine.model.train_outputs(torch.tensor([text])).mtp_hidden[0])[0]
     starts = [position for (position,), _ in seen]
     steps = [b - a for a, b in pairwise(starts)]
     assert max(steps) == drafts + 1 and len(seen) < 50 and starts[0] == len(prompts[7]) - 1
     for (position,), found in seen:
-        assert float((found[0] - whole[position]).norm() / whole[position].norm()) < 1e-5
+        assert float((found[0] - expected[position]).norm() / expected[position].norm()) < 1e-5
 
 
 @pytest.mark.parametrize(("n_mtp", "prompt"), [(2, 0), (3, 1), (3, 7)], ids=["1 token", "2 tokens", "70 tokens"])
-def test_every_guess_is_of_its_own_module(cfg, tokenizer, prompts, n_mtp, prompt, monkeypatch):
+def test_every_draft_comes_from_its_own_module(cfg, tokenizer, prompts, n_mtp, prompt, monkeypatch):
     """Draft k has module k's logits on the whole text and the drafts before it, read at once as in training."""
     engine = flat(cfg, tokenizer, n_mtp=n_mtp, init_std=0.05)
     seen, round_, text = [], Drafter.round, [*prompts[prompt]]
@@ -86,12 +86,12 @@ def test_every_guess_is_of_its_own_module(cfg, tokenizer, prompts, n_mtp, prompt
         with torch.no_grad():
             hidden = engine.model.train_outputs(torch.tensor([[*text, *drafts]])).mtp_hidden
             whole = [engine.model.head(h_BTD[0, len(text) - 2]) for h_BTD in hidden]
-        for found, expected in zip(logits, whole, strict=True):
-            assert float((found - expected).norm() / expected.norm()) < 1e-5
+        for actual, expected in zip(logits, whole, strict=True):
+            assert float((actual - expected).norm() / expected.norm()) < 1e-5
     assert len(done[0].tokens) == 40
 
 
-def test_several_modules_in_company(cfg, tokenizer, prompts):
+def test_several_modules_with_other_rows(cfg, tokenizer, prompts):
     """Greedy tokens of the plain engine; with a full cache and prompts in pieces, those of each request alone."""
     engine = flat(cfg, tokenizer, n_mtp=2)
     requests = wanted(prompts)[:6]
@@ -102,7 +102,7 @@ def test_several_modules_in_company(cfg, tokenizer, prompts):
         assert [e.token for e in events] == [e.token for e in alone]
 
 
-def test_samples_are_distributed_as_without_guesses(cfg, tokenizer, prompts):
+def test_drafts_keep_the_distribution_of_samples(cfg, tokenizer, prompts):
     """All texts of three tokens under top-k 3, counted over 6,000 samples, against their exact probabilities."""
     engine = Engine(Transformer(cfg.model_copy(update={"init_std": 0.07})).initialise(8), tokenizer)
     own, prompt = rules([SamplingParams(0.8, top_k=3)], torch.device("cpu")), prompts[4]
@@ -126,12 +126,12 @@ def test_samples_are_distributed_as_without_guesses(cfg, tokenizer, prompts):
         assert chi2 < 55.0, f"26 degrees of freedom: beyond 55 once in a thousand runs; drafts {drafts}"
 
 
-def test_the_rule_of_acceptance():
+def test_acceptance_probabilities():
     p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.6, 0.2]])
     for x, bound in ((0, 1.0), (1, 0.5), (2, 1.0)):
         u = torch.linspace(0, 0.999, 1000, dtype=torch.float64)
-        taken = accept(p.expand(1000, 3), q.expand(1000, 3), torch.full((1000,), x), u)
-        assert float(taken.float().mean()) == pytest.approx(bound, abs=0.002)
+        drawn = accept(p.expand(1000, 3), q.expand(1000, 3), torch.full((1000,), x), u)
+        assert float(drawn.float().mean()) == pytest.approx(bound, abs=0.002)
     assert torch.allclose(residual(p, q), torch.tensor([[0.3, 0.0, 0.0]])) and torch.equal(residual(p, p), p)
 
 
@@ -158,7 +158,7 @@ def wanted(prompts):
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_tokens": 4 * PAGE, "prefill_tokens": 30}], ids=["roomy", "tight"])
-def test_with_guesses_too_company_changes_nothing(cfg, tokenizer, prompts, options):
+def test_drafted_samples_do_not_depend_on_their_batch(cfg, tokenizer, prompts, options):
     engine = flat(cfg, tokenizer)
     requests = wanted(prompts)
     scheduler = Scheduler(engine, drafts=2, **options)
@@ -180,7 +180,7 @@ def test_with_guesses_too_company_changes_nothing(cfg, tokenizer, prompts, optio
     assert 50 < figures["accepted"] < figures["drafted"], "both outcomes were met"
 
 
-def test_a_stop_inside_the_guesses_ends_the_answer_there(cfg, tokenizer, prompts):
+def test_a_stop_among_the_drafts_ends_the_answer_there(cfg, tokenizer, prompts):
     engine = flat(cfg, tokenizer)
     for seed in range(6):
         (free,) = engine.generate([prompts[3]], max_new_tokens=25, drafts=3, seed=seed, stop_ids=[])
@@ -195,7 +195,7 @@ def test_a_stop_inside_the_guesses_ends_the_answer_there(cfg, tokenizer, prompts
             assert short[0].tokens == free[0].tokens[:n] and short[0].finish_reason == "length"
 
 
-def test_what_cannot_guess_says_so(engine, cfg, tokenizer):
+def test_models_without_mtp_refuse_drafts(engine, cfg, tokenizer):
     without = Engine(Transformer(cfg.model_copy(update={"n_mtp": 0})), tokenizer)
     for call, message in (
         (lambda: without.generate([[3]], drafts=1), "has none"), (lambda: engine.generate([[3]], drafts=9), "0 to 8"),
@@ -213,22 +213,22 @@ def test_sampled_tokens_do_not_depend_on_the_other_sequences_of_a_page(cfg, toke
     pages come from prompts that went on differently and from finished answers, lend a sample other keys."""
     engine, drafts = flat(cfg, tokenizer, n_mtp=n_mtp, init_std=0.07), n_mtp
     prompt = tuple(3 + (7 * i + i * i) % 280 for i in range(PAGE + extra))
-    wanted = [Request(prompt, stream_key(k), 40, stop_ids=()) for k in range(6)]
-    alone = [drain(Scheduler(engine, drafts=drafts, prefix_cache=False), [r])[0][0][0] for r in wanted]
+    expected = [Request(prompt, stream_key(k), 40, stop_ids=()) for k in range(6)]
+    alone = [drain(Scheduler(engine, drafts=drafts, prefix_cache=False), [r])[0][0][0] for r in expected]
     warm = Scheduler(engine, drafts=drafts)
     drain(warm, [Request((*prompt[:PAGE], 20 + k), stream_key(50 + k), 40) for k in range(3)])
     together = Scheduler(engine, drafts=drafts)
-    for request in wanted:
+    for request in expected:
         together.add(request)
-    for results in (drain(warm, wanted)[0], list(drain(together)[1].values())):
+    for results in (drain(warm, expected)[0], list(drain(together)[1].values())):
         assert [[e.token for e in events] for events, _ in results] == [[e.token for e in a] for a in alone]
     for k, end in enumerate(range(PAGE, PAGE + 7)):  # answers that end near the end of a page, and their next turns
         ((answer, _),), _ = drain(together, [Request(prompt[:30], stream_key(60 + k), end - 30, stop_ids=())])
         turn = Request((*prompt[:30], *(e.token for e in answer), *prompt[:9]), stream_key(9), 40, stop_ids=())
         ((cold, _),), _ = drain(Scheduler(engine, drafts=drafts, prefix_cache=False), [turn])
-        ((after, found),), _ = drain(together, [turn])
+        ((after, actual),), _ = drain(together, [turn])
         assert [e.token for e in after] == [e.token for e in cold]
-    assert found.cached_tokens == PAGE
+    assert actual.cached_tokens == PAGE
 
 
 def test_samples_that_start_together_have_room_for_their_drafts(cfg, tokenizer):

@@ -56,10 +56,10 @@ def talks(folder, *lines, **options):
 
 
 def test_chat_streams_what_the_engine_answers(folder, engine, tokenizer):
-    shown, notes = talks(folder, "the fox", temperature=0.9, max_new_tokens=10, seed=3, top_p=0.8)
+    output, notes = talks(folder, "the fox", temperature=0.9, max_new_tokens=10, seed=3, top_p=0.8)
     prompt = render_ids(tokenizer, [{"role": "user", "content": "the fox"}])
     answer = engine.generate([prompt], temperature=0.9, max_new_tokens=10, seed=4, top_p=0.8)[0][0]
-    assert shown == escaped(answer.text) + "\n"
+    assert output == escaped(answer.text) + "\n"
     head, commands, *rest = notes.splitlines()
     assert str(folder) in head and "a context of 160 tokens, zero template, temperature 0.9, top-p 0.8" in head
     cut = answer.finish_reason == "length"
@@ -101,26 +101,28 @@ def test_a_session_survives_everything(folder, monkeypatch):
 
 def test_the_system_message_reaches_the_model_and_the_file(folder, engine, tokenizer, tmp_path):
     file = tmp_path / "talk.jsonl"
-    shown, notes = talks(
+    output, notes = talks(
         folder, "the fox", f"/save {file}", f"/save {file}", "/system quick", "/help", system="lazy", max_new_tokens=9
     )
     system, question, answer = json.loads(file.read_text())["messages"]
     assert system == {"role": "system", "content": "lazy"} and question == {"role": "user", "content": "the fox"}
     prompt = render_ids(tokenizer, [system, question])
     expected = engine.generate([prompt], temperature=0.6, top_p=0.95, max_new_tokens=9, seed=1)[0][0].text
-    assert shown == escaped(expected) + "\n" and answer["content"] == expected.removeprefix(" ")
+    assert output == escaped(expected) + "\n" and answer["content"] == expected.removeprefix(" ")
     assert f"{file} exists already" in notes and "system message: quick" in notes
     assert all(command in notes for command in COMMANDS)
 
 
 def test_questions_may_be_asked_alone(folder, engine, tokenizer, tmp_path):
     file, asked = tmp_path / "talk.jsonl", {"role": "user", "content": "the dog"}
-    told = ("the fox", "/system lazy", "the dog", f"/save {file}")
-    alone, _ = talks(folder, *told, alone=True, system="quick", max_new_tokens=9)
+    lines = ("the fox", "/system lazy", "the dog", f"/save {file}")
+    alone, _ = talks(folder, *lines, alone=True, system="quick", max_new_tokens=9)
     prompt = render_ids(tokenizer, [{"role": "system", "content": "lazy"}, asked])
     expected = engine.generate([prompt], temperature=0.6, top_p=0.95, max_new_tokens=9, seed=2)[0][0].text
     assert alone.endswith(escaped(expected) + "\n")
-    saved = [[one["content"] for one in json.loads(line)["messages"][:-1]] for line in file.read_text().splitlines()]
+    saved = [
+        [message["content"] for message in json.loads(line)["messages"][:-1]] for line in file.read_text().splitlines()
+    ]
     assert saved == [["quick", "the fox"], ["lazy", "the dog"]]
     within, notes = talks(folder, "the fox", "/alone", "/alone", "the dog", system="lazy", max_new_tokens=9)
     assert not within.endswith(escaped(expected) + "\n") and "each question alone\nthe conversation from" in notes
@@ -135,11 +137,11 @@ def test_an_answer_that_was_cut_continues(engine, tokenizer):
     prompt = talk.unfinished[0]
     for _ in range(2):
         talk.obey("/continue")
-    whole = engine.generate([prompt], temperature=0.0, max_new_tokens=21, stop_ids=[])[0][0].tokens
-    assert talk.unfinished[1].ids == list(whole)
+    uncut = engine.generate([prompt], temperature=0.0, max_new_tokens=21, stop_ids=[])[0][0].tokens
+    assert talk.unfinished[1].ids == list(uncut)
     assert talk.notes.getvalue().splitlines()[1] == "[cut off at 14 tokens; /continue resumes it]"
-    assert [one["role"] for one in talk.messages] == ["user", "assistant"]
-    assert tokenizer.decode(whole).removeprefix(" ").startswith(talk.messages[1]["content"])
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+    assert tokenizer.decode(uncut).removeprefix(" ").startswith(talk.messages[1]["content"])
     talk.max_new_tokens = None
     talk.obey("/continue")
     end = f"[cut off at {160 - len(prompt)} tokens; the context of 160 tokens is full; /reset starts over]\n"
@@ -161,8 +163,8 @@ def scripted(engine, monkeypatch, *pieces):
 
 
 def test_ctrl_c_ends_the_answer_and_keeps_its_text(engine, tokenizer, monkeypatch):
-    said = tokenizer.encode(" the fox")
-    talk = Conversation(scripted(engine, monkeypatch, *said, KeyboardInterrupt()), io.StringIO())
+    written = tokenizer.encode(" the fox")
+    talk = Conversation(scripted(engine, monkeypatch, *written, KeyboardInterrupt()), io.StringIO())
     talk.answer("who?")
     assert talk.output.getvalue() == " the fox\n[stopped; /continue resumes it]\n"
     assert talk.messages[-1] == {"role": "assistant", "content": "the fox"}
@@ -181,8 +183,8 @@ def test_thinking_is_dim_and_then_folded(engine, tokenizer, monkeypatch):
     thought = len(tokenizer.encode("<think>two</think>"))
     talk = Conversation(scripted(engine, monkeypatch, *ids, tokenizer.eos_id), Terminal())
     talk.answer("2+2")
-    seen = f"{PLAIN}{DIM}<think>two</think>"  # 18 columns: two lines of ten
-    assert talk.output.getvalue() == f"{seen}{folded(2, thought)} 4{PLAIN}\n"
+    expected = f"{PLAIN}{DIM}<think>two</think>"  # 18 columns: two lines of ten
+    assert talk.output.getvalue() == f"{expected}{folded(2, thought)} 4{PLAIN}\n"
     assert talk.thought == f"{DIM}<think>two</think>{PLAIN}\n"
     talk.style = "r1"  # a template that has already opened the thinking
     ids = tokenizer.encode("钢two\n</think>\n\n4")  # wide characters count twice
@@ -207,8 +209,8 @@ def test_thinking_is_dim_and_then_folded(engine, tokenizer, monkeypatch):
 
 
 def test_chat_shows_the_last_thought_and_may_guess_ahead(folder):
-    shown, notes = talks(folder, "/think", "the fox", max_new_tokens=10, drafts=2)
-    assert "no thought yet" in notes and len(shown) > 5
+    output, notes = talks(folder, "/think", "the fox", max_new_tokens=10, drafts=2)
+    assert "no thought yet" in notes and len(output) > 5
 
 
 def test_prompts_come_from_lines_or_objects(tmp_path):
@@ -217,10 +219,10 @@ def test_prompts_come_from_lines_or_objects(tmp_path):
         (tmp_path / name).write_text('{"prompt": "one"}\n\n{"prompt": "two\\nlines", "id": 3}\n')
     assert read_prompts(tmp_path / "a.txt") == ["one", "two words"]
     assert read_prompts(tmp_path / "a.jsonl") == read_prompts(tmp_path / "b.JSONL") == ["one", "two\nlines"]
-    whole = "one\u2028same line\x0b\x0c\x85"
-    (tmp_path / "a.txt").write_bytes(f"{whole}\r\ntwo".encode())
-    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": whole}, ensure_ascii=False), encoding="utf-8")
-    assert read_prompts(tmp_path / "a.txt") == [whole, "two"] and read_prompts(tmp_path / "a.jsonl") == [whole]
+    uncut = "one\u2028same line\x0b\x0c\x85"
+    (tmp_path / "a.txt").write_bytes(f"{uncut}\r\ntwo".encode())
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": uncut}, ensure_ascii=False), encoding="utf-8")
+    assert read_prompts(tmp_path / "a.txt") == [uncut, "two"] and read_prompts(tmp_path / "a.jsonl") == [uncut]
     (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}\n')
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
     for name, message in (("b.jsonl", "line 2"), ("c.txt", "UTF-8"), ("d.txt", "no file of prompts at")):
@@ -229,13 +231,13 @@ def test_prompts_come_from_lines_or_objects(tmp_path):
 
 
 def test_characters_are_never_split_and_never_steer_the_terminal(tokenizer):
-    shown = []
-    screen = Screen(tokenizer, shown.append, False, [])
+    output = []
+    screen = Screen(tokenizer, output.append, False, [])
     ids = [tokenizer.encode(chr(b))[0] if b < 128 else None for b in range(128)]
     table = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
     for byte in "钢é\x1b[2J\n".encode():
         screen.add([(0, 0, table[bytes([byte])])])
-    assert None not in ids and [s for s in shown if s] == ["钢", "é", "\\x1b", "[", "2", "J", "\n"]
+    assert None not in ids and [s for s in output if s] == ["钢", "é", "\\x1b", "[", "2", "J", "\n"]
     screen.add([(0, 0, table["钢".encode()[:1]])])
     screen.pause(False)
     assert screen.text == "钢é\x1b[2J\n\ufffd"
@@ -243,13 +245,13 @@ def test_characters_are_never_split_and_never_steer_the_terminal(tokenizer):
 
 def test_a_call_is_shown_as_one():
     tokenizer = Tokenizer.train(["the fox"] * 9, 280, tool_tokens=True)
-    shown = []
-    screen = Screen(tokenizer, shown.append, False, [])
-    said = [CALLS, CALL, "find", SEPARATOR, '{"a": 1}', CALL_END, CALLS_END]
-    for part in said:
+    output = []
+    screen = Screen(tokenizer, output.append, False, [])
+    written = [CALLS, CALL, "find", SEPARATOR, '{"a": 1}', CALL_END, CALLS_END]
+    for part in written:
         ids = [tokenizer.tool_marks[part]] if part in tokenizer.tool_marks else tokenizer.encode(part)
         screen.add([(0, 0, token) for token in ids])
-    assert "".join(shown) == '[calls find {"a": 1}]\n' and screen.text == "".join(said)
+    assert "".join(output) == '[calls find {"a": 1}]\n' and screen.text == "".join(written)
 
 
 def test_old_turns_are_forgotten_when_the_context_is_full(engine):

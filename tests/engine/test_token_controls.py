@@ -66,10 +66,10 @@ def test_a_penalised_row_leaves_the_others_alone(engine, monkeypatch):
     monkeypatch.setattr(
         sampling, "sample", lambda logits_BV, *a, **k: rows.append(len(logits_BV)) or real(logits_BV, *a, **k)
     )
-    _, found = drain(scheduler)
+    _, actual = drain(scheduler)
     assert rows[0] == 16 or rows[1] == 16, "the first tokens, after prefill"
     assert sorted(rows)[:-1] == [1] * 12, rows
-    assert [[t.token for t in tokens] for tokens, _ in list(found.values())[:15]] == [
+    assert [[t.token for t in tokens] for tokens, _ in list(actual.values())[:15]] == [
         [t.token for t in tokens] for tokens, _ in expected
     ]
 
@@ -77,12 +77,12 @@ def test_a_penalised_row_leaves_the_others_alone(engine, monkeypatch):
 def test_rows_with_rules_are_not_drafted_for_and_their_neighbours_are(cfg, tokenizer, prompts):
     engine = Engine(Transformer(cfg.model_copy(update={"init_std": 0.02})).initialise(5), tokenizer)
     rules = TokenRules(PenaltyParams(repetition_penalty=1.3))
-    wanted = [
+    expected = [
         Request(tuple(prompts[n]), n, 30, SamplingParams(0.0), control=rules if n % 2 else None) for n in range(6)
     ]
     scheduler = Scheduler(engine, drafts=2)
-    together, _ = drain(scheduler, wanted, every=1)
-    for request, (tokens, _) in zip(wanted, together, strict=True):
+    together, _ = drain(scheduler, expected, every=1)
+    for request, (tokens, _) in zip(expected, together, strict=True):
         ((plain, _),), _ = drain(Scheduler(engine), [request])
         assert [t.token for t in tokens] == [t.token for t in plain]
     assert scheduler.stats()["accepted"] > 3

@@ -76,14 +76,14 @@ def replies(number):
 def test_a_checker_agrees_with_the_published_one(published, monkeypatch, instruction):
     monkeypatch.setattr(instructions, "_in", lambda reply, code: True)
     arguments = instructions.check(instruction, ARGUMENTS[instruction], "here")
-    theirs = published[instruction](instruction)
-    theirs.build_description(**ARGUMENTS[instruction])
-    seen = {True: 0, False: 0}
+    reference = published[instruction](instruction)
+    reference.build_description(**ARGUMENTS[instruction])
+    counts = {True: 0, False: 0}
     for reply in replies(4000):
-        expected = bool(reply.strip()) and bool(theirs.check_following(reply))
+        expected = bool(reply.strip()) and bool(reference.check_following(reply))
         assert instructions.follows(instruction, arguments, reply) == expected, reply
-        seen[expected] += 1
-    assert min(seen.values()) >= 3, f"one verdict is hardly tested: {seen}"
+        counts[expected] += 1
+    assert min(counts.values()) >= 3, f"one verdict is hardly tested: {counts}"
 
 
 def test_a_forbidden_word_may_end_in_a_sign():
@@ -129,7 +129,7 @@ def test_the_language_of_a_reply():
      ("length_constraints:number_words", {"num_words": True, "relation": "at least"}, "a whole number, but has True"),
      ("length_constraints:number_words", {"num_words": 3, "relation": "about"}, "needs 'relation', text, but has")],
 )  # fmt: skip
-def test_what_cannot_be_judged_is_refused(instruction, arguments, complaint):
+def test_unknown_instructions_are_refused(instruction, arguments, complaint):
     with pytest.raises(UserError, match=f"^f:3: .*{complaint}"):
         instructions.check(instruction, arguments, "f:3")
 

@@ -71,6 +71,6 @@ def test_bootstrap_over_problems_covers():
 
 
 def test_a_draw_may_miss_all_problems_of_a_language():
-    english, chinese = ({place: place % 2 for place in range(count)} for count in (40, 2))
+    english, chinese = ({problem: problem % 2 for problem in range(count)} for count in (40, 2))
     middle, low, high = ours.stratified([("a", english), ("a", chinese)])
     assert middle == 0.5 and 0.2 < low < 0.35 and 0.65 < high < 0.8

@@ -11,7 +11,7 @@ from bessemer.addons.evals.mean_interval import bootstrap, mean_interval, widene
 from bessemer.errors import UserError
 
 
-def test_nothing_has_no_mean():
+def test_an_empty_sample_has_no_mean():
     with pytest.raises(UserError):
         mean_interval([])
 
@@ -27,21 +27,21 @@ def test_none_and_all_right_have_an_interval():
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.97])
 @pytest.mark.parametrize("n", [6, 20, 60])
-def test_the_interval_holds_the_truth_as_often_as_it_says(share, n):
+def test_the_interval_covers_the_truth(share, n):
     """For problems that are right or wrong. The bootstrap alone covers a share of 0.02 in 20 problems a third of the
     time."""
     draw = np.random.default_rng(5)
-    held = [low <= share <= high for _ in range(200) for _, low, high in [mean_interval(draw.random(n) < share)]]
-    assert np.mean(held) > 0.88
+    covered = [low <= share <= high for _ in range(200) for _, low, high in [mean_interval(draw.random(n) < share)]]
+    assert np.mean(covered) > 0.88
 
 
 @pytest.mark.parametrize("n", [6, 8, 12])
 def test_the_interval_of_rates_over_few_problems_is_wide_enough(n):
     """The bootstrap alone covers 87 to 92 %."""
     rates = np.random.default_rng(1).beta(0.6, 0.9, size=(600, n))
-    found = [mean_interval(values) for values in rates]
-    assert np.mean([low <= 0.4 <= high for _, low, high in found]) > 0.925
-    assert all(0 <= low <= mean <= high <= 1 for mean, low, high in found)
+    actual = [mean_interval(values) for values in rates]
+    assert np.mean([low <= 0.4 <= high for _, low, high in actual]) > 0.925
+    assert all(0 <= low <= mean <= high <= 1 for mean, low, high in actual)
 
 
 @pytest.mark.parametrize("n", [3, 8, 30, 300])

@@ -21,13 +21,13 @@ SUMS = Asked("sums", "en", 1.0, 1.0)
 WORDS = Asked("words", "en", 1.0, 1.0)
 
 
-def row(asked, shares, **more):
-    stated = asked._asdict() | {"max_new_tokens": asked.max_new_tokens, "translated": True} | more
-    return stated | {"by_problem": {f"p{place}": share for place, share in enumerate(shares, more.get("skip", 0))}}
+def row(setting, shares, **more):
+    stated = setting._asdict() | {"max_new_tokens": setting.max_new_tokens, "translated": True} | more
+    return stated | {"by_problem": {f"p{number}": share for number, share in enumerate(shares, more.get("skip", 0))}}
 
 
-def model(*shares, asked=SUMS, **more):
-    return paired.rates([row(asked, shares, **more)], "it")
+def model(*shares, setting=SUMS, **more):
+    return paired.rates([row(setting, shares, **more)], "it")
 
 
 def simulated(rng, n, gain, seeds=1, spread=0.0, samples=16):
@@ -42,7 +42,7 @@ def simulated(rng, n, gain, seeds=1, spread=0.0, samples=16):
 
 
 @pytest.mark.parametrize("seeds, spread", [(1, 0.0), (3, 0.03)])
-def test_the_interval_covers_what_is_true(seeds, spread):
+def test_the_paired_interval_covers_the_truth(seeds, spread):
     """In 400 simulated comparisons, at the nominal rate minus an allowance for so few."""
     rng = np.random.default_rng(3)
     inside = 0
@@ -52,7 +52,7 @@ def test_the_interval_covers_what_is_true(seeds, spread):
     assert inside >= 400 * 0.92
 
 
-def test_pairing_sees_what_two_intervals_would_not():
+def test_pairing_finds_differences_that_two_intervals_hide():
     """Problems differ far more than the models do: unpaired intervals overlap widely, the paired one excludes 0."""
     hard, easy = [0.0, 0.1] * 20, [0.9, 1.0] * 20
     gains = [0.03, 0.04, 0.05, 0.04] * 20
@@ -89,12 +89,12 @@ def test_seeds_that_disagree_widen_the_interval_and_one_base_serves_all():
 
 
 def test_tasks_count_the_same_in_their_mean():
-    first = model(*[0.0] * 10) | model(*[0.5] * 90, asked=WORDS)
-    second = model(*[0.4] * 10) | model(*[0.5] * 90, asked=WORDS)
+    first = model(*[0.0] * 10) | model(*[0.5] * 90, setting=WORDS)
+    second = model(*[0.4] * 10) | model(*[0.5] * 90, setting=WORDS)
     *_, mean = paired.compare([first], [second])
     (line,) = paired.compare([first], [second], only=["sums"])
     assert line.asked == "sums en, T 1"
-    with pytest.raises(UserError, match="not both asked logic; they were both asked sums, words"):
+    with pytest.raises(UserError, match=r"logic; .*sums, words"):
         paired.compare([first], [second], only=["sums", "logic"])
     assert mean.asked == "mean of these 2" and mean.difference == pytest.approx(0.2) and mean.n == 100
     rng = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def test_tasks_count_the_same_in_their_mean():
 def test_a_problem_in_two_languages_is_one_problem():
     chinese = SUMS._replace(language="zh")
     shares = np.linspace(0, 1, 20).tolist()
-    first, second = (model(*side) | model(*side, asked=chinese) for side in ([0.25] * 20, shares))
+    first, second = (model(*side) | model(*side, setting=chinese) for side in ([0.25] * 20, shares))
     english, _, mean = paired.compare([first], [second])
     assert mean.n == english.n == 20 and (mean.low, mean.high) == (english.low, english.high)
     assert readable(*[("sums", language, shares) for language in ("en", "zh")]) == stratified(
@@ -119,7 +119,7 @@ def readable(*rows, **more):
     """The mean of a stage table, with its interval."""
     rows = [
         {"model": "m", "task": task, "language": language, "pass_at_1": 0.5, "readable": np.mean(shares), "samples": 1,
-         "translated": True, "readable_by_problem": {f"p{place}": share for place, share in enumerate(shares)}} | more
+         "translated": True, "readable_by_problem": {f"p{number}": share for number, share in enumerate(shares)}} | more
         for task, language, shares in rows
     ]  # fmt: skip
     (table,) = tables.stage_tables(rows)
@@ -133,7 +133,8 @@ def test_other_problems_in_another_language_are_other_problems(task):
     english, shares = SUMS._replace(task=task), np.linspace(0, 1, 30).tolist()
     chinese = english._replace(language="zh")
     first, second = (
-        model(*side, asked=english, translated=False) | model(*side[: len(side) - 10], asked=chinese, translated=False)
+        model(*side, setting=english, translated=False)
+        | model(*side[: len(side) - 10], setting=chinese, translated=False)
         for side in ([0.25] * 30, shares)
     )
     *_, mean = paired.compare([first], [second])
@@ -148,32 +149,33 @@ def test_other_problems_in_another_language_are_other_problems(task):
 
 @pytest.mark.parametrize("few", [[1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0, 1.0]])
 def test_a_task_of_few_problems_is_uncertain_in_the_mean_and_no_more(few):
-    many = ([0.0, 1.0] * 250, [0.25, 0.75] * 250)
-    mean, low, high = readable(("sums", "en", many[0]), ("words", "en", few))
+    many_rates = ([0.0, 1.0] * 250, [0.25, 0.75] * 250)
+    mean, low, high = readable(("sums", "en", many_rates[0]), ("words", "en", few))
     alone = wilson(np.mean(few), len(few))
     assert (low, high) == pytest.approx([(0.5 + end) / 2 for end in alone], abs=0.03) and low < mean < high
     *_, both = paired.compare(
-        [model(*many[1]) | model(*[0.0] * len(few), asked=WORDS)], [model(*many[0]) | model(*few, asked=WORDS)]
+        [model(*many_rates[1]) | model(*[0.0] * len(few), setting=WORDS)],
+        [model(*many_rates[0]) | model(*few, setting=WORDS)],
     )
     assert both.low > -0.55 and both.high < 0.55 and both.high - both.low > 0.3
 
 
 def test_other_problems_are_refused_and_the_common_ones_offered():
     second = model(*[0.5] * 30, skip=10)
-    with pytest.raises(UserError, match="asked 20 and 30 problems, 10 of them the same; --common compares"):
+    with pytest.raises(UserError, match=r"20 and 30 problems, 10 .*--common"):
         paired.compare([model(*[0.1] * 20)], [second])
     assert paired.compare([model(*[0.1] * 20)], [second], common=True)[0].n == 10
-    with pytest.raises(UserError, match="0 of them the same; evaluate both again with --task"):
+    with pytest.raises(UserError, match=r"0 of them .*--task"):
         paired.compare([model(0.1)], [second])
     with pytest.raises(UserError, match=r"nothing in common \(sums en, T 1; words en, T 1\)"):
-        paired.compare([model(0.1)], [model(0.1, asked=WORDS)])
+        paired.compare([model(0.1)], [model(0.1, setting=WORDS)])
 
 
 def test_other_measures_than_accuracy():
     row = {"task": "sums", "language": "en", "temperature": 1.0, "top_p": 1.0}
     first = row | {"by_problem": {"a": 0.5, "b": 1.0}, "readable_by_problem": {"a": 0.0, "b": 0.5}}
     second = first | {"readable_by_problem": {"a": 0.5, "b": 1.0}}
-    one, other = (paired.rates([found], "it", "readable") for found in (first, second))
+    one, other = (paired.rates([actual], "it", "readable") for actual in (first, second))
     assert paired.compare([one], [other])[0].difference == 0.5
     with pytest.raises(UserError, match="earlier version"):
         paired.rates([row | {"by_problem": {"a": 0.5}}], "it", "language")
@@ -196,8 +198,8 @@ def test_another_cap_is_named_and_a_row_without_one_does_not_hide_it():
     """A row of an earlier version states no cap; it is compared where nothing else could be meant."""
     maths, words, capped = Asked("maths", "en", 1.0, 1.0), WORDS._replace(max_new_tokens=40), SUMS._replace
     low, high = ([share] * 20 for share in (0.25, 0.75))
-    first = model(*low, asked=capped(max_new_tokens=40)) | model(*low, asked=words) | model(*low, asked=maths)
-    second = model(*high, asked=capped(max_new_tokens=900)) | model(*high, asked=words)
+    first = model(*low, setting=capped(max_new_tokens=40)) | model(*low, setting=words) | model(*low, setting=maths)
+    second = model(*high, setting=capped(max_new_tokens=900)) | model(*high, setting=words)
     (line,) = paired.left_out([first], [second])
     assert line.startswith("sums en is not compared, since it was asked differently (sums en, T 1, at most 40 tokens; ")
     assert line.endswith("sums en, T 1, at most 900 tokens); evaluate both again with --task sums")
@@ -205,9 +207,9 @@ def test_another_cap_is_named_and_a_row_without_one_does_not_hide_it():
     with pytest.raises(UserError, match="sums en is not compared, since"):
         paired.compare([first], [second], only=["sums"])
     assert not paired.left_out([first], [second], only=["words"])
-    twice = first | model(*high, asked=capped(max_new_tokens=900))
-    found = {line.asked: line.difference for line in paired.compare([twice], [second | model(*low, asked=maths)])}
-    assert found["sums en, T 1, at most 900 tokens"] == 0 and len(found) == 4
+    twice = first | model(*high, setting=capped(max_new_tokens=900))
+    actual = {line.asked: line.difference for line in paired.compare([twice], [second | model(*low, setting=maths)])}
+    assert actual["sums en, T 1, at most 900 tokens"] == 0 and len(actual) == 4
     with pytest.raises(UserError, match="nothing in common"):  # which of the two?
         paired.compare([twice], [model(*low)])
     rows = [
@@ -222,14 +224,14 @@ def test_another_cap_is_named_and_a_row_without_one_does_not_hide_it():
 
 def test_a_row_says_which_held_out_problems_it_asked(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text('{"question": "What is 1 plus 1?", "answer": "2"}\n')
-    monkeypatch.setattr(scoring, "played", lambda engine, asked, *_, **__: (None, [[]] * len(asked)))
+    monkeypatch.setattr(scoring, "played", lambda engine, setting, *_, **__: (None, [[]] * len(setting)))
     monkeypatch.setattr(scoring, "judge", lambda task, problems, *_, **__: {"n": len(problems)})
     call = {"problems": 3, "samples": 1}
     assert scoring.evaluate(None, None, tasks.get("sums"), **call, skip=2) == {"n": 3, "skip": 2}
-    with pytest.raises(UserError, match="holds out no problem; write @test after its file, or name another task"):
+    with pytest.raises(UserError, match="holds out no problem; write @test"):
         scoring.evaluate(None, None, tasks.get(f"jsonl:{tmp_path}"), **call)
-    for size, skip, asked in ((None, 5, 10), (20, 5, 10), (12, 5, 7), (5, 5, 10), (0, 0, 10)):
-        assert evaluate._available(Mock(size=lambda _, size=size: size), 10, skip) == asked
+    for size, skip, setting in ((None, 5, 10), (20, 5, 10), (12, 5, 7), (5, 5, 10), (0, 0, 10)):
+        assert evaluate._available(Mock(size=lambda _, size=size: size), 10, skip) == setting
 
 
 def test_two_stages_of_a_run_by_the_command(call, tmp_path):
@@ -267,14 +269,14 @@ def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     assert call("compare", root / "zero", other / "zero", "--measure", "beauty")[2].endswith(
         'there is no measure "beauty"; choose from pass@1, readable, language\n'
     )
-    asked = ("--task", "countdown", "--problems", 3, "--samples", 2, "--max-tokens", 8, "--json")
-    status, out, _ = call("compare", root, other / "zero", *asked)
+    setting = ("--task", "countdown", "--problems", 3, "--samples", 2, "--max-tokens", 8, "--json")
+    status, out, _ = call("compare", root, other / "zero", *setting)
     (line,) = json.loads(out)["rows"]
     assert status == 0 and line["asked"] == "countdown en+zh, T 1, at most 8 tokens"
     assert line["n"] == 3 and line["difference"] == 0
-    status, out, _ = call("compare", root, other / "zero", *asked, "--measure", "readable")
-    found = json.loads(out)
-    assert status == 0 and found["measure"] == "readable" and 0 <= found["rows"][0]["first"] <= 1
+    status, out, _ = call("compare", root, other / "zero", *setting, "--measure", "readable")
+    actual = json.loads(out)
+    assert status == 0 and actual["measure"] == "readable" and 0 <= actual["rows"][0]["first"] <= 1
     assert "has no effect without --task" in call("compare", root, other, "--problems", 3)[2]
     for command in (("compare", root, other), ("eval", root)):
         assert "Input should be greater than or equal to 0" in call(*command, "--task", "countdown", "--seed", -1)[2]

@@ -37,13 +37,13 @@ def r1(answer, thoughts="Let me see. It could be \\boxed{1}, but no."):
     return f"{thoughts}\n</think>\n\nFirst we look at it.\n\n**Answer:** {answer}\n"
 
 
-def test_the_protocol_is_the_published_one():
+def test_the_protocol_matches_the_published_one():
     assert (R1.temperature, R1.top_p, R1.max_new_tokens) == (0.6, 0.95, 32768)
-    assert {one.name: one.samples for one in R1.evaluations} == {
+    assert {entry.name: entry.samples for entry in R1.evaluations} == {
         "aime-2024": 64, "aime-2025": 64, "math-500": 16, "cnmo-2024": 64, "gpqa-diamond": 64, "livecodebench": 8,
         "if-eval": 1, "mmlu": 1, "mmlu-pro": 1, "c-eval": 1,
     }  # fmt: skip
-    assert {one.name: one.published["R1"] for one in R1.evaluations} == {
+    assert {entry.name: entry.published["R1"] for entry in R1.evaluations} == {
         "aime-2024": 79.8, "aime-2025": 70.0, "math-500": 97.3, "cnmo-2024": 78.8, "gpqa-diamond": 71.5,
         "livecodebench": 65.9, "if-eval": 83.3, "mmlu": 90.8, "mmlu-pro": 84.0, "c-eval": 91.8,
     }  # fmt: skip
@@ -79,14 +79,14 @@ def test_prompts_are_the_question_and_the_words_of_r1(data):
     assert [problem.id for problem in chinese] == ["1", "2"], "the ids of the two subjects are the same"
 
 
-def test_the_choices_of_gpqa_are_shuffled_and_its_answer_follows(data):
+def test_gpqa_choices_are_shuffled_with_their_answer(data):
     task, problems = loaded("gpqa-diamond", data)
     letters = [problem.meta["gold"] for problem in problems]
     assert len(set(letters)) > 1 and [problem.id for problem in problems] == [f"rec{n}" for n in range(6)]
     for n, (problem, letter) in enumerate(zip(problems, letters, strict=True)):
         assert f"{letter}) lead {n}\n" in problem.prompt and f'in\n"case" {n}, is' in problem.prompt
-        assert [task.verify(problem, "<think>\n" + r1(f"\\boxed{{{one}}}")).correct for one in "ABCD"] == [
-            one == letter for one in "ABCD"
+        assert [task.verify(problem, "<think>\n" + r1(f"\\boxed{{{entry}}}")).correct for entry in "ABCD"] == [
+            entry == letter for entry in "ABCD"
         ]
 
 
@@ -141,7 +141,7 @@ def test_our_own_answers_are_scored_as_they_were_written(data, tmp_path):
         assert suite_run.evaluate_suite(None, **call, answers=file)["rows"][0]["pass_at_1"] == score
 
 
-def test_answers_to_problems_that_were_not_chosen_are_none(data, tmp_path, capsys):
+def test_answers_to_other_problems_are_not_scored(data, tmp_path, capsys):
     file = write_jsonl(tmp_path / "aime-2024.jsonl", [{"problem": "61", "text": r1("\\boxed{200}")}])
     call = {"suite": "r1", "only": ["aime-2024"], "data": [str(data)], "answers": file}
     (row,) = suite_run.evaluate_suite(None, **call)["rows"]
@@ -180,20 +180,20 @@ def test_one_command_runs_what_has_data_and_continues_after_a_kill(model, data, 
     assert [(row["task"], row["n"], row["k"], row["temperature"]) for row in facts["rows"]] == [
         ("aime-2024", 2, 3, 0.6), ("if-eval", 1, 3, 0.6), ("mmlu", 1, 3, 0.6)
     ]  # fmt: skip
-    assert [one["evaluation"] for one in facts["skipped"]] == ["cnmo-2024"]
+    assert [entry["evaluation"] for entry in facts["skipped"]] == ["cnmo-2024"]
     assert f"cnmo-2024: put {data}/cnmo-2024.jsonl" in first.stderr and "question, answer" in first.stderr
     assert "opencompass/LiveMathBench" in first.stderr and facts == json.loads(
         (tmp_path / "whole/results.json").read_text()
     )
-    whole = (tmp_path / "whole" / "aime-2024.jsonl").read_text()
-    assert len(whole.splitlines()) == 1 + 2 * 3
+    uninterrupted = (tmp_path / "whole" / "aime-2024.jsonl").read_text()
+    assert len(uninterrupted.splitlines()) == 1 + 2 * 3
 
     killed = tmp_path / "killed"
     killed.mkdir()
-    (killed / "aime-2024.jsonl").write_text(whole[: len(whole) * 2 // 3])  # cut in the middle of a line
-    again = cli(*call, "--samples", 3, "--out", "killed", cwd=tmp_path)
-    assert again.returncode == 0 and "R1-Zero" in again.stdout and "77.9 %" in again.stdout, again.stderr
-    assert sorted((killed / "aime-2024.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
+    (killed / "aime-2024.jsonl").write_text(uninterrupted[: len(uninterrupted) * 2 // 3])  # cut in the middle of a line
+    resumed = cli(*call, "--samples", 3, "--out", "killed", cwd=tmp_path)
+    assert resumed.returncode == 0 and "R1-Zero" in resumed.stdout and "77.9 %" in resumed.stdout, resumed.stderr
+    assert sorted((killed / "aime-2024.jsonl").read_text().splitlines()) == sorted(uninterrupted.splitlines())
     assert cli(*call, "--samples", 3, "--out", "killed", "--seed", 1, cwd=tmp_path).returncode == 2
     refused = cli(*call, "--out", "killed/results.json", cwd=tmp_path)
     assert refused.returncode == 2 and "error: killed/results.json: a file is in the way" in refused.stderr
@@ -235,27 +235,27 @@ def test_more_samples_are_added_to_those_that_are_there(model, data, tmp_path):
     assert run("grown", 3) == run("at-once", 3)
 
 
-def test_two_calls_on_one_folder(model, data, tmp_path, monkeypatch):
+def test_concurrent_calls_on_one_folder(model, data, tmp_path, monkeypatch):
     """Two processes once appended the same numbers, and no later call could read the file. The second now refuses, and
     of the answers that such a pair left the first ones count."""
     call = {"suite": "r1", "only": ["aime-2024"], "data": [str(data)], "out": tmp_path, "max_new_tokens": 5}
-    (whole,) = suite_run.evaluate_suite(model, **call, samples=2)["rows"]
+    (uninterrupted,) = suite_run.evaluate_suite(model, **call, samples=2)["rows"]
     with monkeypatch.context() as patch:
         patch.setattr(
             "fcntl.lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
         )  # some network disks
-        assert suite_run.evaluate_suite(model, **call, samples=2)["rows"] == [whole]
+        assert suite_run.evaluate_suite(model, **call, samples=2)["rows"] == [uninterrupted]
         (tmp_path / ".lock").write_text(str(os.getppid()))
         with pytest.raises(UserError, match=r"another evaluation is writing to .*; wait"):
             suite_run.evaluate_suite(model, **call, samples=2)
     file = tmp_path / "aime-2024.jsonl"
     header, first, *others = file.read_text().splitlines()
     file.write_text("\n".join([header, first, *others, json.dumps(json.loads(first) | {"text": "later"})]) + "\n")
-    assert suite_run.evaluate_suite(model, **call, samples=2)["rows"] == [whole]
+    assert suite_run.evaluate_suite(model, **call, samples=2)["rows"] == [uninterrupted]
     assert suite_run.evaluate_suite(None, suite="r1", data=[str(data)], answers=file)["rows"][0]["mean_length"]
 
 
-def test_the_rows_of_several_calls_stand_together(model, data, tmp_path):
+def test_results_accumulate_over_calls(model, data, tmp_path):
     def call(name, **more):
         suite_run.evaluate_suite(
             model, suite="r1", only=[name], data=[str(data)], out=tmp_path, samples=1, **{"max_new_tokens": 5} | more
@@ -330,9 +330,7 @@ def test_csv_with_too_few_cells_and_two_files_of_one_evaluation(tmp_path):
     write_csv(tmp_path / "gpqa-diamond.csv", ROWS["gpqa-diamond"])
     with (tmp_path / "gpqa-diamond.csv").open("a") as file:
         file.write("rec9,Why?\n")
-    with pytest.raises(
-        UserError, match=r"gpqa-diamond.csv:\d+: the row and the header have different numbers of cells"
-    ):
+    with pytest.raises(UserError, match=r"gpqa-diamond.csv:\d+: the row and the header"):
         suite_run.evaluate_suite(tmp_path, suite="r1", data=[str(tmp_path)])
     write_jsonl(tmp_path / "gpqa-diamond.jsonl", ROWS["gpqa-diamond"])
     with pytest.raises(UserError, match="both exist; keep one"):
@@ -363,24 +361,24 @@ def test_bad_answers_are_named_with_their_line(data, tmp_path, fault):
 
 
 @pytest.mark.parametrize(
-    ("place", "complaint"),
+    ("path", "complaint"),
     [
         ("aime=x.jsonl", "'aime'; did you mean 'aime-20"),
         ("aime-2024=x.jsonl", "no file or folder x.jsonl"),
         ("nowhere", "no folder"),
     ],
 )
-def test_a_missing_path_is_an_error(place, complaint):
+def test_a_missing_path_is_an_error(path, complaint):
     with pytest.raises(UserError, match=complaint):
-        suite_run.evaluate_suite(None, suite="r1", data=[place])
+        suite_run.evaluate_suite(None, suite="r1", data=[path])
 
 
 def test_an_evaluation_may_be_a_data_set_of_the_hub(monkeypatch, data):
     rows = ROWS["math-500"]
-    asked = []
+    specs = []
 
     def hub_records(spec):
-        asked.append(spec)
+        specs.append(spec)
         if "LiveMath" in spec:
             raise UserError(f"{spec} cannot be read (ConnectionError)")
         return ((f"{spec}: row {n}", dict(row)) for n, row in enumerate(rows, 1))
@@ -388,8 +386,8 @@ def test_an_evaluation_may_be_a_data_set_of_the_hub(monkeypatch, data):
     monkeypatch.setattr("bessemer.addons.families.data_sets.hub_records", hub_records)
     evaluations = suites.choose(R1, ["math-500", "cnmo-2024", "livecodebench"])
     ready, skipped = suite_run.prepare(evaluations, ["hf://"], None)
-    assert [one.name for one in ready] == ["math-500"] and asked[0] == "hf://HuggingFaceH4/MATH-500#test"
-    assert [one["evaluation"] for one in skipped] == ["cnmo-2024", "livecodebench"]
+    assert [entry.name for entry in ready] == ["math-500"] and specs[0] == "hf://HuggingFaceH4/MATH-500#test"
+    assert [entry["evaluation"] for entry in skipped] == ["cnmo-2024", "livecodebench"]
     with pytest.raises(UserError, match="cannot be read"):
         suite_run.prepare(evaluations[1:2], ["cnmo-2024=hf://opencompass/LiveMathBench"], None)
 

@@ -34,12 +34,12 @@ MINUTE = 60
 
 def leaves(stage):
     """What must not depend on where rollouts are sampled."""
-    found = stage.leaves()
-    facts = json.loads(found["metrics"])
+    actual = stage.leaves()
+    facts = json.loads(actual["metrics"])
     for line in facts:
         for name in TIMES:
             line["values"].pop(name, None)
-    return found | {"metrics": facts, "rollouts": (stage.out / "rollouts.jsonl").read_bytes()}
+    return actual | {"metrics": facts, "rollouts": (stage.out / "rollouts.jsonl").read_bytes()}
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def own_ray():
 
 
 @pytest.fixture
-def said():
+def messages():
     return []
 
 
@@ -82,45 +82,45 @@ def start(base, n, kind):
 
 
 @pytest.fixture(scope="module")
-def one():
+def pooled():
     """The open sampler with one worker that tests share; it closes when a test needs Ray's CPUs for others."""
-    kept = []
-    yield kept
-    for sampler in kept:
+    checkpoints = []
+    yield checkpoints
+    for sampler in checkpoints:
         sampler.close()
 
 
 @pytest.fixture
-def ray(own_ray, one):
+def ray(own_ray, pooled):
     """Ray with all its CPUs free."""
-    while one:
-        one.pop().close()
+    while pooled:
+        pooled.pop().close()
     return own_ray
 
 
 @pytest.fixture
-def shared(own_ray, base, one, said):
+def shared(own_ray, base, pooled, messages):
     """An open sampler with one idle worker, which may have worked before."""
-    if one and (one[0].pool._loading or any(one[0].pool._queues)):
-        one.pop().close()  # a test failed in the middle
-    if not one:
-        one.append(start(base, 1, RolloutWorker))
-    one[0].pool.say = said.append
-    return one[0]
+    if pooled and (pooled[0].pool._loading or any(pooled[0].pool._queues)):
+        pooled.pop().close()  # a test failed in the middle
+    if not pooled:
+        pooled.append(start(base, 1, RolloutWorker))
+    pooled[0].pool.say = messages.append
+    return pooled[0]
 
 
 @pytest.fixture
-def opened(ray, base, said):
+def opened(ray, base, messages):
     """A function: number of workers, class of worker -> an open sampler with them."""
-    made = []
+    samplers = []
 
     def make(n=1, kind=RolloutWorker):
-        made.append(start(base, n, kind))
-        made[-1].pool.say = said.append
-        return made[-1]
+        samplers.append(start(base, n, kind))
+        samplers[-1].pool.say = messages.append
+        return samplers[-1]
 
     yield make
-    for sampler in made:
+    for sampler in samplers:
         sampler.close()
 
 
@@ -133,13 +133,13 @@ PROMPTS = [[0, 5, 6, n] for n in range(7, 11)]
 
 
 @pytest.fixture(scope="module")
-def whole(base, tmp_path_factory):
+def undisturbed(base, tmp_path_factory):
     stage = rl_stage.Stage(base, tmp_path_factory.mktemp("whole") / "run", *ALL)
     stage.run()
     return stage
 
 
-def test_a_run_with_workers_is_the_run_without_though_one_is_killed(ray, whole, base, tmp_path, monkeypatch):
+def test_ray_workers_give_the_local_run_though_one_is_killed(ray, undisturbed, base, tmp_path, monkeypatch):
     """One rollout ahead, two sampling rounds, replayed routing; a worker dies while the second policy is sampled."""
     monkeypatch.setattr(RaySampler, "trainer_workers", lambda rollout: side_by_side(2))  # forked beside Ray's threads
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "rollout.engine=ray", "rollout.workers=2")
@@ -157,7 +157,7 @@ def test_a_run_with_workers_is_the_run_without_though_one_is_killed(ray, whole, 
 
     loop.sampler.pool.submit = deadly
     loop.run()
-    assert rl_stage.differences(leaves(stage), leaves(whole)) == []
+    assert rl_stage.differences(leaves(stage), leaves(undisturbed)) == []
     assert stage.values("rl/staleness") == [0, 2, 2, 2]
     assert sum(stage.values("rl/worker_restarts")) == 1 and len([x for x in lines if "worker died" in str(x)]) == 1
     for name in TIMES[:2]:
@@ -165,7 +165,7 @@ def test_a_run_with_workers_is_the_run_without_though_one_is_killed(ray, whole, 
     assert sum(len(job.batch.samples) == 2 for job in submitted) >= 4 * 4, "a lot of eight is cut into four calls"
 
 
-def test_without_ahead_it_is_the_same_run_too(ray, base, tmp_path):
+def test_ray_without_sample_ahead_gives_the_local_run(ray, base, tmp_path):
     few = (COIN, "rollouts=2", "updates_per_rollout=1", 'rollout.precision="bfloat16"')
     here = rl_stage.Stage(base, tmp_path / "here", *few)
     here.run()
@@ -175,7 +175,7 @@ def test_without_ahead_it_is_the_same_run_too(ray, base, tmp_path):
     assert replay(apart.as_run(), "zero", 2, from_start=True).differences() == [{}]
 
 
-def test_weights_arrive_bit_for_bit_and_late_answers_have_theirs(own_ray, shared):
+def test_weights_arrive_bit_for_bit_and_late_samples_keep_their_version(own_ray, shared):
     sampler = shared
     model = sampler.engine.model
     old, expected = sampler.policy(), sampler.engine.generate(PROMPTS, **ASKED)
@@ -194,7 +194,7 @@ def test_weights_arrive_bit_for_bit_and_late_answers_have_theirs(own_ray, shared
     assert old(PROMPTS, **ASKED).take() == expected, "asked now, drawn by the weights of then"
 
 
-def test_workers_draw_while_nobody_looks(own_ray, shared):
+def test_workers_sample_while_nobody_polls(own_ray, shared):
     """A worker finishes all calls in its queue without the trainer asking in between."""
     sampler, waited, busy = shared, shared.waited, shared.pool.busy
     answer = sampler.policy()(PROMPTS, **ASKED)
@@ -208,7 +208,7 @@ def test_workers_draw_while_nobody_looks(own_ray, shared):
     assert sampler.waited - waited <= time.monotonic() - began and sampler.pool.busy > busy
 
 
-def test_all_workers_killed_in_the_middle_cost_nothing_but_time(ray, opened, said):
+def test_killing_all_workers_changes_no_sample(ray, opened, messages):
     sampler = opened(2)
     asked = ASKED | dict(samples=128, batch_rows=128)  # long calls, so that they are killed in the middle of one
     expected = sampler.engine.generate(PROMPTS, **asked)
@@ -220,8 +220,8 @@ def test_all_workers_killed_in_the_middle_cost_nothing_but_time(ray, opened, sai
         os.kill(victim, signal.SIGKILL)
     assert not ray.wait([second], timeout=0)[0], "it was drawing its second call"
     assert answer.take() == expected
-    assert len(said) == 2 and all("a rollout worker died (killed by a signal" in line for line in said)
-    assert any("samples are generated again" in line for line in said)
+    assert len(messages) == 2 and all("a rollout worker died (killed by a signal" in line for line in messages)
+    assert any("samples are generated again" in line for line in messages)
     assert sampler.metrics()["rl/worker_restarts"] == 2
 
 
@@ -230,11 +230,11 @@ def test_a_worker_that_cannot_start_says_why(ray, opened):
         def __init__(self, *args):
             import numpy.nowhere  # noqa: F401
 
-    with pytest.raises(UserError, match=r"cannot start: ModuleNotFoundError: No module named 'numpy.nowhere'; install"):
+    with pytest.raises(UserError, match=r"cannot start: .*'numpy.nowhere'; install"):
         opened(1, Lost)
 
 
-def test_workers_that_die_again_and_again_stop_the_run(ray, opened, said, monkeypatch):
+def test_workers_that_die_again_and_again_stop_the_run(ray, opened, messages, monkeypatch):
     monkeypatch.setattr(worker_pool, "DEATHS", 2)
 
     class Doomed(RolloutWorker):
@@ -246,13 +246,13 @@ def test_workers_that_die_again_and_again_stop_the_run(ray, opened, said, monkey
     sampler = opened(1, Doomed)
     with pytest.raises(
         UserError,
-        match=r"a rollout worker died 2 times in a row \(the last: killed by a signal, .*\). If memory ran out",
+        match=r"died 2 times in a row .*killed by a signal",
     ):
         sampler.generate(PROMPTS, **ASKED)
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
-def test_a_worker_that_computes_otherwise_than_the_trainer_is_refused_at_the_start(ray, opened):
+def test_a_worker_with_other_logprobs_is_refused_at_the_start(ray, opened):
     class Turned(RolloutWorker):
         def _make_engine(self):
             engine = super()._make_engine()
@@ -260,11 +260,11 @@ def test_a_worker_that_computes_otherwise_than_the_trainer_is_refused_at_the_sta
             engine.load = lambda weights: load({n: w.flip(0) if n == "embed.weight" else w for n, w in weights.items()})
             return engine
 
-    with pytest.raises(UserError, match=r"does not compute what the trainer computes.* differ by .*Likely causes"):
+    with pytest.raises(UserError, match=r"differ by .*Likely causes"):
         opened(1, Turned)
 
 
-def test_a_worker_that_keeps_its_old_weights_is_refused_at_the_next_exchange(ray, opened):
+def test_a_worker_with_stale_weights_is_refused_at_the_next_exchange(ray, opened):
     class Stale(RolloutWorker):
         def generate(self, version, weights, batch):
             if version > 1:
@@ -277,11 +277,11 @@ def test_a_worker_that_keeps_its_old_weights_is_refused_at_the_next_exchange(ray
         for gate in sampler.engine.model.gates().values():
             gate.bias_E.add_(torch.arange(len(gate.bias_E)))
         sampler.engine.model.norm.weight.mul_(1.1)
-    with pytest.raises(UserError, match=r"rollout worker on .* does not compute what the trainer computes"):
+    with pytest.raises(UserError, match=r"rollout worker on .* does not compute"):
         sampler.generate(PROMPTS, **ASKED)
 
 
-def test_a_worker_that_is_replaced_after_a_long_batch_has_its_time_to_start(own_ray, shared, said):
+def test_a_replaced_worker_gets_its_own_start_time(own_ray, shared, messages):
     """The only worker dies when its batch has taken longer than a worker may take to start."""
     sampler, pool, deaths = shared, shared.pool, shared.pool.deaths
     victim = pid_of(own_ray, pool.workers[0])
@@ -291,15 +291,15 @@ def test_a_worker_that_is_replaced_after_a_long_batch_has_its_time_to_start(own_
     pool._progress_at -= 2 * worker_pool.START_SECONDS
     own_ray.wait([ref for queue in pool._queues for ref in queue], num_returns=4, timeout=MINUTE)
     pool.poll()
-    assert answer.take() == expected and len(said) == pool.deaths - deaths == 1
+    assert answer.take() == expected and len(messages) == pool.deaths - deaths == 1
 
 
-def test_workers_that_had_nothing_to_do_are_not_late(shared, said):
+def test_idle_workers_do_not_count_as_stalled(shared, messages):
     sampler = shared
     sampler.pool._progress_at -= 2 * worker_pool.PATIENCE
     answer = sampler.policy()(PROMPTS, **ASKED)
     answer.ready()
-    assert len(answer.take()) == len(PROMPTS) and not said
+    assert len(answer.take()) == len(PROMPTS) and not messages
 
 
 def run(base, folder, number, step, *changes):
@@ -308,28 +308,28 @@ def run(base, folder, number, step, *changes):
     command = [sys.executable, str(program), str(base), str(folder), str(int(number)), str(step), *changes]
     process = subprocess.run(command, capture_output=True, text=True, timeout=2 * MINUTE)
     until = time.monotonic() + 15
-    while left := rays_of(folder):
-        assert time.monotonic() < until, f"left behind: {left}"
+    while remaining := rays_of(folder):
+        assert time.monotonic() < until, f"left behind: {remaining}"
         time.sleep(0.1)
     return process.returncode, process.stderr
 
 
 def rays_of(folder):
     """Command lines of the processes whose environment says that this folder's run started them."""
-    found = []
+    actual = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                mine = f"BESSEMER_TEST={folder}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                is_own = f"BESSEMER_TEST={folder}".encode() in (entry / "environ").read_bytes().split(b"\0")
                 command = (entry / "cmdline").read_bytes().strip(b"\0")
-                if mine and b"Agent" not in command:  # Ray's two agents check only once a minute
-                    found.append(command)
+                if is_own and b"Agent" not in command:  # Ray's two agents check only once a minute
+                    actual.append(command)
             except OSError:
                 continue
-    return found
+    return actual
 
 
-def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, tmp_path, monkeypatch):
+def test_a_killed_and_stopped_run_ends_the_same_and_leaves_no_process(undisturbed, base, tmp_path, monkeypatch):
     """Killed after step 4, it resumes with the rollout that waited in its checkpoint; stopped by SIGTERM, it saves what
     its workers were sampling; and it may finish without any worker."""
     folder, apart = tmp_path / "run", ("rollout.engine=ray",)
@@ -340,10 +340,10 @@ def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, 
     status, errors = run(base, folder, signal.SIGTERM, 4, *ALL, *apart)
     assert status == 3, errors
     stage = rl_stage.Stage(base, folder, *ALL)
-    kept = stage.kept("rollouts")
-    assert list(kept) == ["2"] and kept["2"]["step"] == 2
+    checkpoints = stage.kept("rollouts")
+    assert list(checkpoints) == ["2"] and checkpoints["2"]["step"] == 2
     stage.run()
-    assert rl_stage.differences(leaves(stage), leaves(whole)) == []
+    assert rl_stage.differences(leaves(stage), leaves(undisturbed)) == []
 
 
 @pytest.mark.parametrize(
@@ -358,13 +358,13 @@ def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, 
         (["rollout.engine=ray", "rollout.sleep=true"], 'sampler ray: unknown key "sleep"'),
     ],
 )
-def test_what_cannot_take_effect_is_refused(base, tmp_path, changes, complaint):
+def test_settings_without_effect_are_refused(base, tmp_path, changes, complaint):
     with pytest.raises(UserError, match=complaint):
         stage = rl_stage.Stage(base, tmp_path / "run", *changes)
         RL().resolve(stage.recipe.stage("zero"), stage.recipe)
 
 
-def test_without_ray_the_extra_is_named_before_anything_runs(base, tmp_path, monkeypatch):
+def test_a_missing_ray_names_its_extra_before_the_run(base, tmp_path, monkeypatch):
     stage = rl_stage.Stage(base, tmp_path / "run", "rollout.engine=ray")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'bessemer\[scale\]'"):
@@ -374,7 +374,7 @@ def test_without_ray_the_extra_is_named_before_anything_runs(base, tmp_path, mon
         ray_cluster.RayCluster(weights=0)
 
 
-def test_the_sampler_makes_no_other_stage_of_it(base, tmp_path):
+def test_the_sampler_does_not_change_the_fingerprint(base, tmp_path):
     """Finished stages stay finished; only settings that change samples enter the identity."""
 
     def identity(*changes):
@@ -392,11 +392,11 @@ def test_the_sampler_makes_no_other_stage_of_it(base, tmp_path):
 
 def test_a_cluster_that_is_too_small_or_absent_is_refused(ray, base, tmp_path, monkeypatch):
     connection = ray_cluster.RayCluster(weights=0)
-    with pytest.raises(UserError, match="3 rollout workers need a CPU each, but Ray has 2 CPUs"):
+    with pytest.raises(UserError, match=r"3 rollout workers .*Ray has 2 CPUs"):
         WorkerPool(connection, "ray", str(base / "model"), 3, 0, print)
-    with pytest.raises(UserError, match="1 rollout workers need 2 GPUs each, but Ray has 0 GPUs"):
+    with pytest.raises(UserError, match=r"need 2 GPUs .*Ray has 0 GPUs"):
         WorkerPool(connection, "ray", str(base / "model"), 1, 2, print)
-    with pytest.raises(UserError, match=r"does not see .*nowhere: keep the run directory on a file system"):
+    with pytest.raises(UserError, match=r"does not see .*nowhere"):
         WorkerPool(connection, "ray", str(tmp_path / "nowhere"), 1, 0, print)
 
     class Other:
@@ -407,7 +407,7 @@ def test_a_cluster_that_is_too_small_or_absent_is_refused(ray, base, tmp_path, m
     monkeypatch.setattr(worker_pool, "START_SECONDS", 2.0)
     try:
         ray.get(other.here.remote())
-        with pytest.raises(UserError, match="no rollout worker was ready after 2 s; Ray has free: 0 CPUs, 0 GPUs"):
+        with pytest.raises(UserError, match=r"after 2 s; .* free: 0 CPUs, 0 GPUs"):
             WorkerPool(connection, "ray", str(base / "model"), 1, 0, print)
     finally:
         ray.kill(other)
@@ -420,7 +420,7 @@ def test_a_model_too_large_for_shared_memory_is_refused(monkeypatch):
         ray_cluster.RayCluster(weights=1 << 60)
 
 
-def test_a_cluster_where_nobody_listens_is_refused_at_once(monkeypatch):
+def test_an_unreachable_cluster_is_refused_at_once(monkeypatch):
     monkeypatch.setenv(ray_cluster.ADDRESS, "127.0.0.1:1")
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(UserError, match=r"no Ray cluster at RAY_ADDRESS=127.0.0.1:1 \(.*refused"):
@@ -434,8 +434,8 @@ def test_weights_of_another_network_or_number_format(base):
     other = load(base / "model", dtype=torch.float32)
     ray_worker.load_weights(other, weights)
     for name, tensor in model.state_dict().items():
-        found = other.state_dict()[name]
-        assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+        actual = other.state_dict()[name]
+        assert actual.dtype == tensor.dtype and torch.equal(actual, tensor), name
     assert {item.dtype for item in packed.values()} == {"bfloat16", "float32"}
     weights.popitem()
     with pytest.raises(UserError, match="is not the trainer's"):

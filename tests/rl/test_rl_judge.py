@@ -62,7 +62,7 @@ def questions(n):
         (" " * 3_000_000 + "x", None),
     ],
 )
-def test_only_the_exact_form_at_the_end_is_a_verdict(reply, expected):
+def test_a_verdict_needs_its_exact_form_at_the_end(reply, expected):
     start = time.process_time()
     assert _verdict(reply) is expected
     assert time.process_time() - start < 2
@@ -81,7 +81,7 @@ def test_only_the_exact_form_at_the_end_is_a_verdict(reply, expected):
         ("Scores: A=7, B=4, thank you", None),
     ],
 )
-def test_points_are_read_as_strictly(reply, expected):
+def test_points_need_their_exact_form(reply, expected):
     assert _scores(reply) == expected
 
 
@@ -183,7 +183,7 @@ def test_a_server_s_digest_spares_the_probes_and_a_probe_is_short_and_cold(tmp_p
     assert {(one["temperature"], one["max_tokens"], one["model"]) for one in server.probes} == {(0, 48, "v3")}
 
 
-def test_a_server_that_is_not_quite_deterministic_is_known_again(tmp_path):
+def test_a_slightly_nondeterministic_server_is_recognised(tmp_path):
     told = iter(range(1000))
     with JudgeServer(lambda prompt: RIGHT, probe=lambda question: f"{question} {next(told) % 2}") as server:
         for start in range(6):
@@ -192,7 +192,7 @@ def test_a_server_that_is_not_quite_deterministic_is_known_again(tmp_path):
     assert len(server.asked) == 2 and len(server.probes) <= 6 * 9
 
 
-def test_a_list_of_models_may_be_anything(tmp_path):
+def test_malformed_model_lists_are_tolerated(tmp_path):
     one = {"id": "v3"}
     odd = [
         [], [None], [one, one], one, [one | {"bessemer": [1], "root": {"a": 1}, "created": "x"}],
@@ -206,7 +206,7 @@ def test_a_list_of_models_may_be_anything(tmp_path):
     assert len(server.asked) == 1
 
 
-def test_a_server_that_is_away_is_taken_for_what_it_was_until_it_is_needed(tmp_path):
+def test_an_absent_server_keeps_its_identity_until_it_is_needed(tmp_path):
     with JudgeServer(lambda prompt: RIGHT) as server:
         judge(server, tmp_path).verdicts(questions(2))
     gone = judge(server, tmp_path, retries=0)
@@ -215,7 +215,7 @@ def test_a_server_that_is_away_is_taken_for_what_it_was_until_it_is_needed(tmp_p
         gone.verdicts(questions(3))
 
 
-def test_what_was_judged_before_a_failure_is_kept(tmp_path):
+def test_judgements_before_a_failure_are_kept(tmp_path):
     count = []
 
     def failing(prompt):
@@ -240,7 +240,7 @@ def test_what_was_judged_before_a_failure_is_kept(tmp_path):
         (200, b"{", {"Content-Length": "99"}),
     ],
 )
-def test_a_busy_server_is_asked_again(tmp_path, trouble):
+def test_a_busy_server_is_retried(tmp_path, trouble):
     replies = [RIGHT, trouble, trouble]
     with JudgeServer(lambda prompt: replies.pop()) as server:
         assert judge(server, tmp_path).verdicts(questions(1)) == [True]
@@ -260,7 +260,7 @@ def test_pauses_obey_retry_after_and_grow(tmp_path, monkeypatch):
     )
 
 
-def test_no_server_at_the_address(tmp_path):
+def test_a_missing_server_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"the judge at http://127\.0\.0\.1:9/v1 failed 4 times: .*refused"):
         judge(SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path).verdicts(questions(3))
 
@@ -283,7 +283,7 @@ def test_a_refused_request_is_no_verdict_unless_nothing_was_ever_answered(tmp_pa
     ["<html>welcome</html>", "{}", '{"choices": []}', '{"choices": [{"message": {"content": 5}}]}', "[" * 100_000,
      '{"choices": [{"message": {"content": ["Verdict: correct"]}}]}', b"\xff\xfe", "null"],
 )  # fmt: skip
-def test_what_is_no_chat_completion_is_no_verdict(tmp_path, body):
+def test_a_malformed_chat_completion_gives_no_verdict(tmp_path, body):
     with JudgeServer(lambda prompt: (200, body, {}) if "answer 0\n" in prompt else RIGHT) as server:
         assert judge(server, tmp_path).verdicts(questions(2)) == [None, True]
         with pytest.raises(UserError, match="not a chat completion"):
@@ -335,14 +335,14 @@ def test_a_redirect_does_not_carry_the_key_away(tmp_path, monkeypatch, status):
 
 
 @pytest.mark.parametrize("key", ["", "two\nlines", "schlüssel"])
-def test_a_key_that_is_none_is_named_but_not_shown(tmp_path, monkeypatch, key):
+def test_an_invalid_key_is_named_but_not_shown(tmp_path, monkeypatch, key):
     monkeypatch.setenv("JUDGE_KEY", key)
     with pytest.raises(UserError, match=r"JUDGE_KEY of judge\.api_key_env holds no key") as caught:
         judge(SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path, api_key_env="JUDGE_KEY")
     assert not key or key not in str(caught.value)
 
 
-def test_a_stop_keeps_what_is_on_its_way(tmp_path):
+def test_a_stop_keeps_replies_in_flight(tmp_path):
     with JudgeServer(lambda prompt: RIGHT, delay=0.2) as server:
         made = judge(server, tmp_path, concurrency=4)
         made.ctx.stop = True
@@ -354,19 +354,19 @@ def test_a_stop_keeps_what_is_on_its_way(tmp_path):
     assert len(server.asked) == 40
 
 
-def test_a_reply_without_end_is_cut(tmp_path, monkeypatch):
+def test_an_endless_reply_is_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LARGEST_REPLY", 1000)
     with JudgeServer(lambda prompt: "x" * 5000) as server:
-        with pytest.raises(UserError, match="failed 2 times: the reply is too long or too slow"):
+        with pytest.raises(UserError, match=r"failed 2 times: .*too long or too slow"):
             judge(server, tmp_path, retries=1).verdicts(questions(1))
         server.delay = 1.0
         with pytest.raises(UserError, match="failed 1 times: timed out"):
             judge(server, tmp_path, retries=0, timeout=0.1).verdicts(questions(1))
 
 
-def test_a_cache_that_is_no_cache_is_named(tmp_path):
+def test_a_corrupt_reply_cache_is_named(tmp_path):
     (tmp_path / "judge.sqlite").write_text("not a database, but longer than its header " * 9)
-    with pytest.raises(UserError, match=r"judge\.sqlite cannot be used for the replies of a judge"):
+    with pytest.raises(UserError, match=r"judge\.sqlite cannot be used"):
         judge(SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path)
 
 

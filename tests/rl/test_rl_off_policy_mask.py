@@ -8,7 +8,7 @@ from bessemer.addons.r1.off_policy_mask import off_policy_mask
 from bessemer.rl.algorithms.grpo import grpo
 
 
-def test_only_what_the_policy_left_and_was_bad_is_masked():
+def test_only_bad_samples_that_the_policy_left_are_masked():
     generator = torch.Generator().manual_seed(3)
     output_N = torch.tensor([0, 0, 2, 2, 2, 5, 7, 7])  # rows without a trained token have no number here
     advantage_N = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0, 1.0, -1.0, -1.0])

@@ -54,7 +54,7 @@ def test_an_answer_that_never_stops_thinking_has_no_summary(tokenizer):
     assert cut == judged_ids(tokenizer, "helpful", "What?", "")
 
 
-def test_scores_do_not_depend_on_the_company(directory, monkeypatch):
+def test_scores_do_not_depend_on_the_batch(directory, monkeypatch):
     model = RewardModel.load(directory)
     together = model.score(ITEMS)
     assert len(set(together)) == len(ITEMS)
@@ -115,7 +115,7 @@ def test_another_tokenizer_is_refused_by_name(directory):
         RewardModel.load(directory)
 
 
-def test_a_score_that_is_no_number_is_an_error(directory):
+def test_a_score_that_is_not_finite_is_an_error(directory):
     model = RewardModel.load(directory)
     model.network.score.weight.data.fill_(math.nan)
     with pytest.raises(UserError, match=r"model scores an answer to 'Make 0 from 3, 6, 7.' as nan"):

@@ -29,22 +29,22 @@ def engine():
     return Engine(Transformer(preset("tiny", **shape)).initialise(3), tokenizer)
 
 
-def test_weights_have_the_names_and_values_of_an_export_without_mtp(engine, tmp_path):
+def test_hub_state_matches_the_export_without_mtp(engine, tmp_path):
     model = engine.model
     assert model.cfg.n_mtp == 1
     model.save(tmp_path / "model", mtp=False)
     expected = load_file(tmp_path / "model" / "model.safetensors")
     weights = unpack_weights(pack_weights(model.state_dict()))
-    found = vllm_engine.hub_state(weights, model.cfg)
-    assert found.keys() == expected.keys() and any("e_score_correction_bias" in name for name in found)
-    assert all(torch.equal(found[name], tensor) and found[name].is_contiguous() for name, tensor in expected.items())
+    loaded = vllm_engine.hub_state(weights, model.cfg)
+    assert loaded.keys() == expected.keys() and any("e_score_correction_bias" in name for name in loaded)
+    assert all(torch.equal(loaded[name], tensor) and loaded[name].is_contiguous() for name, tensor in expected.items())
 
 
-def test_a_request_in_its_words(engine):
+def test_a_request_becomes_vllm_sampling_params(engine):
     plan = engine.plan([[0, 5, 6]], samples=3, temperature=0.7, max_new_tokens=11, seeds=[4])
-    asked = [vllm_engine.sampling_params(sample.request) for sample in plan.batches[0].samples]
-    assert len({one["seed"] for one in asked}) == 3 and all(0 <= one["seed"] < 2**63 for one in asked)
-    assert asked[0] | {"seed": 0} == dict(
+    calls = [vllm_engine.sampling_params(sample.request) for sample in plan.batches[0].samples]
+    assert len({params["seed"] for params in calls}) == 3 and all(0 <= params["seed"] < 2**63 for params in calls)
+    assert calls[0] | {"seed": 0} == dict(
         temperature=0.7, seed=0, max_tokens=11, stop_token_ids=list(engine.tokenizer.stop_ids), ignore_eos=True,
         logprobs=0, detokenize=False,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_a_request_in_its_words(engine):
     vllm_engine.check_length(plan.batches[0], 14)
 
 
-def test_its_settings_and_the_attention_that_a_shape_needs():
+def test_engine_arguments_and_mla_by_shape():
     plain = vllm_engine.llm_arguments(1, DEFAULTS)
     assert plain["gpu_memory_utilization"] == 0.9
     assert not plain.keys() & {"max_model_len", "enable_sleep_mode", "distributed_executor_backend"}
@@ -97,12 +97,14 @@ class Receiver:
         self.log.append("finish")
 
 
-def test_weights_are_handed_over_in_chunks_that_a_receiver_can_read(monkeypatch):
+def test_weight_chunks_can_be_read_by_the_receiver(monkeypatch):
     """With odd-sized BF16 tensors between float32 ones, a tensor larger than a chunk, and two GPUs."""
     mapped = vllm_weights.MappedWeights
-    made = []
+    buffers = []
     monkeypatch.setattr(mapped, "_buffer", lambda self, gpu, size: torch.full((size,), 255, dtype=torch.uint8))
-    monkeypatch.setattr(mapped, "_handle", lambda self, buffer: (f"GPU-{len(made)}", made.append(buffer) or buffer))
+    monkeypatch.setattr(
+        mapped, "_handle", lambda self, buffer: (f"GPU-{len(buffers)}", buffers.append(buffer) or buffer)
+    )
     monkeypatch.setattr(mapped, "_wait", lambda self, buffer: None)
     monkeypatch.setattr(mapped, "_collect", lambda self: None)
     monkeypatch.setattr(vllm_weights, "CHUNK", 64)
@@ -115,35 +117,35 @@ def test_weights_are_handed_over_in_chunks_that_a_receiver_can_read(monkeypatch)
     assert receiver.weights.keys() == weights.keys()
     assert all(torch.equal(receiver.weights[n], w) and receiver.weights[n].dtype == w.dtype for n, w in weights.items())
     assert receiver.log[0] == "start" and receiver.log[-1] == "finish" and receiver.log.count("update") > 2
-    assert len(made) == 2 and all(len(buffer) == 160 for buffer in made)
+    assert len(buffers) == 2 and all(len(buffer) == 160 for buffer in buffers)
 
 
-def test_older_releases_read_a_checkpoint(engine, tmp_path):
-    asked = []
+def test_older_releases_reload_from_a_checkpoint(engine, tmp_path):
+    calls = []
 
     class LLM:
         def collective_rpc(self, method, kwargs):
             folder = Path(kwargs["weights_path"])
-            asked.append((method, load_file(folder / "model.safetensors"), (folder / "config.json").read_text()))
+            calls.append((method, load_file(folder / "model.safetensors"), (folder / "config.json").read_text()))
 
     assert not vllm_weights.transfers(LLM)
     (tmp_path / "config.json").write_text("{}")
     weights = {"a": torch.randn(3), "b": torch.randn(2).bfloat16()}
     files = vllm_weights.FileWeights(LLM(), tmp_path / "config.json")
     files.load(weights)
-    ((method, found, config),) = asked
+    ((method, loaded, config),) = calls
     assert [path.name for path in files.file.folder.iterdir()] == ["config.json"], (
         "a killed worker leaves no weights behind"
     )
-    assert method == "reload_weights" and config == "{}" and all(torch.equal(found[n], w) for n, w in weights.items())
+    assert method == "reload_weights" and config == "{}" and all(torch.equal(loaded[n], w) for n, w in weights.items())
 
 
-def test_workers_get_the_gpus_beside_the_trainers(monkeypatch):
-    def offered(shown, ranks, **rollout):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(shown.split(",")) if shown else 0)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+def test_workers_get_the_gpus_that_the_trainer_leaves(monkeypatch):
+    def offered(visible, ranks, **rollout):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible.split(",")) if visible else 0)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        monkeypatch.setattr(ray_sampler.setup, "device", lambda: torch.device("cuda" if shown else "cpu"))
+        monkeypatch.setattr(ray_sampler.setup, "device", lambda: torch.device("cuda" if visible else "cpu"))
         form = VLLMSettings if rollout.pop("engine") == "vllm" else RaySettings
         return ray_sampler.gpus_of_workers(form(**rollout))
 
@@ -152,7 +154,7 @@ def test_workers_get_the_gpus_beside_the_trainers(monkeypatch):
     assert offered("0,1", 1, engine="ray", workers=4, gpus=0) == [], "workers on the CPU see none"
     assert offered("0", 1, engine="vllm", sleep=True) is None
     assert offered("", 1, engine="ray") is None
-    with pytest.raises(UserError, match=r"2 rollout workers of 1 GPU need 2 beside the 1 of the trainer.* shows 2;"):
+    with pytest.raises(UserError, match=r"need 2 beside the 1 .* shows 2"):
         offered("0,1", 1, engine="ray", workers=2)
     with pytest.raises(UserError, match=r"take turns with the trainer \(rollout.sleep = true\)"):
         offered("0", 1, engine="vllm")

@@ -93,29 +93,29 @@ def unchanged(engine):
     engine.model.load_state_dict(before, strict=True)
 
 
-def test_greedy_tokens_and_log_probabilities_are_ours_before_and_after_an_exchange(engine, worker):
+def test_greedy_tokens_and_logprobs_match_our_engine_across_weight_exchanges(engine, worker):
     for version, weights in enumerate(
         (dict(engine.model.state_dict()), changed(engine.model, 0.02)), start=worker.version + 1
     ):
         packed, batch = exchange(engine, weights), batch_of(engine, temperature=0.0)
-        theirs, ours = worker.generate(version, packed, batch).completions, engine.run(batch)
-        assert [list(c.tokens) for c in theirs] == [list(c.tokens) for c in ours]
+        actual, own = worker.generate(version, packed, batch).completions, engine.run(batch)
+        assert [list(c.tokens) for c in actual] == [list(c.tokens) for c in own]
         gap = max(
             abs(a - b)
-            for one, other in zip(theirs, ours, strict=True)
+            for one, other in zip(actual, own, strict=True)
             for a, b in zip(one.logprobs, other.logprobs, strict=True)
         )
         assert gap < 1e-4
 
 
-def test_samples_are_a_function_of_their_key_and_the_weights(engine, worker):
+def test_samples_depend_on_key_and_weights_alone(engine, worker):
     packed, batch = (
         exchange(engine, dict(engine.model.state_dict())),
         batch_of(engine, temperature=1.0, seeds=range(12)),
     )
     first = worker.generate(worker.version + 1, packed, batch).completions
-    again = worker.generate(worker.version, packed, batch).completions
-    assert first == again and len({tuple(c.tokens) for c in first}) > 6
+    repeated = worker.generate(worker.version, packed, batch).completions
+    assert first == repeated and len({tuple(c.tokens) for c in first}) > 6
     gaps = [
         abs(a - b)
         for sample, answer in zip(batch.samples, first, strict=True)
@@ -126,7 +126,7 @@ def test_samples_are_a_function_of_their_key_and_the_weights(engine, worker):
     assert max(gaps) < 1e-4
 
 
-def test_prompts_that_no_single_step_holds_are_sampled_with_their_seeds(engine, worker):
+def test_prompts_beyond_one_prefill_step_keep_their_seeds(engine, worker):
     """8,100 tokens of prompts: a step that takes a part of one would rewind its generator."""
     prompts = [[0, *((7 * n + t) % 200 + 8 for t in range(89))] for n in range(90)]
     (batch,) = engine.plan(prompts, max_new_tokens=4, stop_ids=[], batch_rows=90, seeds=range(90)).batches
@@ -155,21 +155,23 @@ def swapped_experts(worker):
 
 
 @pytest.mark.parametrize("fault", [stale, silent_reload, swapped_experts])
-def test_an_exchange_that_goes_wrong_is_refused(engine, directory, fault):
+def test_a_broken_weight_exchange_is_refused(engine, directory, fault):
     worker = RolloutWorker("vllm", str(directory), 0, SETTINGS)
     worker.open()
     fault(worker)
-    with pytest.raises(UserError, match="does not compute what the trainer computes"):
+    with pytest.raises(UserError, match="does not compute what"):
         worker.generate(1, exchange(engine, changed(engine.model, 0.02)), batch_of(engine, temperature=1.0))
 
 
-def test_an_operation_that_computes_otherwise_is_refused(engine, directory, monkeypatch):
+def test_a_wrong_rope_operation_is_refused(engine, directory, monkeypatch):
     """The build's own operation for interleaved RoPE; the day it is right, the arguments can go."""
     plain = vllm_engine.llm_arguments
     chosen = ("dtype", "enforce_eager", "skip_tokenizer_init", "logprobs_mode", "max_model_len")
-    monkeypatch.setattr(vllm_engine, "llm_arguments", lambda *known: {name: plain(*known)[name] for name in chosen})
+    monkeypatch.setattr(
+        vllm_engine, "llm_arguments", lambda *arguments: {name: plain(*arguments)[name] for name in chosen}
+    )
     worker = RolloutWorker("vllm", str(directory), 0, SETTINGS)
-    with pytest.raises(UserError, match="does not compute what the trainer computes"):
+    with pytest.raises(UserError, match="does not compute what"):
         worker.generate(1, exchange(engine, dict(engine.model.state_dict())), batch_of(engine, temperature=1.0))
 
 
@@ -204,12 +206,12 @@ def run(recipe, out):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_a_stage_whose_worker_is_killed_ends_with_the_same_rollouts(directory, tmp_path):
+def test_a_killed_vllm_worker_changes_no_rollout(directory, tmp_path):
     """kill -9 of the worker in the middle of the run: it is replaced, and generates the same samples again."""
     recipe = tmp_path / "vllm.toml"
     recipe.write_text(RECIPE.format(base=directory))
-    whole = run(recipe, tmp_path / "whole")
-    assert whole.wait() == 0, whole.stdout.read()
+    undisturbed = run(recipe, tmp_path / "whole")
+    assert undisturbed.wait() == 0, undisturbed.stdout.read()
     killed = run(recipe, tmp_path / "killed")
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while not metrics.exists() or '"rl/reward"' not in metrics.read_text():

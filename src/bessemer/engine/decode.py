@@ -49,8 +49,8 @@ class TorchSteps(StepBackend):
 
     def prefill(self, cache: LatentCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None) -> Tensor:
         """Whole prompts run together, padded to the longest; a chunk that continues a prompt runs alone."""
-        whole = [chunk for chunk in chunks if chunk.whole]
-        logits = [row for batch in _batches(whole) for row in _prefill_whole(self.model, cache, batch, trace)]
+        complete = [chunk for chunk in chunks if chunk.whole]
+        logits = [row for batch in _batches(complete) for row in _prefill_whole(self.model, cache, batch, trace)]
         next_logits = iter(logits)
         logits = [next(next_logits) if c.whole else _prefill_chunk(self.model, cache, c, trace) for c in chunks]
         for chunk in chunks:

@@ -108,7 +108,7 @@ class Engine:
         routing: list[Tensor | None] = [None] * len(sequences)
         if record is not None:
             routing[:] = record.of([sequence.number for sequence in sequences])
-        return [self._completion(*both) for both in zip(sequences, routing, strict=True)]
+        return [self._completion(*pair) for pair in zip(sequences, routing, strict=True)]
 
     def _prefilled(
         self, sequences: abc.Sequence[Sequence], batch: GenerationBatch, record: RoutingRecord | None
@@ -120,7 +120,8 @@ class Engine:
             steps, self.tokenizer, cache, batch.drafts, record, batch.record_kept
         )
         prompts = [
-            (cache.open(ids), list(same)) for ids, same in groupby(sequences, key=lambda one: one.request.prompt)
+            (cache.open(ids), list(same))
+            for ids, same in groupby(sequences, key=lambda sequence: sequence.request.prompt)
         ]
         for prompt, _ in prompts:
             cache.extend(prompt, len(prompt.ids))

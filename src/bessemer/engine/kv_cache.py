@@ -124,11 +124,11 @@ class LatentCache:
         for prompt, copies in prompts:
             full = prompt.full_pages
             for _ in range(copies - 1):
-                rest = self._allocate(len(prompt.pages) - full)
+                allocated = self._allocate(len(prompt.pages) - full)
                 self.pages.share(prompt.pages[:full])
-                rows.append(prompt.pages[:full] + rest)
+                rows.append(prompt.pages[:full] + allocated)
                 source += prompt.pages[full:]
-                target += rest
+                target += allocated
             rows.append(prompt.pages)
         if source:
             device = self.table_BP.device
@@ -283,10 +283,10 @@ class PageAllocator:
 
     def allocate(self, count: int) -> list[int]:
         """`count` pages with one user each; the caller has checked `available`."""
-        taken = [self._free.pop() for _ in range(count)]
-        for page in taken:
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
             self._users[page] = 1
-        return taken
+        return pages
 
     def share(self, pages: Iterable[int]) -> None:
         """Adds one user to each page."""

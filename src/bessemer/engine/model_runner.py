@@ -163,10 +163,10 @@ class ModelRunner(Generic[AnySequence]):
         """Appends the accepted drafts to every sequence, up to the one that finishes it."""
         self.drafts.drafted += self._drafted
         for j in range(max(row.known for row in out.accepted)):
-            both = list(zip(out.accepted, self.sequences, strict=True))
-            open_ = [row.known > j and sequence.finish is None for row, sequence in both]
+            pairs = list(zip(out.accepted, self.sequences, strict=True))
+            open_ = [row.known > j and sequence.finish is None for row, sequence in pairs]
             self._before_tokens(out.logits_BTV[:, j], open_)
-            for (row, sequence), more in zip(both, open_, strict=True):
+            for (row, sequence), more in zip(pairs, open_, strict=True):
                 if more:
                     sequence.append(row.tokens[j], row.logp[j], row.raw_logp[j])
             self.drafts.accepted += sum(open_)

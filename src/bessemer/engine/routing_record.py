@@ -27,14 +27,14 @@ class RoutingRecord:
 
     def of(self, numbers: Sequence[int]) -> list[Tensor]:
         """[tokens fed, L, K] of every sequence: the choices of its prompt, then its own."""
-        place = {number: i for i, number in enumerate(numbers)}
+        row_of = {number: i for i, number in enumerate(numbers)}
         prompts = [self._prompts[number][1] for number in numbers]
         chosen = torch.cat([prompts[0][:0], *(expert_BLK for _, expert_BLK in self._steps)])
         # what a sequence chose before it started again comes last, and is dropped
         dropped = len(numbers)
         owner = torch.tensor(
             [
-                place[number] if step >= self._prompts[number][0] else dropped
+                row_of[number] if step >= self._prompts[number][0] else dropped
                 for step, (fed, _) in enumerate(self._steps)
                 for number in fed
             ],
@@ -42,4 +42,4 @@ class RoutingRecord:
         )
         counts = torch.bincount(owner, minlength=dropped + 1).tolist()
         own = chosen[owner.sort(stable=True).indices.to(chosen.device)].split(counts)[:-1]
-        return [torch.cat(both).cpu() for both in zip(prompts, own, strict=True)]
+        return [torch.cat(parts).cpu() for parts in zip(prompts, own, strict=True)]

@@ -132,8 +132,8 @@ def most_likely(logits_BTV: Tensor, vocab: int) -> SampledTokens:
     rows_NV = logits_BTV.flatten(0, 1)
     none_N = torch.zeros(len(rows_NV), dtype=torch.int64, device=rows_NV.device)
     greedy_N4 = torch.zeros(len(rows_NV), 4, dtype=torch.float64, device=float64_home(rows_NV.device))
-    found = sample_rows(rows_NV, vocab, LiveRows(none_N, none_N, greedy_N4, none_N))
-    return SampledTokens(*(column.view(logits_BTV.shape[:-1]) for column in found[:3] if column is not None))
+    sampled = sample_rows(rows_NV, vocab, LiveRows(none_N, none_N, greedy_N4, none_N))
+    return SampledTokens(*(column.view(logits_BTV.shape[:-1]) for column in sampled[:3] if column is not None))
 
 
 def score(logits_BV: Tensor, rules_B4: Tensor, token_B: Tensor) -> SampledTokens:

@@ -121,14 +121,14 @@ class Drafter:
         states_P = [prompt.states for prompt in prompts]
         hidden_BD = torch.stack([states[0] for states in states_P])[source_B]
         for k, old_BD in enumerate(self.carried, start=1):
-            known = [states[k] if len(states) > k else torch.zeros_like(states[0]) for states in states_P]
-            self.carried[k - 1] = torch.cat((old_BD, torch.stack(known)[source_B]))
+            last_states = [states[k] if len(states) > k else torch.zeros_like(states[0]) for states in states_P]
+            self.carried[k - 1] = torch.cat((old_BD, torch.stack(last_states)[source_B]))
         fresh_BTD = hidden_BD.new_zeros(len(hidden_BD), self.depth + 1, hidden_BD.shape[1])
         fresh_BTD[:, 0] = hidden_BD
         zero_BT = self.token_BT.new_zeros(len(hidden_BD), self.depth + 1)
-        rejected_B = indices([one.rejected_q_V is not None for one in fresh], zero_BT.device).bool()
+        rejected_B = indices([drafted.rejected_q_V is not None for drafted in fresh], zero_BT.device).bool()
         zero_V = torch.zeros(self.vocab, dtype=torch.float32, device=zero_BT.device)
-        q_BV = torch.stack([zero_V if one.rejected_q_V is None else one.rejected_q_V for one in fresh])
+        q_BV = torch.stack([zero_V if drafted.rejected_q_V is None else drafted.rejected_q_V for drafted in fresh])
         n = len(self.base_B)
         old = self.rejected or RejectedDrafts(rejected_B.new_zeros(n), q_BV.new_zeros(n, self.vocab))
         self.rejected = RejectedDrafts(torch.cat((old.rejected_B, rejected_B)), torch.cat((old.q_BV, q_BV)))

@@ -50,8 +50,8 @@ class DealtEngine:
         options.setdefault("stop_ids", self.tokenizer.stop_ids)
         on_text = options.pop("on_text", None)
         listed = {name: list(value) if isinstance(value, Sequence) else value for name, value in options.items()}
-        before, self._sent = self._sent, None if self.version is None else self.version()
-        changed = before != self._sent
+        sent, self._sent = self._sent, None if self.version is None else self.version()
+        changed = sent != self._sent
         trained = None if self.version is None else str(self.model.embed.weight.dtype).removeprefix("torch.")
         self.ranks.order(
             {"samples": str(self.folder), "role": self.role, "precision": trained or self.precision,
@@ -123,9 +123,12 @@ def deal(
         for rank, share in enumerate(ranks.all_gather(own, "samples")):
             completions[rank::n] = share
         return plan.gather(completions)
-    facts = [[(len(one.tokens), one.finish_reason, one.prompt_tokens) for one in batch] for batch in own]
-    for rank, known in enumerate(ranks.all_gather(facts, "lengths of samples")):
-        completions[rank::n] = [[held_by(rank, *one) for one in batch] for batch in known]
+    facts = [
+        [(len(completion.tokens), completion.finish_reason, completion.prompt_tokens) for completion in batch]
+        for batch in own
+    ]
+    for rank, lengths in enumerate(ranks.all_gather(facts, "lengths of samples")):
+        completions[rank::n] = [[held_by(rank, *completion) for completion in batch] for batch in lengths]
     completions[ranks.me :: n] = own
     return plan.gather(completions)
 

@@ -102,9 +102,9 @@ class RayCluster:
         have, hint = self.ray.cluster_resources(), "lower rollout.workers, or add nodes to the cluster"
         for name, needed in (("CPU", workers), ("GPU", workers * gpus)):
             if needed > have.get(name, 0):
-                each = "a CPU" if name == "CPU" else f"{gpus} GPU{'s' * (gpus > 1)}"
+                cost = "a CPU" if name == "CPU" else f"{gpus} GPU{'s' * (gpus > 1)}"
                 raise UserError(
-                    f"{workers} rollout workers need {each} each, but Ray has {have.get(name, 0):g} {name}s; {hint}"
+                    f"{workers} rollout workers need {cost} each, but Ray has {have.get(name, 0):g} {name}s; {hint}"
                 )
 
     def gpus(self) -> int:
@@ -127,15 +127,15 @@ def _try_connect(address: str) -> None:
 @contextmanager
 def _visible(gpus: Sequence[str] | None) -> Iterator[None]:
     """Processes that start inside the block see only these GPUs."""
-    before = os.environ.get(VISIBLE)
+    value = os.environ.get(VISIBLE)
     if gpus is not None:
         os.environ[VISIBLE] = ",".join(gpus)
     try:
         yield
     finally:
         os.environ.pop(VISIBLE, None)
-        if before is not None:
-            os.environ[VISIBLE] = before
+        if value is not None:
+            os.environ[VISIBLE] = value
 
 
 @contextmanager
@@ -144,9 +144,9 @@ def _keep_handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -62,16 +62,16 @@ def gpus_of_workers(settings: RaySettings) -> list[str] | None:
     if settings.shares_gpus or not names:
         return None
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if setup.device().type == "cuda" else 0
-    workers, each = settings.workers, 1 if settings.gpus is None else settings.gpus
-    if workers * each > len(names) - ranks:
+    workers, gpus_each = settings.workers, 1 if settings.gpus is None else settings.gpus
+    if workers * gpus_each > len(names) - ranks:
         vllm = isinstance(settings, VLLMSettings)
         share = ", or let vLLM take turns with the trainer (rollout.sleep = true)" if vllm else ""
         raise UserError(
-            f"{workers} rollout workers of {each} GPU{'s' * (each > 1)} need {workers * each} beside "
+            f"{workers} rollout workers of {gpus_each} GPU{'s' * (gpus_each > 1)} need {workers * gpus_each} beside "
             f"the {ranks} of the trainer, but this machine shows {len(names)}; lower rollout.workers or rollout.gpus, "
             f"train on fewer (--gpus){share}"
         )
-    return names[ranks:] if each else []
+    return names[ranks:] if gpus_each else []
 
 
 def _start_pool(name: str, settings: RaySettings, ctx: StageContext, engine: Engine) -> WorkerPool:
@@ -256,10 +256,10 @@ class VLLMSampler(RaySampler):
                 f"{where}: rollout.precision has no effect with vLLM, which computes in BF16, on CPUs in float32"
             )
         kinds = {hook.name: kind for hook, (kind, _) in zip(config.hooks, hooks_of(config), strict=True)}
-        if asked := next((name for name, kind in kinds.items() if kind.options), ""):
+        if hook_name := next((name for name, kind in kinds.items() if kind.options), ""):
             raise UserError(
-                f'{where}: the hook {asked} needs what vLLM rollouts do not report; set rollout.engine to "ray", or '
-                "leave the hook out"
+                f'{where}: the hook {hook_name} needs what vLLM rollouts do not report; set rollout.engine to "ray", '
+                "or leave the hook out"
             )
         if config.top_p < 1:
             raise UserError(

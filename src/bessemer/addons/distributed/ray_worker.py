@@ -153,12 +153,12 @@ class RolloutWorker:
         if version != self.version:
             self.engine.load(unpack_weights(weights.tensors))
             if weights.probe is not None:
-                who = f"the rollout worker on {socket.gethostname()} ({self.kind})"
+                name = f"the rollout worker on {socket.gethostname()} ({self.kind})"
                 check(
                     self.engine.score(weights.probe.ids),
                     weights.probe.logprobs,
                     (self.engine.dtype, weights.probe.dtype),
-                    who,
+                    name,
                 )
             self.version = version
         began = time.monotonic()

@@ -57,7 +57,7 @@ def logprobs(model: LanguageModel, ids: Sequence[int]) -> list[float]:
     return token_logprobs(hidden_BTD[0, :-1], model.head_weight, row_BT[0, 1:]).logp.tolist()
 
 
-def check(sampler: Sequence[float], trainer: Sequence[float], dtypes: Sequence[str], who: str) -> float:
+def check(sampler: Sequence[float], trainer: Sequence[float], dtypes: Sequence[str], sampler_name: str) -> float:
     """The gap between log-probabilities of the same tokens. UserError if it is more than rounding in the coarsest of
     `dtypes`."""
     gaps = torch.tensor(sampler).sub(torch.tensor(trainer)).abs()
@@ -67,11 +67,11 @@ def check(sampler: Sequence[float], trainer: Sequence[float], dtypes: Sequence[s
     if not gap <= bound:
         worst = int(gaps.argmax())
         raise UserError(
-            f"{who} does not compute what the trainer computes: the log-probabilities of {len(gaps)} tokens differ by "
-            f"{gap:.3g} on average (token {worst}: {sampler[worst]:.3g} against {trainer[worst]:.3g}), where rounding "
-            f"in {dtype} makes less than {bound:g}. Likely causes: weights that were loaded in part or not at all; an "
-            "operation that this build of the sampler computes otherwise (rotary embedding, gate); another model in "
-            'its folder. rollout.engine = "ray" or "local" samples with the trainer\'s own code; the same command '
-            "resumes from the last checkpoint"
+            f"{sampler_name} does not compute what the trainer computes: the log-probabilities of {len(gaps)} tokens "
+            f"differ by {gap:.3g} on average (token {worst}: {sampler[worst]:.3g} against {trainer[worst]:.3g}), where "
+            f"rounding in {dtype} makes less than {bound:g}. Likely causes: weights that were loaded in part or not at "
+            "all; an operation that this build of the sampler computes otherwise (rotary embedding, gate); another "
+            'model in its folder. rollout.engine = "ray" or "local" samples with the trainer\'s own code; the same '
+            "command resumes from the last checkpoint"
         )
     return gap

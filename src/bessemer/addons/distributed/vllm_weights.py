@@ -48,9 +48,9 @@ def transfers(llm_class: type) -> bool:
         from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo as Start
         from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo as Update
 
-        known = {field.name for field in fields(Update)} | {field.name for field in fields(Start)}
+        names = {field.name for field in fields(Update)} | {field.name for field in fields(Start)}
         needed = {"packed", "names", "dtype_names", "shapes", "ipc_handles", "tensor_sizes"}
-        return needed <= known and all(hasattr(llm_class, name) for name in METHODS)
+        return needed <= names and all(hasattr(llm_class, name) for name in METHODS)
     return False
 
 

@@ -191,12 +191,12 @@ class WorkerPool:
                 "rollout.workers; the same command resumes from the last checkpoint"
             )
         self.ray.kill(self.workers[w])  # it may only be out of reach
-        self._loading = {ref: place for ref, place in self._loading.items() if place != w}
+        self._loading = {ref: worker for ref, worker in self._loading.items() if worker != w}
         jobs, self._queues[w] = list(self._queues[w].values()), {}
         self.workers[w], self._progress_at = self._new(), time.monotonic()  # it has its own time to start
         self._loading[self.workers[w].open.remote()] = w
-        again = f"; its {sum(job.rows for job in jobs)} samples are generated again" if jobs else ""
-        self.say(f"a rollout worker died ({why}) and is replaced{again}")
+        note = f"; its {sum(job.rows for job in jobs)} samples are generated again" if jobs else ""
+        self.say(f"a rollout worker died ({why}) and is replaced{note}")
         self.submit(jobs)
 
     def _free(self) -> str:

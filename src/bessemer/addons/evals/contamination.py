@@ -85,7 +85,10 @@ class ContaminationSearch:
         self._same: dict[Hashable, list[Problem]] = defaultdict(list)
         for problem in self._problems:
             self._same[identity(problem)].append(problem)
-        phrases, whole = [one.ids for one in self._questions], [one.whole for one in self._questions]
+        phrases, whole = (
+            [question.ids for question in self._questions],
+            [question.whole for question in self._questions],
+        )
         self._index = NgramIndex(phrases, whole, N)
         self._matches: dict[str, _Match] = {}
         self._seen: dict[str, Counter[str]] = defaultdict(Counter)
@@ -94,12 +97,12 @@ class ContaminationSearch:
 
     def add_stage(self, stage: str, data: Iterable[Problem | str], most_words: int) -> None:
         """Search the training data of a stage: all its problems, and its texts up to `most_words` words."""
-        left = most_words
+        words = most_words
         for item in data:
             if isinstance(item, Problem):
                 self.add_problem(stage, item)
-            elif left > 0:
-                left -= self.add_text(stage, item)
+            elif words > 0:
+                words -= self.add_text(stage, item)
             else:
                 self._seen[stage].update(texts_left_out=1)
 
@@ -109,8 +112,8 @@ class ContaminationSearch:
             self._flush()
             self._stage = stage
         text_words = words(text)
-        known = self._numbers
-        self._piece += [known[word] if word in known else int(_is_figure(word)) for word in text_words]
+        numbers = self._numbers
+        self._piece += [numbers[word] if word in numbers else int(_is_figure(word)) for word in text_words]
         self._piece.append(UNKNOWN)  # no run continues into the next text
         seen = self._seen[stage]
         seen["texts"] += 1
@@ -122,9 +125,9 @@ class ContaminationSearch:
     def add_problem(self, stage: str, problem: Problem) -> None:
         """Compare a training problem of a stage with the held-out ones, and search its prompt as a text."""
         self._seen[stage]["problems"] += 1
-        for same in self._same.get(identity(problem), ()):
-            length = len(words(same.prompt))
-            self._note(_Match(same, stage, "problem", length, length, problem.prompt))
+        for question in self._same.get(identity(problem), ()):
+            length = len(words(question.prompt))
+            self._note(_Match(question, stage, "problem", length, length, problem.prompt))
         self.add_text(stage, problem.prompt)
 
     def result(self) -> dict[str, Any]:
@@ -132,13 +135,13 @@ class ContaminationSearch:
         and of problems `too_short` to be searched by words; the `worst` example; up to 20 ids in `hits`; and
         `searched`, the amount of data of each stage."""
         self._flush()
-        matches = sorted(self._matches.values(), key=lambda one: one.strength, reverse=True)
-        by = Counter(one.by for one in matches)
+        matches = sorted(self._matches.values(), key=lambda match: match.strength, reverse=True)
+        by = Counter(match.by for match in matches)
         worst = None
         if matches:
-            one = matches[0]
-            worst = {"problem": one.problem.id, "prompt": one.problem.prompt, "stage": one.stage, "by": one.by,
-                     "words": one.run, "of": one.of, "text": one.text}  # fmt: skip
+            match = matches[0]
+            worst = {"problem": match.problem.id, "prompt": match.problem.prompt, "stage": match.stage, "by": match.by,
+                     "words": match.run, "of": match.of, "text": match.text}  # fmt: skip
         return {
             "n": N,
             "unit": "words; in Chinese, characters",
@@ -148,7 +151,7 @@ class ContaminationSearch:
             "by_problem": by["problem"],
             "too_short": sum(len(q.problems) for q in self._questions if len(q.words) < SHORTEST),
             "worst": worst,
-            "hits": [one.problem.id for one in matches[:20]],
+            "hits": [match.problem.id for match in matches[:20]],
             "searched": {where: dict(counts) for where, counts in self._seen.items()},
         }
 
@@ -168,19 +171,19 @@ class ContaminationSearch:
     def _flush(self) -> None:
         ids_N, self._piece = np.array(self._piece, np.uint64), []
         for start, length, places in self._index.matches(ids_N):
-            for number, place in places:
-                self._compare(ids_N, start - place, number, place, length)
+            for number, position in places:
+                self._compare(ids_N, start - position, number, position, length)
 
-    def _compare(self, ids_N: np.ndarray, start: int, number: int, place: int, length: int) -> None:
+    def _compare(self, ids_N: np.ndarray, start: int, number: int, position: int, length: int) -> None:
         """Extend the match of the question's run at `place` with the text, in both directions, and note it if it is
         long enough. `start`: where the question would begin in the text."""
         question = self._questions[number]
         size = len(question.ids)
         first, last = max(0, -start), min(size, len(ids_N) - start)
         differs = np.flatnonzero(ids_N[start + first : start + last] != question.ids[first:last]) + first
-        if ((differs >= place) & (differs < place + length)).any():
+        if ((differs >= position) & (differs < position + length)).any():
             return  # equal hashes of different words
-        before, after = differs[differs < place], differs[differs >= place + length]
+        before, after = differs[differs < position], differs[differs >= position + length]
         low = int(before[-1]) + 1 if len(before) else first
         high = int(after[0]) if len(after) else last
         whole = self._index.whole[number]
@@ -196,10 +199,10 @@ class ContaminationSearch:
             for out, end in ((start - 1, start), (start + size, start + size - 1))
         )
 
-    def _note(self, one: _Match) -> None:
-        known = self._matches.get(one.problem.id)
-        if known is None or one.strength > known.strength:
-            self._matches[one.problem.id] = one
+    def _note(self, match: _Match) -> None:
+        previous = self._matches.get(match.problem.id)
+        if previous is None or match.strength > previous.strength:
+            self._matches[match.problem.id] = match
 
 
 def identity(problem: Problem) -> Hashable:

@@ -86,15 +86,15 @@ def evaluate(
     """Evaluate a model: pass@1, pass@k and maj@k on held-out problems, published evaluations, and lm-eval's tasks."""
     from bessemer.addons.families.named_models import model_dir
 
-    ours = {"samples": samples, "problems": problems, "k": k, "temperature": temperature, "top_p": top_p,
+    task_options = {"samples": samples, "problems": problems, "k": k, "temperature": temperature, "top_p": top_p,
             "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
-    before = {"count": shots, "kind": shot_kind and shot_kind.value, "prefix": prefix}
-    theirs = {"include": include, "limit": limit, "chat": None if chat is None else chat is YesNo.yes}
+    first_pages = {"count": shots, "kind": shot_kind and shot_kind.value, "prefix": prefix}
+    lm_eval_options = {"include": include, "limit": limit, "chat": None if chat is None else chat is YesNo.yes}
     of_suite = {"only": only, "data": data, "answers": answers, "out": out}
-    check_used("--task", task or suite, ours)
+    check_used("--task", task or suite, task_options)
     check_used("--task", task, {"skip": skip, "shots": shots, "shot_kind": shot_kind, "prefix": prefix})
     check_used("--shots", shots, {"shot_kind": shot_kind})
-    check_used("--lm-eval", lm_eval, theirs)
+    check_used("--lm-eval", lm_eval, lm_eval_options)
     check_used("--suite", suite, of_suite)
     if lm_eval is not None and not _names(lm_eval):
         raise UserError("--lm-eval names no task; write names with commas between them, such as arc_easy,gsm8k")
@@ -102,7 +102,7 @@ def evaluate(
         raise UserError("nothing to evaluate on: name a task with --task (bessemer eval MODEL --task countdown)")
     if (model is None) == (answers is None):
         raise UserError("name either a model, or a file of answers with --answers")
-    check_used("MODEL", model, {name: value for name, value in ours.items() if name not in ("problems", "k")})
+    check_used("MODEL", model, {name: value for name, value in task_options.items() if name not in ("problems", "k")})
     folder, rows = None if model is None else model_dir(model), []
     from bessemer.addons.evals import evaluate as evaluation
 
@@ -111,7 +111,9 @@ def evaluate(
             raise UserError("--suite cannot be combined with --task, --lm-eval or --k; make two calls")
         from bessemer.addons.evals import suite_run
 
-        result = suite_run.evaluate_suite(folder, suite=suite, **chosen(ours | of_suite | {"only": _names(only)}))
+        result = suite_run.evaluate_suite(
+            folder, suite=suite, **chosen(task_options | of_suite | {"only": _names(only)})
+        )
         if as_json:
             print_json(result)
         else:
@@ -122,10 +124,10 @@ def evaluate(
         from bessemer.eval.preamble import preamble
 
         rows += evaluation.evaluate(
-            folder, names=task, before=preamble(**chosen(before)), **chosen(ours | {"skip": skip})
+            folder, names=task, before=preamble(**chosen(first_pages)), **chosen(task_options | {"skip": skip})
         )
     if lm_eval:
-        rows += evaluation.evaluate_lm_eval(folder, names=_names(lm_eval), **chosen(theirs))
+        rows += evaluation.evaluate_lm_eval(folder, names=_names(lm_eval), **chosen(lm_eval_options))
     if as_json:
         print_json({"model": str(folder), "rows": rows})
         return
@@ -180,8 +182,8 @@ def compare(
                "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
     check_used("--task", task, options)
     sides = [[model_dir(name.strip()) for name in side.split(",")] for side in (first, second)]
-    if same := {folder.resolve() for folder in sides[0]} & {folder.resolve() for folder in sides[1]}:
-        raise UserError(f"{min(same)} is on both sides; compare it with another model")
+    if shared := {folder.resolve() for folder in sides[0]} & {folder.resolve() for folder in sides[1]}:
+        raise UserError(f"{min(shared)} is on both sides; compare it with another model")
 
     def rows(folder: Any) -> list[dict[str, Any]]:
         if not task:
@@ -190,8 +192,13 @@ def compare(
 
         return evaluate.evaluate(folder, names=task, **chosen(options))
 
-    one, other = ([paired.rates(rows(folder), str(folder), measure) for folder in side] for side in sides)
-    lines, differing = paired.compare(one, other, common, only or []), paired.left_out(one, other, only or [])
+    first_rates, second_rates = (
+        [paired.rates(rows(folder), str(folder), measure) for folder in side] for side in sides
+    )
+    lines, differing = (
+        paired.compare(first_rates, second_rates, common, only or []),
+        paired.left_out(first_rates, second_rates, only or []),
+    )
     if as_json:
         facts = {"first": first, "second": second, "measure": measure, "rows": paired.facts(lines)}
         print_json(facts | {"left_out": differing})

@@ -85,9 +85,9 @@ def _engine(model_dir: Path) -> Engine:
 
 def table(rows: list[dict[str, Any]]) -> Group:
     """Our tasks, and those of lm-eval in a separate table: their accuracies are not pass@1 over samples."""
-    theirs = [row for row in rows if row["domain"] == "lm-eval"]
-    ours = [row for row in rows if row["domain"] != "lm-eval"]
-    return Group(*([_ours(ours)] if ours else []), *([_lm_eval(theirs)] if theirs else []))
+    lm_eval_rows = [row for row in rows if row["domain"] == "lm-eval"]
+    own_rows = [row for row in rows if row["domain"] != "lm-eval"]
+    return Group(*([_ours(own_rows)] if own_rows else []), *([_lm_eval(lm_eval_rows)] if lm_eval_rows else []))
 
 
 def _lm_eval(rows: list[dict[str, Any]]) -> Table:
@@ -95,10 +95,10 @@ def _lm_eval(rows: list[dict[str, Any]]) -> Table:
     for column in ("task", "model", "n", "shots", "metric", "value", "95 % interval"):
         grid.add_column(column, justify="left" if column in ("task", "model", "metric") else "right")
     for row in rows:
-        shown = [(row.get("metric"), percent(row["pass_at_1"]), between(row["pass_at_1_interval"]))]
+        cells = [(row.get("metric"), percent(row["pass_at_1"]), between(row["pass_at_1_interval"]))]
         if row.get("metric") is None:  # no accuracy: show the numbers as they are
-            shown = [(name, f"{one['value']:.4g}", "-") for name, one in row.get("metrics", {}).items()]
-        for metric, value, interval in shown:
+            cells = [(name, f"{measure['value']:.4g}", "-") for name, measure in row.get("metrics", {}).items()]
+        for metric, value, interval in cells:
             grid.add_row(row["task"], row["model"], str(row["n"]), str(row.get("shots", 0)), metric, value, interval)
     return grid
 
@@ -117,9 +117,9 @@ def _ours(rows: list[dict[str, Any]]) -> Table:
     for row in sorted(rows, key=lambda row: [orders[key].index(row[key]) for key in keys]):
         name = f"{row['task']} {row['language']}".strip()
         rates = [percent(row[key]) for key in ("pass_at_k", "maj_at_k")] if of_k else []
-        shown = [str(row.get("shots", 0))] * len(shots)
+        counts = [str(row.get("shots", 0))] * len(shots)
         grid.add_row(
-            row["domain"], name, f"{row['temperature']:g}", *shown, row["model"], str(row["n"]),
+            row["domain"], name, f"{row['temperature']:g}", *counts, row["model"], str(row["n"]),
             percent(row["pass_at_1"]),
             between(row["pass_at_1_interval"]), *rates, percent(row.get("readable")),
             f"{row['mean_length']:.0f}" if "mean_length" in row else "-",

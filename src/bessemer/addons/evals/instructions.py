@@ -111,8 +111,8 @@ def _placeholders(reply: str, num_placeholders: int) -> bool:
 
 
 def _postscript(reply: str, postscript_marker: str) -> bool:
-    known = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
-    return re.search(known.get(postscript_marker, re.escape(postscript_marker.lower())), reply.lower()) is not None
+    patterns = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+    return re.search(patterns.get(postscript_marker, re.escape(postscript_marker.lower())), reply.lower()) is not None
 
 
 def _bullets(reply: str, num_bullets: int) -> bool:
@@ -218,7 +218,7 @@ _CHECKS = {
     "detectable_content:number_placeholders": _Check(_placeholders, {"num_placeholders": int}),
     "detectable_content:postscript": _Check(_postscript, {"postscript_marker": str}),
     "detectable_format:number_bullet_lists": _Check(_bullets, {"num_bullets": int}),
-    "detectable_format:constrained_response": _Check(lambda reply: any(one in reply for one in CONSTRAINED), {}),
+    "detectable_format:constrained_response": _Check(lambda reply: any(phrase in reply for phrase in CONSTRAINED), {}),
     "detectable_format:number_highlighted_sections": _Check(_highlights, {"num_highlights": int}),
     "detectable_format:multiple_sections": _Check(_sections, {"section_spliter": str, "num_sections": int}),
     "detectable_format:json_format": _Check(_json, {}),

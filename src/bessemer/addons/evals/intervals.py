@@ -43,7 +43,7 @@ def smallest_visible(values: Sequence[float], confidence: float = 0.95) -> float
 
 def wider(*intervals: Interval) -> Interval:
     """The widest of the intervals, such as those over seeds and over the problems within them."""
-    return max(intervals, key=lambda one: one.high - one.low)
+    return max(intervals, key=lambda interval: interval.high - interval.low)
 
 
 def shares_apart(one: float, other: float, problems: int) -> Interval:
@@ -74,11 +74,11 @@ def stratified(
     smallest = min((size for size in sizes if size >= FEW or not several), default=1)
     means = []
     for pool in dict.fromkeys(pool for pool, _ in rows):
-        mine = [rates for name, rates in rows if name == pool]
-        problems = sorted(set().union(*mine))
+        pool_rates = [rates for name, rates in rows if name == pool]
+        problems = sorted(set().union(*pool_rates))
         drawn = rng.integers(len(problems), size=(resamples, len(problems)))
-        z = rng.standard_normal(resamples) if several and min(map(len, mine)) < FEW else np.zeros(0)
-        for rates in mine:
+        z = rng.standard_normal(resamples) if several and min(map(len, pool_rates)) < FEW else np.zeros(0)
+        for rates in pool_rates:
             mean, scale = statistics.fmean(rates.values()), 1 / widening(smallest)
             if several and len(rates) < FEW:
                 draws = lowest + (1 - lowest) * _wilson_at((mean - lowest) / (1 - lowest), len(rates), z)

@@ -124,7 +124,9 @@ class BessemerLM(LM):
             return [*bos, *tokenizer.encode(text)] or [self._prefix]
         if text in self._rendered:
             return self._rendered[text]
-        conversation = max((made for made in self._rendered if text.startswith(made)), key=len, default=None)
+        conversation = max(
+            (rendered for rendered in self._rendered if text.startswith(rendered)), key=len, default=None
+        )
         if conversation is None:
             raise UserError(f"a context does not begin with the model's chat template: {text[:60]!r}; leave --chat out")
         ids = self._rendered[conversation]
@@ -137,9 +139,9 @@ class BessemerLM(LM):
             return _Scored(ids, encode(continuation, ids[-1]))
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
-        before, whole = self._context(bare), self._context(bare + continuation)
-        joined = whole[: len(before)] == before
-        return _Scored(before, whole[len(before) :] if joined else encode(continuation, before[-1]))
+        prefix, text = self._context(bare), self._context(bare + continuation)
+        joined = text[: len(prefix)] == prefix
+        return _Scored(prefix, text[len(prefix) :] if joined else encode(continuation, prefix[-1]))
 
     def _cut(self, ids: list[int], room: int) -> list[int]:
         self.truncated += len(ids) > room
@@ -147,19 +149,19 @@ class BessemerLM(LM):
 
     def _sampling(self, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """The Engine's sampling options, and the number of tokens they leave for a prompt."""
-        left = dict(settings)
-        lengths = [left.pop(name) for name in LENGTHS if name in left]
-        until, temperature = left.pop("until", None) or [], left.pop("temperature", None)
-        sampled = left.pop("do_sample", bool(temperature))
+        unread = dict(settings)
+        lengths = [unread.pop(name) for name in LENGTHS if name in unread]
+        until, temperature = unread.pop("until", None) or [], unread.pop("temperature", None)
+        sampled = unread.pop("do_sample", bool(temperature))
         sampling: dict[str, Any] = {
             "max_new_tokens": int(lengths[0]) if lengths else min(MAX_GEN_TOKENS, self.max_length // 2),
             "temperature": float(1.0 if temperature is None else temperature) if sampled else 0.0,
             "stop_strings": [until] if isinstance(until, str) else list(until),
         }
-        sampling |= {name: left.pop(name) for name in ("top_p", "top_k", "min_p") if name in left}
-        if left:
+        sampling |= {name: unread.pop(name) for name in ("top_p", "top_k", "min_p") if name in unread}
+        if unread:
             raise UserError(
-                f"generation_kwargs has {', '.join(left)}, which the engine does not support; known: until, "
+                f"generation_kwargs has {', '.join(unread)}, which the engine does not support; known: until, "
                 "max_gen_toks, do_sample, temperature, top_p, top_k, min_p"
             )
         room = self.max_length - sampling["max_new_tokens"]
@@ -253,12 +255,12 @@ def evaluate(
 @contextmanager
 def _no_commit() -> Iterator[None]:
     """lm-eval asks git for the commit of the working directory, which prints git's error outside a repository."""
-    before = getattr(evaluator, "get_git_commit_hash", None)
+    original = getattr(evaluator, "get_git_commit_hash", None)
     evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash = before
+        evaluator.get_git_commit_hash = original
 
 
 def _manager(names: Sequence[str], include: Path | None) -> TaskManager:

@@ -40,8 +40,8 @@ class Asked(NamedTuple):
     def __str__(self) -> str:
         nucleus = "" if self.top_p == 1 else f", top-p {self.top_p:g}"
         cap = "" if self.max_new_tokens is None else f", at most {self.max_new_tokens} tokens"
-        asked = f"{self.task} {self.language}, T {self.temperature:g}{nucleus}{cap}"
-        return asked + (self.before and f", {self.before}")
+        setting = f"{self.task} {self.language}, T {self.temperature:g}{nucleus}{cap}"
+        return setting + (self.before and f", {self.before}")
 
 
 class Answered(NamedTuple):
@@ -85,7 +85,7 @@ def rates(rows: Iterable[Row], name: str, measure: str = "pass@1") -> dict[Asked
     if measure not in MEASURES:
         raise UserError(f'there is no measure "{measure}"; choose from {", ".join(MEASURES)}')
     key = MEASURES[measure]
-    found: dict[Asked, Answered] = {}
+    answers: dict[Asked, Answered] = {}
     for row in rows:
         if row.get("domain") == "lm-eval":
             continue
@@ -97,9 +97,9 @@ def rates(rows: Iterable[Row], name: str, measure: str = "pass@1") -> dict[Asked
         temperature, top_p = (1.0 if row.get(name) is None else row[name] for name in ("temperature", "top_p"))
         cap = row.get("max_new_tokens")
         pool, numbered = pooled(row, key)
-        asked = Asked(row["task"], row["language"], temperature, top_p, before(row), cap)
-        found[asked] = Answered(row[key], pool, list(numbered))
-    return found
+        setting = Asked(row["task"], row["language"], temperature, top_p, before(row), cap)
+        answers[setting] = Answered(row[key], pool, list(numbered))
+    return answers
 
 
 def evaluated(model_dir: Path) -> list[Row]:
@@ -124,20 +124,20 @@ def compare(
     models = [*first, *second]
     matched = _matched(models)
     if not matched:
-        each = "; ".join(", ".join(map(str, model)) or "nothing" for model in models)
-        raise UserError(f"the models were asked nothing in common ({each}); evaluate both again with --task")
+        names = "; ".join(", ".join(map(str, model)) or "nothing" for model in models)
+        raise UserError(f"the models were asked nothing in common ({names}); evaluate both again with --task")
     if missing := [task for task in only if all(key.task != task for key in matched)]:
         if differing := left_out(first, second, missing[:1]):
             raise UserError(differing[0])
-        asked = ", ".join(dict.fromkeys(key.task for key in matched))
-        raise UserError(f"the models were not both asked {missing[0]}; they were both asked {asked}")
+        tasks = ", ".join(dict.fromkeys(key.task for key in matched))
+        raise UserError(f"the models were not both asked {missing[0]}; they were both asked {tasks}")
     lines, columns = [], []
     for key, keys in matched.items():
         if only and key.task not in only:
             continue
         answered = [model[own] for model, own in zip(models, keys, strict=True)]
-        problems = _problems(key, [one.rates for one in answered], common)
-        shares = [[one.rates[problem] for problem in problems] for one in answered]
+        problems = _problems(key, [answer.rates for answer in answered], common)
+        shares = [[answer.rates[problem] for problem in problems] for answer in answered]
         numbers = dict(zip(answered[0].rates, answered[0].numbers, strict=True))
         sides = [shares[: len(first)], shares[len(first) :]]
         columns.append(_Column(answered[0].pool, [numbers[problem] for problem in problems], sides))
@@ -177,10 +177,10 @@ def _matched(models: Sequence[Model]) -> dict[Asked, list[Asked]]:
     return matched
 
 
-def _problems(key: Asked, asked: Sequence[Mapping[str, float]], common: bool) -> list[str]:
-    shared = [problem for problem in asked[0] if all(problem in one for one in asked)]
-    if len(shared) < max(map(len, asked)) and not common:
-        counts = " and ".join(str(len(one)) for one in asked)
+def _problems(key: Asked, rates: Sequence[Mapping[str, float]], common: bool) -> list[str]:
+    shared = [problem for problem in rates[0] if all(problem in other for other in rates)]
+    if len(shared) < max(map(len, rates)) and not common:
+        counts = " and ".join(str(len(other)) for other in rates)
         how = f"--common compares them on those {len(shared)}" if shared else "evaluate both again with --task"
         raise UserError(f"{key}: the models were asked {counts} problems, {len(shared)} of them the same; {how}")
     if not shared:
@@ -199,15 +199,15 @@ class _Column(NamedTuple):
 
     def by_problem(self) -> dict[int | str, float]:
         """The difference in each problem, over the seeds."""
-        ours, theirs = (map(fmean, zip(*side, strict=True)) for side in self.sides)
-        return {n: there - here for n, here, there in zip(self.numbers, ours, theirs, strict=True)}
+        first, second = (map(fmean, zip(*side, strict=True)) for side in self.sides)
+        return {n: there - here for n, here, there in zip(self.numbers, first, second, strict=True)}
 
 
 def _difference(name: str, columns: Sequence[_Column]) -> Difference:
     """Over columns, equally weighted."""
     tasks = [column.sides for column in columns]
     seeds = max(len(side) for side in tasks[0])
-    first, second = (fmean(fmean(map(fmean, sides[place])) for sides in tasks) for place in (0, 1))
+    first, second = (fmean(fmean(map(fmean, sides[number])) for sides in tasks) for number in (0, 1))
     by_seed = [
         fmean(fmean(sides[1][seed % len(sides[1])]) - fmean(sides[0][seed % len(sides[0])]) for sides in tasks)
         for seed in range(seeds)

@@ -49,23 +49,23 @@ class Shots(Preamble):
             next(examples(task, language, ""))
 
     def facts(self) -> dict[str, int | str]:
-        made: dict[str, int | str] = {"shots": self.count, "shot_kind": self.kind} if self.count else {}
-        return made | ({"prefix": self.prefix} if self.prefix else {})
+        described: dict[str, int | str] = {"shots": self.count, "shot_kind": self.kind} if self.count else {}
+        return described | ({"prefix": self.prefix} if self.prefix else {})
 
     def encoder(
         self, tokenizer: Tokenizer, task: Task, room: int, cache: Path | None = None
     ) -> Callable[[Problem], list[int]]:
-        before = [] if not self.prefix else _document(tokenizer, tokenizer.encode(self.prefix))
+        prefix_ids = [] if not self.prefix else _document(tokenizer, tokenizer.encode(self.prefix))
 
         def encode(problem: Problem) -> list[int]:
             question = question_ids(tokenizer, problem.prompt)
             if not self.count:
-                return before + question
-            pages = self._pages(tokenizer, task, problem, (room - len(before) - len(question)) // self.count)
-            shown = [_page(tokenizer, page, direct=self.kind == "direct") for page in pages]
+                return prefix_ids + question
+            pages = self._pages(tokenizer, task, problem, (room - len(prefix_ids) - len(question)) // self.count)
+            examples = [_page(tokenizer, page, direct=self.kind == "direct") for page in pages]
             if self.kind == "fables":
-                shown = _fables(tokenizer, problem, [len(ids) for ids in shown], cache)
-            return [*before, *chain.from_iterable(shown), *question]
+                examples = _fables(tokenizer, problem, [len(ids) for ids in examples], cache)
+            return [*prefix_ids, *chain.from_iterable(examples), *question]
 
         return encode
 
@@ -73,7 +73,7 @@ class Shots(Preamble):
         """The examples of a problem, each of at most `longest` ids; the same pages for all kinds but other-language."""
         language = problem.language
         if self.kind == "other-language":
-            language = next((one for one in task.all_languages if one != language), "")
+            language = next((candidate for candidate in task.all_languages if candidate != language), "")
             if not language:
                 raise UserError(f"{task.name} has only one language; use a kind of shots other than other-language")
         pages = examples(task, language, problem.id)
@@ -96,14 +96,14 @@ def _document(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 def _fables(tokenizer: Tokenizer, problem: Problem, lengths: list[int], cache: Path | None) -> list[list[int]]:
     """Documents of fables, of exactly these lengths; a fable that is too short is followed by the next one's words."""
     texts = _texts(problem.language, cache)
-    at, made = stable_hash("fable", problem.id), []
+    at, fables = stable_hash("fable", problem.id), []
     for length in lengths:
         ids: list[int] = []
         while len(ids) < length:
             ids += tokenizer.encode(texts[at % len(texts)] + "\n")
             at += 1
-        made.append([*_document(tokenizer, ids)[: length - 1], tokenizer.end_id])
-    return made
+        fables.append([*_document(tokenizer, ids)[: length - 1], tokenizer.end_id])
+    return fables
 
 
 @lru_cache(maxsize=4)

@@ -110,10 +110,10 @@ def evaluate_suite(
             out.mkdir(parents=True, exist_ok=True)
             joined = _joined(out, result)
             there = {row["task"] for row in joined}
-            missing = [one for one in skipped if one["evaluation"] not in there]
+            missing = [entry for entry in skipped if entry["evaluation"] not in there]
             write_json(out / RESULTS, result | {"rows": joined, "skipped": missing})
-    for one in skipped:
-        _say("skipped " + one["reason"])
+    for entry in skipped:
+        _say("skipped " + entry["reason"])
     if not result["rows"]:
         raise UserError(
             f"nothing was evaluated: {len(evaluations)} of {len(evaluations)} evaluations lack their data or answers "
@@ -134,8 +134,8 @@ def _joined(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
         if "answers" not in result["rows"][-1]:
             return key(earlier, row) == key(result, result["rows"][-1])
         file = _answers_to(row["task"], Path(result["model"]))
-        known = [earlier["suite"], earlier["model"], row.get("answers")]
-        return file.is_file() and known == [result["suite"], result["model"], *sha256_of_all([file])]
+        identity = [earlier["suite"], earlier["model"], row.get("answers")]
+        return file.is_file() and identity == [result["suite"], result["model"], *sha256_of_all([file])]
 
     earlier, rows = read_json(out / RESULTS) or {}, result["rows"]
     kept = [row for row in earlier.get("rows", []) if holds(row)]
@@ -147,7 +147,7 @@ def prepare(
 ) -> tuple[list[Ready], list[dict[str, str]]]:
     """The evaluations whose data is available, with every row checked, and {evaluation, reason} for the others."""
     ready, skipped = [], []
-    folder = Path(next((place for place in places if "=" not in place and place != HUB), FOLDER))
+    folder = Path(next((path for path in places if "=" not in path and path != HUB), FOLDER))
     for evaluation in evaluations:
         spec = find(evaluation, places)
         if spec is None:
@@ -193,31 +193,31 @@ def _run(
         _say(f"the model's context of {longest} tokens truncates answers; {sampling.max_new_tokens} were requested")
     files = sorted(model.glob("*.safetensors"))
     weights = dict(zip([file.name for file in files], sha256_of_all(files), strict=True))
-    for one in ready:
-        file, count = out / f"{one.name}.jsonl", samples or one.evaluation.samples
-        header = {"evaluation": one.name, "model": weights, "sampling": asdict(sampling)}
+    for item in ready:
+        file, count = out / f"{item.name}.jsonl", samples or item.evaluation.samples
+        header = {"evaluation": item.name, "model": weights, "sampling": asdict(sampling)}
         _open(file, header)
-        _sample(engine, one, sampling, count, file)
-        answers = read_answers(file, [one])[one.name]
+        _sample(engine, item, sampling, count, file)
+        answers = read_answers(file, [item])[item.name]
         kept = {key: {n: group[n] for n in sorted(group)[:count]} for key, group in answers.items()}
-        yield _row(one, kept, sampling)
+        yield _row(item, kept, sampling)
 
 
 def score_file(path: Path, ready: Sequence[Ready]) -> Iterator[dict[str, Any]]:
     """Yields a row for every evaluation that a file, or a folder of NAME.jsonl files, has answers to, with that
     file's SHA-256 under `answers`."""
-    files = list(dict.fromkeys(file for one in ready if (file := _answers_to(one.name, path)).is_file()))
+    files = list(dict.fromkeys(file for evaluation in ready if (file := _answers_to(evaluation.name, path)).is_file()))
     if not files:
         raise UserError(f"--answers {path}: no such file, and no folder with the NAME.jsonl of an evaluation")
     answers: dict[str, Answers] = {}
     for file in files:
-        answers |= read_answers(file, [one for one in ready if one.name == file.stem] or ready)
-    for one in ready:
-        if any(problem.id in answers.get(one.name, {}) for problem in one.problems):
-            (digest,) = sha256_of_all([_answers_to(one.name, path)])
-            yield _row(one, answers[one.name]) | {"answers": digest}
+        answers |= read_answers(file, [evaluation for evaluation in ready if evaluation.name == file.stem] or ready)
+    for evaluation in ready:
+        if any(problem.id in answers.get(evaluation.name, {}) for problem in evaluation.problems):
+            (digest,) = sha256_of_all([_answers_to(evaluation.name, path)])
+            yield _row(evaluation, answers[evaluation.name]) | {"answers": digest}
         else:
-            _say(f"{one.name}: {path} has no answers to these problems")
+            _say(f"{evaluation.name}: {path} has no answers to these problems")
 
 
 def _answers_to(name: str, path: Path) -> Path:
@@ -225,34 +225,36 @@ def _answers_to(name: str, path: Path) -> Path:
     return path if path.is_file() else path / f"{name}.jsonl"
 
 
-def _row(one: Ready, answers: Answers, sampling: Sampling | None = None) -> dict[str, Any]:
-    asked = [problem for problem in one.problems if problem.id in answers]
-    if len(asked) < len(one.problems):
-        _say(f"{one.name}: answers to {len(asked)} of {len(one.problems)} problems; only these are scored")
-    groups = [[group[n] for n in sorted(group)] for group in (answers[problem.id] for problem in asked)]
+def _row(item: Ready, answers: Answers, sampling: Sampling | None = None) -> dict[str, Any]:
+    answered = [problem for problem in item.problems if problem.id in answers]
+    if len(answered) < len(item.problems):
+        _say(f"{item.name}: answers to {len(answered)} of {len(item.problems)} problems; only these are scored")
+    groups = [[group[n] for n in sorted(group)] for group in (answers[problem.id] for problem in answered)]
     k = min(map(len, groups))
     how: dict[str, Any] = {name: getattr(sampling, name, None) for name in SAMPLED}
-    row = scoring.judge(one.task, asked, groups, k=k, **how)
-    published = {model: round(percent / 100, 4) for model, percent in one.evaluation.published.items()}
-    return row | {"title": one.evaluation.title, "published": published, "source": one.evaluation.source}
+    row = scoring.judge(item.task, answered, groups, k=k, **how)
+    published = {model: round(percent / 100, 4) for model, percent in item.evaluation.published.items()}
+    return row | {"title": item.evaluation.title, "published": published, "source": item.evaluation.source}
 
 
-def _sample(engine: Engine, one: Ready, sampling: Sampling, samples: int, file: Path) -> None:
+def _sample(engine: Engine, evaluation: Ready, sampling: Sampling, samples: int, file: Path) -> None:
     """Generates the answers that the file lacks, and appends them."""
-    there = read_answers(file, [one]).get(one.name, {})
-    problems = one.problems
+    there = read_answers(file, [evaluation]).get(evaluation.name, {})
+    problems = evaluation.problems
     plan = engine.plan(
         [question_ids(engine.tokenizer, problem.prompt) for problem in problems],
-        seeds=[stable_hash("eval", sampling.seed, one.name, problem.id) & (2**62 - 1) for problem in problems],
+        seeds=[stable_hash("eval", sampling.seed, evaluation.name, problem.id) & (2**62 - 1) for problem in problems],
         samples=samples, temperature=sampling.temperature, top_p=sampling.top_p,
         max_new_tokens=sampling.max_new_tokens, batch_rows=ROWS,
     )  # fmt: skip
     batches = []
     for batch in plan.batches:
-        left = [sample for sample in batch.samples if sample.sample not in there.get(problems[sample.prompt].id, {})]
-        batches += [replace(batch, samples=left)] if left else []
+        unanswered = [
+            sample for sample in batch.samples if sample.sample not in there.get(problems[sample.prompt].id, {})
+        ]
+        batches += [replace(batch, samples=unanswered)] if unanswered else []
     missing = sum(len(batch.samples) for batch in batches)
-    _say(f"{one.name}: {len(problems)} problems, {samples} answers each, {missing} to generate")
+    _say(f"{evaluation.name}: {len(problems)} problems, {samples} answers each, {missing} to generate")
     with file.open("a", encoding="utf-8") as written:
         for batch, completions in zip(batches, engine.workers.map(engine.run, batches), strict=True):
             for sample, completion in zip(batch.samples, completions, strict=True):
@@ -267,15 +269,15 @@ def _open(file: Path, header: dict[str, Any]) -> None:
     """Starts a file of answers, or checks that its settings are these. Removes an incomplete line at its end, which a
     kill may leave."""
     text, begun = file.read_bytes() if file.is_file() else b"", json.dumps(header).encode()
-    whole = text[: text.rfind(b"\n") + 1]
+    lines = text[: text.rfind(b"\n") + 1]
     if begun.startswith(text):
         file.write_bytes(begun + b"\n")
         return
-    known = _header(file)
-    if known == header:
-        os.truncate(file, len(whole))
+    existing = _header(file)
+    if existing == header:
+        os.truncate(file, len(lines))
     else:
-        differ = " and ".join(key for key in header if (known or {}).get(key) != header[key])
+        differ = " and ".join(key for key in header if (existing or {}).get(key) != header[key])
         raise UserError(f"{file} has answers from a different {differ}; choose another folder with --out, or delete it")
 
 
@@ -283,22 +285,24 @@ def _header(file: Path) -> dict[str, Any] | None:
     """The settings of a file of answers; None if it has none."""
     try:
         with file.open("rb") as lines:
-            known = json.loads(lines.readline())
+            header = json.loads(lines.readline())
     except (FileNotFoundError, ValueError):
         return None
-    return known if isinstance(known, dict) else None
+    return header if isinstance(header, dict) else None
 
 
 def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
     """The answers of a file by the name of their evaluation, which a line need not state if only one is `ready`."""
-    by_name = {one.name: one for one in ready}
-    prompts = {one.name: {problem.id: _digest(problem) for problem in one.problems} for one in ready}
-    ids = {one.name: set(one.task.ids) for one in ready}
+    by_name = {evaluation.name: evaluation for evaluation in ready}
+    prompts = {
+        evaluation.name: {problem.id: _digest(problem) for problem in evaluation.problems} for evaluation in ready
+    }
+    ids = {evaluation.name: set(evaluation.task.ids) for evaluation in ready}
     answers: dict[str, Answers] = {}
-    ours = False
+    own_file = False
     for where, record in data_sets.records(file):
         if "sampling" in record and "text" not in record:
-            ours = True
+            own_file = True
             continue  # the settings
         name = record.get("evaluation", ready[0].name if len(ready) == 1 else None)
         if not isinstance(name, str) or name not in by_name:
@@ -313,16 +317,16 @@ def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
             raise UserError(f"{where}: problem {key!r} had another question; the data or its prompt has changed")
         group = answers.setdefault(name, {}).setdefault(str(key), {})
         number = record.get("sample", len(group))
-        if isinstance(number, bool) or not isinstance(number, int) or (number in group and not ours):
+        if isinstance(number, bool) or not isinstance(number, int) or (number in group and not own_file):
             raise UserError(f"{where}: sample is {number!r}; give every answer to a problem its own number")
         for field, kind in OPTIONAL.items():
             if (value := record.get(field)) is not None and type(value) is not kind:
-                what = "a whole number" if kind is int else "text"
-                raise UserError(f"{where}: {field} is {value!r}; make it {what}, or leave it out")
+                expected = "a whole number" if kind is int else "text"
+                raise UserError(f"{where}: {field} is {value!r}; make it {expected}, or leave it out")
         if number in group:
             continue  # two processes without the lock once wrote to one file
-        whole = text if ours else _whole(record, text)  # ours begin with the opening tag if the prompt held it
-        group[number] = scoring.Answer(whole, record.get("tokens"), record.get("finish_reason"))
+        answer = text if own_file else _whole(record, text)  # ours begin with the opening tag if the prompt held it
+        group[number] = scoring.Answer(answer, record.get("tokens"), record.get("finish_reason"))
     return answers
 
 
@@ -332,8 +336,8 @@ def _whole(record: dict[str, Any], text: str) -> str:
     thoughts = record.get("reasoning") or record.get("reasoning_content")
     if thoughts is not None:
         return f"{THINK}\n{thoughts}\n{THINK_END}\n\n{text}"
-    before, closed, _ = text.partition(THINK_END)
-    begun = THINK not in before and (closed or record.get("finish_reason") == "length")
+    beginning, closed, _ = text.partition(THINK_END)
+    begun = THINK not in beginning and (closed or record.get("finish_reason") == "length")
     return f"{THINK}\n{text}" if begun else text
 
 

@@ -116,13 +116,20 @@ class Instructions(Given):
         ids, arguments = record.get("instruction_id_list"), record.get("kwargs")
         if not isinstance(ids, list) or not ids or not isinstance(arguments, list) or len(ids) != len(arguments):
             raise cls.wrong(where, "no instruction_id_list and kwargs of equal length", record)
-        checked = [(one, instructions.check(one, given, where)) for one, given in zip(ids, arguments, strict=True)]
+        checked = [
+            (instruction, instructions.check(instruction, settings, where))
+            for instruction, settings in zip(ids, arguments, strict=True)
+        ]
         return Question(cls.text(record, where), {"instructions": checked})
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """The reason is the first instruction that is not followed."""
         reply, fault = summary(completion), plain_fault(completion)
-        broken = (one for one, given in problem.meta["instructions"] if not instructions.follows(one, given, reply))
+        broken = (
+            instruction
+            for instruction, settings in problem.meta["instructions"]
+            if not instructions.follows(instruction, settings, reply)
+        )
         reason = next(broken, CORRECT) if reply else NO_ANSWER
         return Verdict(reason == CORRECT, fault is None, reason, None)
 
@@ -140,30 +147,30 @@ def load_suite(name: str) -> Suite:
     table = _table()
     entry = dict(_known(name, table["suite"], "there is no suite"))
     names = entry.pop("evaluations")
-    return Suite(name, evaluations=tuple(_evaluation(one, table["evaluation"][one]) for one in names), **entry)
+    return Suite(name, evaluations=tuple(_evaluation(key, table["evaluation"][key]) for key in names), **entry)
 
 
 def choose(suite: Suite, only: Sequence[str]) -> list[Evaluation]:
     """The evaluations with these names, in the suite's order; all of them if none is named."""
     by_name = {evaluation.name: evaluation for evaluation in suite.evaluations}
-    wanted = {_known(name, by_name, f"suite {suite.name} has no evaluation").name for name in only}
-    return [one for one in suite.evaluations if not only or one.name in wanted]
+    chosen = {_known(name, by_name, f"suite {suite.name} has no evaluation").name for name in only}
+    return [item for item in suite.evaluations if not only or item.name in chosen]
 
 
 def find(evaluation: Evaluation, places: Sequence[str]) -> str | None:
     """Where the data of an evaluation is: a path or an hf:// address. `places` are those of --data: folders, NAME=PATH,
     NAME=hf://..., and hf:// for the public data sets themselves."""
-    for place in places:
-        name, equals, spec = place.partition("=")
+    for path in places:
+        name, equals, spec = path.partition("=")
         if equals and name == evaluation.name:
             if not spec.startswith(HUB) and not Path(spec).exists():
-                raise UserError(f"--data {place}: there is no file or folder {spec}")
+                raise UserError(f"--data {path}: there is no file or folder {spec}")
             return spec
-    for place in places:
-        stem = Path(place) / evaluation.name
-        if place == HUB and evaluation.data.startswith(HUB):
+    for path in places:
+        stem = Path(path) / evaluation.name
+        if path == HUB and evaluation.data.startswith(HUB):
             return evaluation.data
-        if place != HUB and "=" not in place:
+        if path != HUB and "=" not in path:
             files = [Path(f"{stem}{suffix}") for suffix in SUFFIXES if Path(f"{stem}{suffix}").is_file()]
             files += [stem] if stem.is_dir() else []
             if len(files) > 1:
@@ -176,12 +183,12 @@ def find(evaluation: Evaluation, places: Sequence[str]) -> str | None:
 def check_places(places: Sequence[str], evaluations: Sequence[Evaluation]) -> None:
     """UserError for a --data that names no evaluation of the call and no folder."""
     names = {evaluation.name: evaluation for evaluation in evaluations}
-    for place in places:
-        name, equals, _ = place.partition("=")
+    for path in places:
+        name, equals, _ = path.partition("=")
         if equals:
-            _known(name, names, f"--data {place}: there is no evaluation")
-        elif place != HUB and not Path(place).is_dir():
-            raise UserError(f"--data {place}: there is no folder {place}; give a folder, NAME=PATH, or hf://")
+            _known(name, names, f"--data {path}: there is no evaluation")
+        elif path != HUB and not Path(path).is_dir():
+            raise UserError(f"--data {path}: there is no folder {path}; give a folder, NAME=PATH, or hf://")
 
 
 def load(evaluation: Evaluation, spec: str, problems: int | None = None) -> tuple[Given, list[Problem]]:
@@ -209,10 +216,10 @@ def load(evaluation: Evaluation, spec: str, problems: int | None = None) -> tupl
     task.ids = ids
     count = len(ids) if problems is None else min(problems, len(ids))
     chosen = []
-    for place in (n * len(ids) // count for n in range(count)):
-        problem = task.problem("test", place)
+    for position in (n * len(ids) // count for n in range(count)):
+        problem = task.problem("test", position)
         ask = _table()["prompt"][problem.language][evaluation.kind]
-        chosen.append(replace(problem, id=ids[place], prompt=f"{problem.prompt}\n\n{ask}".strip()))
+        chosen.append(replace(problem, id=ids[position], prompt=f"{problem.prompt}\n\n{ask}".strip()))
     return task, chosen
 
 

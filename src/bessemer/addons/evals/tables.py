@@ -160,8 +160,8 @@ def _sampling(row: Row, cap: int | None) -> str:
 
 def before(row: Row) -> str:
     """The text before the question, in words; "" for the question alone. lm-eval words its own questions."""
-    shown = f"{row['shots']} {row['shot_kind']} examples first" if "shot_kind" in row else ""
-    return " and ".join(filter(None, (shown, f'after "{row["prefix"]}"' if row.get("prefix") else "")))
+    examples = f"{row['shots']} {row['shot_kind']} examples first" if "shot_kind" in row else ""
+    return " and ".join(filter(None, (examples, f'after "{row["prefix"]}"' if row.get("prefix") else "")))
 
 
 def pooled(row: Row, key: str) -> tuple[str, Rates]:
@@ -209,10 +209,10 @@ def _mean(measure: Measure, models: Sequence[str], tasks: Sequence[dict[str, Row
 
     def cell(model: str) -> Score | None:
         values = [_number(rows.get(model, {}).get(measure.key)) for rows in measured]
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
+        numbers = [value for value in values if value is not None]
+        if len(numbers) < len(values):
             return None
-        mean = sum(known) / len(known)
+        mean = sum(numbers) / len(numbers)
         inside = [pooled(rows[model], measure.by_problem) for rows in measured]
         if not all(rates for _, rates in inside):
             return Score(mean)

@@ -63,18 +63,18 @@ class Critic(Advantage):
         self, loop: LoopParts, *, lr: LearningRates = LR, gae_lambda: Share = 1.0, scale_by_std: bool = True
     ) -> None:
         """`loop` has its policy and trainer, which has not yet started."""
-        policy, whole, settings = loop.trainer, loop.policy, loop.settings
+        policy, policy_model, settings = loop.trainer, loop.policy, loop.settings
         self.policy, self.settings, self.pad_id = policy, settings, loop.tokenizer.pad_id
         self.gae_lambda, self.scale_by_std = gae_lambda, scale_by_std
-        whole.refresh()
-        if not whole.model.layers:
+        policy_model.refresh()
+        if not policy_model.model.layers:
             raise UserError(
                 f'stage "{settings.name}": advantage = "critic" needs a network of the DeepSeek family, and this '
                 'is another; use "group"'
             )
         rates = lr if isinstance(lr, Points) else Points(lr)
         own = settings.model_copy(update={"lr": rates})
-        begun = cast(Scorer, critic_of(whole.model)).set_recompute(loop.ctx.recipe.layout.recompute)
+        begun = cast(Scorer, critic_of(policy_model.model)).set_recompute(loop.ctx.recipe.layout.recompute)
         train_in_fp8(begun, settings.fp8)
         self.trainer = Trainer(
             begun, ValueLoss(), None, own, policy.plan, warn=policy.warn, collective=policy.collective.beside(begun)

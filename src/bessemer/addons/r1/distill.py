@@ -62,9 +62,9 @@ class Distill(Stage[DistillConfig]):
         """Samples, updates, the teachers' forward passes, and the held-out evaluations."""
         samples = config.steps * config.prompts_per_step * config.samples
         trained = answers(samples, config.max_new_tokens) + samples * PROMPT
-        asked = len(config.tasks) * config.eval_problems * 4
+        heldout_answers = len(config.tasks) * config.eval_problems * 4
         times = 1 + -(-config.steps // config.eval_every)
-        written = answers(samples + times * asked, config.max_new_tokens)
+        written = answers(samples + times * heldout_answers, config.max_new_tokens)
         taught = [StageWork(name, read=trained / len(_teachers(config))) for name in _teachers(config)]
         return [StageWork(config.name, trained=trained, sampled=written, bytes=TRAINED), *taught]
 
@@ -73,8 +73,8 @@ class Distill(Stage[DistillConfig]):
     ) -> Iterator[tasks.Problem]:
         """The problems its steps ask."""
         families, seed = [tasks.get(name) for name in config.tasks], recipe.seed_of(config)
-        asked = rollout.problems_of(families, "train", 0, config.steps * config.prompts_per_step, seed)
-        yield from (problem for _, problem in asked)
+        problems = rollout.problems_of(families, "train", 0, config.steps * config.prompts_per_step, seed)
+        yield from (problem for _, problem in problems)
 
     def run(self, config: DistillConfig, ctx: StageContext) -> dict[str, Any]:
         run = _Run(config, ctx)
@@ -109,11 +109,11 @@ class _Run:
             config, TrainingPlan(workers=workers, compute_dtype=dtype, counts_padding=False), ctx.state,
             stop=lambda: ctx.stop, model_config=student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        whole = runtime.whole(self.trainer)
-        engine = Engine(whole.model, self.tokenizer, workers)
+        policy = runtime.whole(self.trainer)
+        engine = Engine(policy.model, self.tokenizer, workers)
         if config.lora is None:  # processes that wait would need the adapters too
             engine = runtime.dealt(engine, source, version=lambda: self.trainer.rows)
-        self.engine = LocalSampler(engine, whole.refresh, runtime)
+        self.engine = LocalSampler(engine, policy.refresh, runtime)
 
     def _follow(self, name: str) -> None:
         """Gives the student the chat style that its teachers share; UserError for a teacher that it cannot follow."""
@@ -199,11 +199,11 @@ class _Run:
             for task in self.tasks
         ]  # fmt: skip
         score = sum(row["pass_at_1"] for row in rows) / len(rows)
-        each = {row["task"]: row["pass_at_1"] for row in rows} if len(rows) > 1 else {}
-        values = {HELDOUT: score} | {f"distill/heldout/{name}": value for name, value in each.items()}
+        accuracies = {row["task"]: row["pass_at_1"] for row in rows} if len(rows) > 1 else {}
+        values = {HELDOUT: score} | {f"distill/heldout/{name}": value for name, value in accuracies.items()}
         self.ctx.metrics.write(self.trainer.step, self.trainer.tokens, values)
-        shown = f" ({', '.join(f'{name} {value:.3f}' for name, value in each.items())})" if each else ""
-        self.ctx.say(f"step {self.trainer.step}: held-out pass@1 {score:.3f}{shown}")
+        details = f" ({', '.join(f'{name} {value:.3f}' for name, value in accuracies.items())})" if accuracies else ""
+        self.ctx.say(f"step {self.trainer.step}: held-out pass@1 {score:.3f}{details}")
 
     def _encode(self, problem: tasks.Problem) -> list[int]:
         return question_ids(self.tokenizer, problem.prompt)

@@ -44,15 +44,15 @@ class Examples(Stage[ExamplesConfig]):
     def run(self, config: ExamplesConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
         families = [tasks.get(name) for name in config.tasks]
-        kept: dict[str, None] = {}
+        lines: dict[str, None] = {}
         rejected: Counter[str] = Counter()
         for n in count():
-            if len(kept) == config.examples:
+            if len(lines) == config.examples:
                 break
             if n == PATIENCE * config.examples:
                 counts = ", ".join(f"{reason} {times}" for reason, times in rejected.most_common())
                 raise UserError(
-                    f'stage "{ctx.name}": only {len(kept)} of {n} pages are usable ({counts}); ask for fewer'
+                    f'stage "{ctx.name}": only {len(lines)} of {n} pages are usable ({counts}); ask for fewer'
                 )
             task = families[n % len(families)]
             page = task.written(n // len(families), ctx.seed)
@@ -60,9 +60,9 @@ class Examples(Stage[ExamplesConfig]):
             line = files.conversation_line(page.messages, task.schemas)
             # The last of several turns need not think again.
             usable = verdict.correct if page.several_turns else verdict.sound
-            if usable and line not in kept:
-                kept[line] = None
+            if usable and line not in lines:
+                lines[line] = None
             else:
                 rejected["duplicate" if usable else verdict.reason] += 1
-        files.write_conversations(ctx.dir, kept)
-        return {"kept": len(kept), **dict(rejected.most_common())}
+        files.write_conversations(ctx.dir, lines)
+        return {"kept": len(lines), **dict(rejected.most_common())}

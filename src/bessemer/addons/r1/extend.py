@@ -97,9 +97,9 @@ def _phases(config: ExtendConfig, recipe: Recipe) -> list[ExtendConfig]:
 
 def _trained(config: ExtendConfig, recipe: Recipe) -> list[PretrainConfig]:
     """The next-token stages before this one, the nearest first, back to random weights or another kind of stage."""
-    found: list[PretrainConfig] = []
+    stages: list[PretrainConfig] = []
     source = config.source
     while source is not None and isinstance(stage := recipe.stage(source), PretrainConfig):
-        found.append(stage)
+        stages.append(stage)
         source = None if stage.corpus is None else stage.source
-    return found
+    return stages

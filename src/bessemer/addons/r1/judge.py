@@ -85,7 +85,7 @@ class Judge:
             assert config.stage is not None
             self.engine = engine_of(ctx.inputs[config.stage] / "model", ctx, role="judge")
             self.replies = Replies(ctx.state / "judge.sqlite")
-        self.place = f"{config.url} {config.served_model}"
+        self.address = f"{config.url} {config.served_model}"
         self.identity = ""
         """Of the model at `url`; "" while it is not known."""
         self.met = self.api is None
@@ -110,9 +110,9 @@ class Judge:
         """Points for each (question, one answer, the other). None if one of the orders has no readable judgement, as
         the judge's position bias would no longer cancel."""
         questions = []
-        for question, one, two in pairs:
+        for question, left_answer, right_answer in pairs:
             for sample in range(self.config.samples):
-                first, second = (one, two) if sample % 2 == 0 else (two, one)
+                first, second = (left_answer, right_answer) if sample % 2 == 0 else (right_answer, left_answer)
                 questions.append((_marked(COMPARE, question=question, one=first, two=second), sample // 2))
         read = iter(map(_scores, self._ask(questions)))
         scores: list[tuple[float, float] | None] = []
@@ -145,29 +145,29 @@ class Judge:
     def _missing(self, questions: Sequence[tuple[str, int]]) -> tuple[list[str], dict[str, tuple[str, int]]]:
         """The key of every question, and the questions without a stored reply."""
         config = self.config
-        place = [config.url, config.served_model, config.temperature, config.max_new_tokens, self.ctx.seed]
-        place += [] if self.api is None else [self.identity]
-        keys = [hashlib.sha256(json.dumps([*place, *q]).encode()).hexdigest() for q in questions]
+        source = [config.url, config.served_model, config.temperature, config.max_new_tokens, self.ctx.seed]
+        source += [] if self.api is None else [self.identity]
+        keys = [hashlib.sha256(json.dumps([*source, *q]).encode()).hexdigest() for q in questions]
         return keys, {key: q for key, q in zip(keys, questions, strict=True) if self.replies.get(key) is None}
 
     def _meet(self, patient: bool = False) -> None:
         """Finds out which model answers. A server that is away is taken to have the model that it had last, unless
         `patient`: then it is asked as often as for a judgement."""
         assert self.api is not None
-        known = self.replies.models(self.place)
+        judges = self.replies.models(self.address)
         if patient:
             self.api.probe(PROBES[0])
         facts = self.api.facts()
         if facts is None and not patient:
-            self.identity = known[0].identity if known else ""
+            self.identity = judges[0].identity if judges else ""
             return
-        model = recognised(facts or {}, self.api.probe, known)
-        if known and known[0].identity != model.identity:
+        model = recognised(facts or {}, self.api.probe, judges)
+        if judges and judges[0].identity != model.identity:
             self.ctx.say(
                 f"the judge {self.config.served_model} at {self.config.url} is another model than the last one that "
                 "answered there: it is asked anew, and its replies are stored apart"
             )
-        self.replies.met(self.place, model)
+        self.replies.met(self.address, model)
         self.identity, self.met = model.identity, True
 
     def _asked(self, questions: dict[str, tuple[str, int]]) -> Iterator[tuple[str, str]]:

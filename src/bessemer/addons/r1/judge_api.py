@@ -111,15 +111,15 @@ class JudgeAPI:
         try:
             with self.opener.open(request, timeout=min(self.config.timeout, LISTING)) as answer:
                 listed = json.loads(answer.read(LARGEST_REPLY))["data"]
-            (entry,) = (one for one in listed if one["id"] == self.config.served_model)
+            (entry,) = (model for model in listed if model["id"] == self.config.served_model)
             own = entry.get("bessemer") or {}
-            found = {name: entry.get(name) for name in ("root", "parent", "max_model_len", "created")}
-            found["digest"] = own.get("digest", entry.get("digest"))
+            fields = {name: entry.get(name) for name in ("root", "parent", "max_model_len", "created")}
+            fields["digest"] = own.get("digest", entry.get("digest"))
         except (urllib.error.HTTPError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
             return {}
         except (OSError, http.client.HTTPException):
             return None
-        facts = {name: value for name, value in found.items() if isinstance(value, str | int) and value != ""}
+        facts = {name: value for name, value in fields.items() if isinstance(value, str | int) and value != ""}
         created = facts.pop("created", None)
         if isinstance(created, int) and created < time.time() - RECENT:
             facts["created"] = created
@@ -129,8 +129,10 @@ class JudgeAPI:
         """The answer at temperature 0, thoughts included, and the server's fingerprint; "" for what it refuses."""
         try:
             reply = self._reply(question, 0, threading.Event(), temperature=0, max_tokens=PROBED)
-            found = json.loads(reply)
-            return json.dumps(found["choices"][0]["message"], sort_keys=True), str(found.get("system_fingerprint"))
+            response = json.loads(reply)
+            return json.dumps(response["choices"][0]["message"], sort_keys=True), str(
+                response.get("system_fingerprint")
+            )
         except (_Refused, ValueError, RecursionError, LookupError, TypeError, AttributeError):
             return "", ""
 
@@ -140,10 +142,10 @@ class JudgeAPI:
 
     def _reply(self, question: str, seed: int, over: threading.Event, **changes: float) -> bytes:
         pause = FIRST_PAUSE
-        for left in reversed(range(self.config.retries + 1)):
+        for retries_left in reversed(range(self.config.retries + 1)):
             if over.is_set():
                 raise _Stopped
-            asked = ""
+            delay = ""
             try:
                 return self._post(question, seed, changes)
             except urllib.error.HTTPError as error:
@@ -152,11 +154,11 @@ class JudgeAPI:
                     raise _Refused(why) from None
                 if error.code not in RETRIED:
                     raise UserError(f"the judge at {self.config.url}: {why}; {self._advice(error.code)}") from None
-                asked = error.headers.get("Retry-After", "")
+                delay = error.headers.get("Retry-After", "")
             except (OSError, http.client.HTTPException) as error:
                 why = self._hidden(str(error)) or type(error).__name__
-            if left:
-                least = min(float(asked), LONGEST_ASKED) if asked.isdecimal() else 0.0
+            if retries_left:
+                least = min(float(delay), LONGEST_ASKED) if delay.isdecimal() else 0.0
                 over.wait(least + pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, LONGEST_PAUSE)
         raise UserError(
@@ -185,15 +187,15 @@ class JudgeAPI:
     def _said(self, error: urllib.error.HTTPError) -> str:
         """The beginning of the server's error message."""
         try:
-            said = error.read(2000).decode("utf-8", "replace")
+            body = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
-            said = ""
-        return self._hidden(" ".join(said.split()))[:300] or str(error.reason)
+            body = ""
+        return self._hidden(" ".join(body.split()))[:300] or str(error.reason)
 
     def _hidden(self, text: str) -> str:
         """Without the key, which some servers repeat, and without control characters."""
-        shown = text.replace(self.key, "***") if self.key else text
-        return "".join(char if char.isprintable() else " " for char in shown)
+        masked = text.replace(self.key, "***") if self.key else text
+        return "".join(char if char.isprintable() else " " for char in masked)
 
     def _advice(self, status: int) -> str:
         if status in (401, 403):

@@ -47,24 +47,24 @@ def recognised(
 ) -> JudgeModel:
     """The model that answers, one of `known` or a new one. `probe(question)` gives (answer, fingerprint)."""
     listed = json.dumps(facts, sort_keys=True)
-    same = [one for one in known if one.facts == listed]
+    matches = [model for model in known if model.facts == listed]
     if "digest" in facts:
-        return same[0] if same else JudgeModel(_digest(listed), listed, ())
-    seen: list[set[str]] = [set() for _ in range(len(PROBES) + 1)]
+        return matches[0] if matches else JudgeModel(_digest(listed), listed, ())
+    digests: list[set[str]] = [set() for _ in range(len(PROBES) + 1)]
     for tries in range(TRIES):
         for number, question in enumerate(PROBES):
-            if tries == 0 or not any(seen[number] & one.seen[number] for one in same):
+            if tries == 0 or not any(digests[number] & model.seen[number] for model in matches):
                 answer, fingerprint = probe(question)
-                seen[number].add(_digest(answer))
-                seen[-1].add(_digest(fingerprint))
-        for one in same:
-            if sum(bool(mine & theirs) for mine, theirs in zip(seen, one.seen, strict=True)) >= AGREE:
-                both = tuple(theirs | mine for mine, theirs in zip(seen, one.seen, strict=True))
-                return JudgeModel(one.identity, listed, both)
-        if not same:
+                digests[number].add(_digest(answer))
+                digests[-1].add(_digest(fingerprint))
+        for model in matches:
+            if sum(bool(new & old) for new, old in zip(digests, model.seen, strict=True)) >= AGREE:
+                merged = tuple(old | new for new, old in zip(digests, model.seen, strict=True))
+                return JudgeModel(model.identity, listed, merged)
+        if not matches:
             break
-    answers = tuple(map(frozenset, seen))
-    return JudgeModel(_digest(listed, *("".join(sorted(one)) for one in answers)), listed, answers)
+    answers = tuple(map(frozenset, digests))
+    return JudgeModel(_digest(listed, *("".join(sorted(group)) for group in answers)), listed, answers)
 
 
 def _digest(*texts: str) -> str:
@@ -82,8 +82,8 @@ class Replies:
             self.database = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
             self.database.execute("create table if not exists replies (key text primary key, reply text not null)")
             self.database.execute(
-                "create table if not exists models (place text, identity text, facts text, seen text, "
-                "last integer, primary key (place, identity))"
+                "create table if not exists models (address text, identity text, facts text, seen text, "
+                "last integer, primary key (address, identity))"
             )
         except sqlite3.Error as error:
             raise UserError(f"{path} cannot be used for the replies of a judge ({error}); move it away") from error
@@ -97,17 +97,17 @@ class Replies:
         text = reply.encode("utf-8", "replace").decode()
         self.database.execute("insert or replace into replies values (?, ?)", (key, text))
 
-    def models(self, place: str) -> list[JudgeModel]:
-        """The models that have answered at a place, the last one first."""
+    def models(self, address: str) -> list[JudgeModel]:
+        """The models that have answered at a address, the last one first."""
         rows = self.database.execute(
-            "select identity, facts, seen from models where place = ? order by last desc", (place,)
+            "select identity, facts, seen from models where address = ? order by last desc", (address,)
         )
-        return [JudgeModel(one, facts, tuple(map(frozenset, json.loads(seen)))) for one, facts, seen in rows]
+        return [JudgeModel(identity, facts, tuple(map(frozenset, json.loads(seen)))) for identity, facts, seen in rows]
 
-    def met(self, place: str, model: JudgeModel) -> None:
-        """Records the model that answers at a place now."""
-        seen = json.dumps([sorted(one) for one in model.seen])
+    def met(self, address: str, model: JudgeModel) -> None:
+        """Records the model that answers at a address now."""
+        seen = json.dumps([sorted(replies) for replies in model.seen])
         self.database.execute(
             "insert or replace into models select ?, ?, ?, ?, coalesce(max(last), 0) + 1 from models",
-            (place, model.identity, model.facts, seen),
+            (address, model.identity, model.facts, seen),
         )

@@ -55,10 +55,10 @@ class LongEval(Stage[LongEvalConfig]):
             raise UserError(f"{where}: needles is {config.needles}; set it to at most {len(SPEAKERS)}")
         corpus = _corpus(where, config.corpus, recipe)
         short = _corpus(where, config.short, recipe) if config.short else None
-        for key, known in (("parts", corpus.parts), ("short_parts", short.parts if short else {})):
+        for key, names in (("parts", corpus.parts), ("short_parts", short.parts if short else {})):
             for part in getattr(config, key):
-                if part not in known:
-                    raise UserError(f'{where}: {key} names "{part}", the corpus has {", ".join(known) or "none"}')
+                if part not in names:
+                    raise UserError(f'{where}: {key} names "{part}", the corpus has {", ".join(names) or "none"}')
         for model in config.models:
             measured = [config.haystack, *(corpus.parts[part] for part in config.parts)]
             check_heldout(where, corpus, measured, model, recipe)

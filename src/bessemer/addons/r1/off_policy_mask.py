@@ -23,10 +23,10 @@ def off_policy_mask(
     limit: Annotated[float, Field(gt=0)] = 0.02, clip_low: Clip = 0.2, clip_high: Clip = 0.28,
 ) -> Surrogate:  # fmt: skip
     """Masked tokens have no gradient, so they count as clipped."""
-    made = grpo(logp_N, old_logp_N, advantage_N, output_N, clip_low=clip_low, clip_high=clip_high)
+    terms = grpo(logp_N, old_logp_N, advantage_N, output_N, clip_low=clip_low, clip_high=clip_high)
     index_N, left_N = output_index(output_N), old_logp_N - logp_N.detach()
     zero_N = torch.zeros_like(left_N)
     count_N = zero_N.index_add(0, index_N, torch.ones_like(left_N)).clamp(min=1)
     mean_N = (zero_N.index_add(0, index_N, left_N) / count_N)[index_N]
     masked_N = ((advantage_N < 0) & (mean_N > limit)).to(left_N.dtype)
-    return Surrogate(made.value * (1.0 - masked_N), torch.maximum(made.clipped, masked_N), made.ratio)
+    return Surrogate(terms.value * (1.0 - masked_N), torch.maximum(terms.clipped, masked_N), terms.ratio)

@@ -58,13 +58,13 @@ class Scale:
     @classmethod
     def learn(cls, aim: str, bad: Sequence[float], good: Sequence[float], tokenizer: str) -> Scale:
         """The scale for these scores of held-out answers; UserError if the good ones do not score higher on average."""
-        zero, one = fmean(bad), fmean(good)
-        if not one > zero:
+        low, high = fmean(bad), fmean(good)
+        if not high > low:
             raise UserError(
-                f"this reward model scores good answers {one:.3f} and bad ones {zero:.3f} on average: it learnt "
+                f"this reward model scores good answers {high:.3f} and bad ones {low:.3f} on average: it learnt "
                 "nothing that RL could follow. Train it longer or on more answers, or raise lr"
             )
-        return cls(aim, zero, one, tokenizer)
+        return cls(aim, low, high, tokenizer)
 
     def __call__(self, score: float) -> float:
         return (score - self.zero) / (self.one - self.zero)

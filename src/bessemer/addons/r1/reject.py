@@ -198,16 +198,16 @@ def select(
     kept: list[list[Message]] = []
     dropped: Counter[str] = Counter()
     for group in groups:
-        taken: list[str] = []
+        texts: list[str] = []
         for row in group:
             content = written(row, config.form)
             reason = fault(row, config) or (
-                "duplicate" if content in taken else "surplus" if len(taken) == config.keep else None
+                "duplicate" if content in texts else "surplus" if len(texts) == config.keep else None
             )
             if reason:
                 dropped[reason] += 1
                 continue
-            taken.append(content)
+            texts.append(content)
             kept.append(exchange(row.problem.prompt, content))
     return kept, dict(dropped)
 
@@ -242,15 +242,15 @@ def _reference(problem: tasks.Problem) -> str | None:
 def judge_answers(judge: Judge, groups: list[list[rollout.ScoredSample]], config: RejectConfig) -> None:
     """Replaces the verdicts on answers to problems with a reference answer. Only answers that could be kept are
     judged, by what follows their thoughts."""
-    asked: list[tuple[rollout.ScoredSample, tuple[str, str, str]]] = []
+    pairs: list[tuple[rollout.ScoredSample, tuple[str, str, str]]] = []
     for row in (row for group in groups for row in group):
         reference, answer = _reference(row.problem), summary(row.answer)
         if reference is not None and answer and row.completion.finish_reason != "length":
             if _unreadable(row, config) is None:
-                asked.append((row, (row.problem.prompt, reference, answer)))
+                pairs.append((row, (row.problem.prompt, reference, answer)))
             else:  # `fault` names what is wrong with it
                 row.verdict = replace(row.verdict, correct=True, reason=CORRECT)
-    for (row, _), right in zip(asked, judge.verdicts([texts for _, texts in asked]), strict=True):
+    for (row, _), right in zip(pairs, judge.verdicts([texts for _, texts in pairs]), strict=True):
         reason = UNJUDGED if right is None else CORRECT if right else WRONG_VALUE
         row.verdict = replace(row.verdict, correct=bool(right), reason=reason)
 

@@ -82,11 +82,11 @@ class RewardModelling(Stage[RewardModelConfig]):
         if config.heldout_data and changed(config, "heldout"):
             raise UserError(f'stage "{config.name}": heldout has no effect beside heldout_data; leave one of them out')
         if config.previous is not None:
-            other = recipe.stage(config.previous)
-            if not isinstance(other, RewardModelConfig) or other.aim != config.aim:
+            earlier = recipe.stage(config.previous)
+            if not isinstance(earlier, RewardModelConfig) or earlier.aim != config.aim:
                 raise UserError(
-                    f'stage "{config.name}": previous = "{other.name}" is not a reward model for aim = "{config.aim}"; '
-                    "name one"
+                    f'stage "{config.name}": previous = "{earlier.name}" is not a reward model for aim = '
+                    f'"{config.aim}"; name one'
                 )
         lineage.check_lora(config, recipe)
         return {}
@@ -161,8 +161,8 @@ def _judge(config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer) -
     """Saves all lines, and facts about the made ones, in the state, since sampling takes time."""
     path = ctx.state / ANSWERS
     if not path.exists():
-        made, facts = _made(config, ctx, tokenizer) if config.made else ([], {})
-        write_atomic(path, json.dumps([[*_from_files(config, config.data), *made], facts]))
+        new, facts = _made(config, ctx, tokenizer) if config.made else ([], {})
+        write_atomic(path, json.dumps([[*_from_files(config, config.data), *new], facts]))
 
 
 def _pack(
@@ -264,11 +264,11 @@ def _made(config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer) ->
         )  # fmt: skip
         for written, group in zip(answers, groups, strict=True):
             written += [prefix + completion.text for completion in group]
-    asked = zip(problems, answers, strict=True)
+    answered = zip(problems, answers, strict=True)
     if config.aim == "harmless":
-        return general_quality.labels(asked, ctx.seed)
+        return general_quality.labels(answered, ctx.seed)
     scores = general_quality.votes if config.judge is None else partial(_model_votes, Judge(config.judge, ctx))
-    return general_quality.pairs(asked, ctx.seed, lambda text: len(tokenizer.encode(text)), scores)
+    return general_quality.pairs(answered, ctx.seed, lambda text: len(tokenizer.encode(text)), scores)
 
 
 def _model_votes(judge: Judge, pairs: Sequence[general_quality.Pair]) -> list[general_quality.Scores]:
@@ -301,9 +301,9 @@ def _replayed(config: RewardModelConfig, ctx: StageContext, new: Sequence[Line],
     assert config.previous is not None
     old, _ = _split(preference_rows.read(ctx.inputs[config.previous] / JUDGED, _line(config)), config, ctx)
     apart = {formats.text_of(line["prompt"]) for line in heldout}
-    known = {json.dumps(line, sort_keys=True) for line in new}
+    lines = {json.dumps(line, sort_keys=True) for line in new}
     old = [line for line in old if formats.text_of(line["prompt"]) not in apart]
-    old = [line for line in old if json.dumps(line, sort_keys=True) not in known]
+    old = [line for line in old if json.dumps(line, sort_keys=True) not in lines]
     order = sorted(old, key=lambda line: tasks.stable_hash("replay", ctx.seed, *map(line.get, sorted(line))))
     return order[: round(len(new) * REPLAY / (1 - REPLAY))]
 

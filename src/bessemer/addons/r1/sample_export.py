@@ -50,8 +50,8 @@ class SampleExport(Component):
     def finish(self, folder: Path) -> None:
         """Writes all samples, in order, to the conversations file in the stage's folder, a piece at a time."""
         if self.leads:
-            made = (piece for n in range(self.rollouts) for piece in pieces(self._file(n)))
-            write_atomic(folder / CONVERSATIONS, made)
+            lines = (piece for n in range(self.rollouts) for piece in pieces(self._file(n)))
+            write_atomic(folder / CONVERSATIONS, lines)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.jsonl"
