@@ -19,12 +19,16 @@ from bessemer.config.builtin import builtin_recipes
         ("bessemer nothing x", set()),
     ],
 )
-def test_what_a_shell_is_offered(tmp_path, words, offered):
+def test_shell_completions(tmp_path, words, offered):
     (tmp_path / "torch.py").write_text("raise SystemExit('a key press must not wait for torch')")
-    asked = {"_BESSEMER_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    environment = {
+        "_BESSEMER_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
     path = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     program = [sys.executable, "-m", "bessemer"]
-    answer = subprocess.run(program, env=os.environ | asked | path, capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(program, env=os.environ | environment | path, capture_output=True, text=True, timeout=60)
     assert set(answer.stdout.split()) == offered, answer.stderr
 
 

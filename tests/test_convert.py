@@ -27,7 +27,7 @@ def test_a_model_is_never_lost(call, run, tmp_path):
     (tmp_path / "link").symlink_to(model)
     copy = tmp_path / "copy"
     assert call("convert", model, copy)[0] == 0
-    kept = content(copy)
+    content_before = content(copy)
     for source, target, words in (
         (model, model, "belongs to a run"),  # a stage's folder
         (run, model, "belongs to a run"),
@@ -40,8 +40,8 @@ def test_a_model_is_never_lost(call, run, tmp_path):
         status, out, err = call("convert", source, target, "--no-mtp", "--force")
         assert status == 2 and not out and err.startswith("error: ") and err.count("\n") == 1 and words in err
     status, _, err = call("convert", run, copy, "--no-mtp")
-    assert status == 2 and "copy exists already; name a new target, or replace it with --force" in err
-    assert (content(run), content(copy)) == (before, kept)
+    assert status == 2 and "copy exists already" in err and "--force" in err
+    assert (content(run), content(copy)) == (before, content_before)
     assert call("convert", run, copy, "--no-mtp", "--force")[0] == 0
     assert (deepseek.load(copy).cfg.n_mtp, deepseek.load(model).cfg.n_mtp) == (0, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"] and content(run) == before
@@ -100,7 +100,7 @@ def test_options_reach_the_export(call, run, tmp_path):
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["quantization_config"]["scale_fmt"] == "ue8m0" and config["torch_dtype"] == "float16"
     status, _, err = call("convert", run, tmp_path / "b", "--scales", "ue8m0")
-    assert status == 2 and "--scales: only FP8 matrices have scales; add --fp8" in err
+    assert status == 2 and "--scales" in err and "--fp8" in err
     assert call("convert", run, tmp_path / "b", "--dtype", "int3")[0] == 2
     assert call("convert", run, tmp_path / "b", "--fp8", "--scales", "e5m2")[0] == 2
     assert not (tmp_path / "b").exists()

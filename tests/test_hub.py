@@ -82,13 +82,15 @@ def test_a_push_replaces_the_weights_of_an_earlier_one_and_leaves_the_owner_s_ca
 def test_every_stage_of_a_run_has_the_corpora_it_read(run):
     """A run's recipe writes out every default, such as the numbers of samples."""
     recipe = tomllib.loads(Recipe.load("r1-tiny").to_toml())
-    stages = [facts.StageFacts(one["name"], one["kind"], run, True, 0.0, {}, one) for one in recipe["stage"]]
+    stages = [facts.StageFacts(stage["name"], stage["kind"], run, True, 0.0, {}, stage) for stage in recipe["stage"]]
     whole = facts.RunFacts(None, {}, "", stages, [], 0.0)
-    read = {one.name: [corpus.name for corpus in _corpora(whole, one)] for one in stages}
-    assert read["r1"] == read["zero"] == ["corpus"] and all(_data(whole, one) for one in stages if one.name == "r1")
+    read = {stage.name: [corpus.name for corpus in _corpora(whole, stage)] for stage in stages}
+    assert read["r1"] == read["zero"] == ["corpus"] and all(
+        _data(whole, stage) for stage in stages if stage.name == "r1"
+    )
 
 
-def test_what_is_hidden_is_not_sent(call, run, server, tmp_path):
+def test_hidden_files_are_not_pushed(call, run, server, tmp_path):
     """As in a folder of `hf download --local-dir` and in a clone. The hub refuses such files."""
     shutil.copytree(run / "01-zero" / "model", tmp_path / "model")
     for name in (".cache/huggingface/config.json.metadata", ".git/config", "more/.cache/x"):
@@ -147,13 +149,13 @@ def test_a_hub_that_fails_half_way_has_the_old_model_and_the_second_try_sends_th
     ("token", "failures", "words"),
     [("other", {}, "HF_TOKEN to a token with write access"), ("secret", {"/repos/create": 403}, "another owner")],
 )
-def test_without_the_right_to_write(call, run, server, token, failures, words):
+def test_push_without_write_access_is_refused(call, run, server, token, failures, words):
     server.token, server.failures = token, failures
     status, out, err = call("push", run, "own/name")
     assert status == 2 and not out and words in err and err.count("\n") == 1 and "secret" not in err
 
 
-def test_what_is_not_there(call, run, server, tmp_path, monkeypatch):
+def test_missing_repository_is_refused(call, run, server, tmp_path, monkeypatch):
     server.commit({"notes.txt": b"x"})
     status, _, err = call("pull", "own/name", tmp_path / "down")
     assert status == 2 and "has no config.json" in err
@@ -169,10 +171,10 @@ def test_what_is_not_there(call, run, server, tmp_path, monkeypatch):
     assert not (tmp_path / "down").exists()
 
 
-def test_the_card_is_the_runs(call, run):
+def test_card_describes_its_run(call, run):
     shots = {"pass_at_1": 0.7, "shots": 4, "shot_kind": "worked"}
-    asked = {"prefix": "a|b\nc", "top_p": 0.95, "pass_at_1": 0.6}
-    rows = [ROW | {"pass_at_1": 0.1}, ROW | shots, ROW, ROW | asked, ROW | {"model": "other", "pass_at_1": 0.9}]
+    settings = {"prefix": "a|b\nc", "top_p": 0.95, "pass_at_1": 0.6}
+    rows = [ROW | {"pass_at_1": 0.1}, ROW | shots, ROW, ROW | settings, ROW | {"model": "other", "pass_at_1": 0.9}]
     write_json(run / "01-zero" / "results.json", {"rows": rows})
     text = (run / "recipe.toml").read_text()
     try:

@@ -64,7 +64,7 @@ def test_a_model_without_layers_of_ours_refuses_what_needs_them(echoes):
             ask()
 
 
-def test_our_own_format_asks_no_family(tmp_path, monkeypatch):
+def test_own_format_needs_no_family(tmp_path, monkeypatch):
     Transformer(preset("tiny", n_layers=2)).initialise(0).save(tmp_path / "own")
     Transformer(preset("tiny", n_layers=2)).initialise(0).scorer(1).save(tmp_path / "scorer")
     Tokenizer.train(["a b c"], 268).save(tmp_path / "own")

@@ -86,9 +86,9 @@ def test_a_gguf_file_becomes_a_plain_directory(original, quantise, bound, tmp_pa
     ids = tokens(2, 9)
     assert torch.equal(again(ids), model(ids)) and again.embed.weight.dtype == torch.float32
     assert relative(model(ids), original(input_ids=ids).logits) < bound
-    asked = chat.question_ids(tok, "abcd")
+    question = chat.question_ids(tok, "abcd")
     text = "<|im_start|>user\nabcd<|im_end|>\n<|im_start|>assistant\n"
-    assert tok.decode(asked, skip_special=False) == text and asked.count(tok.special_id("<|im_start|>")) == 2
+    assert tok.decode(question, skip_special=False) == text and question.count(tok.special_id("<|im_start|>")) == 2
     assert tok.eos_id == 2 and tok.bos_id is None
 
 
@@ -98,7 +98,7 @@ def test_bfloat16_on_request(original, tmp_path):
     assert causal_lm.load(tmp_path / "model").embed.weight.dtype == torch.bfloat16
 
 
-def test_what_is_no_gguf_is_refused(tmp_path):
+def test_files_other_than_gguf_are_refused(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(UserError, match="transformers cannot read this GGUF file"):
         read_gguf(tmp_path / "x.gguf", tmp_path / "tokenizer")

@@ -36,9 +36,9 @@ SPARE = 5
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """A saved tokenizer of ours."""
-    made = tokenizer.Tokenizer.train(TEXTS, 300, chat_style="r1")
-    made.save(tmp_path_factory.mktemp("tokenizer"))
-    return made
+    trained = tokenizer.Tokenizer.train(TEXTS, 300, chat_style="r1")
+    trained.save(tmp_path_factory.mktemp("tokenizer"))
+    return trained
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def expected(stored, cfg, dtype):
             stem, suffix = key.removesuffix("_bias"), "bias"
         return f"{table.get_name(stem)}.{suffix}"
 
-    found = {}
+    tensors = {}
     for key, tensor in stored.items():
         parts = key.split(".")
         if parts[1] == "layers" and int(parts[2]) >= cfg.n_layers:
@@ -86,22 +86,22 @@ def expected(stored, cfg, dtype):
             heads = [tensor[h * rows : (h + 1) * rows] for h in range(cfg.n_heads)]
             keys = [head[: cfg.qk_nope_head_dim].T for head in heads]
             values = [head[cfg.qk_nope_head_dim :] for head in heads]
-            found[name(key.replace("kv_b", "k_b"))] = torch.stack(keys).to(dtype)
-            found[name(key.replace("kv_b", "v_b"))] = torch.stack(values).to(dtype)
+            tensors[name(key.replace("kv_b", "k_b"))] = torch.stack(keys).to(dtype)
+            tensors[name(key.replace("kv_b", "v_b"))] = torch.stack(values).to(dtype)
         elif ".experts." in key:
             if parts[5] == "0":
                 every = [stored[key.replace(".experts.0.", f".experts.{e}.")] for e in range(cfg.n_routed_experts)]
-                found[name(key.replace(".experts.0.", ".experts."))] = torch.stack(every).to(dtype)
+                tensors[name(key.replace(".experts.0.", ".experts."))] = torch.stack(every).to(dtype)
         else:
             exact = tensor.dim() == 1 or key.endswith("mlp.gate.weight")
-            found[name(key)] = tensor.to(torch.float32 if exact else dtype)
-    return found
+            tensors[name(key)] = tensor.to(torch.float32 if exact else dtype)
+    return tensors
 
 
-def same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+def same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
 
 
 @pytest.mark.parametrize("changes", [{}, dict(q_lora_rank=0, n_dense_layers=0), dict(tie_embeddings=True)])
@@ -137,14 +137,14 @@ def test_block_fp8_is_written_as_the_values_it_encodes(source, tmp_path, dtype):
     same(read(file)[0], expected(exact, deepseek.read_config(directory), torch.float32 if dtype else torch.bfloat16))
 
 
-def test_the_shape_and_the_rules(source, tmp_path):
+def test_gguf_facts_describe_shape_and_routing(source, tmp_path):
     """Every key that llama.cpp's loader reads for this architecture, spelled out."""
     gguf_file.write(source(**YARN, mscale=0.707, mscale_all_dim=0.707), tmp_path / "out.gguf")
     facts = read(tmp_path / "out.gguf")[1]
-    found = {key.removeprefix("deepseek2."): value for key, value in facts.items() if key.startswith("deepseek2.")}
-    assert found.pop("rope.scaling.yarn_log_multiplier") == pytest.approx(0.0707)
-    assert found.pop("attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
-    assert found == {
+    own_facts = {key.removeprefix("deepseek2."): value for key, value in facts.items() if key.startswith("deepseek2.")}
+    assert own_facts.pop("rope.scaling.yarn_log_multiplier") == pytest.approx(0.0707)
+    assert own_facts.pop("attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
+    assert own_facts == {
         "vocab_size": 305, "context_length": 64, "embedding_length": 32, "block_count": 3,
         "leading_dense_block_count": 1, "feed_forward_length": 48, "attention.head_count": 2,
         "attention.head_count_kv": 1, "attention.q_lora_rank": 24, "attention.kv_lora_rank": 16,
@@ -184,20 +184,24 @@ def test_tokenizer_and_template(source, tmp_path, words):
     directory = source()
     gguf_file.write(directory, tmp_path / "out.gguf")
     facts = read(tmp_path / "out.gguf")[1]
-    found = {key.rpartition(".")[2]: value for key, value in facts.items() if key.startswith("tokenizer.")}
+    own_facts = {key.rpartition(".")[2]: value for key, value in facts.items() if key.startswith("tokenizer.")}
     spec = json.loads((directory / "tokenizer.json").read_text("utf-8"))
-    assert (found["model"], found["pre"], found["chat_template"]) == ("gpt2", "deepseek-v3", chat.jinja("r1"))
-    assert [found[f"{kind}_token_id"] for kind in ("bos", "eos", "padding")] == [0, 1, 2]
-    assert (found["add_bos_token"], found["add_eos_token"]) == (False, False)
-    tokens, kinds = found["tokens"], found["token_type"]
+    assert (own_facts["model"], own_facts["pre"], own_facts["chat_template"]) == (
+        "gpt2",
+        "deepseek-v3",
+        chat.jinja("r1"),
+    )
+    assert [own_facts[f"{kind}_token_id"] for kind in ("bos", "eos", "padding")] == [0, 1, 2]
+    assert (own_facts["add_bos_token"], own_facts["add_eos_token"]) == (False, False)
+    tokens, kinds = own_facts["tokens"], own_facts["token_type"]
     assert len(tokens) == len(kinds) == words.vocab_size + SPARE
     assert {text: number for number, text in enumerate(tokens[:-SPARE])} == spec["model"]["vocab"]
     assert kinds[-SPARE:] == SPARE * [5] and len(set(tokens)) == len(tokens)
-    assert found["merges"] == [f"{a} {b}" for a, b in spec["model"]["merges"]]
+    assert own_facts["merges"] == [f"{a} {b}" for a, b in spec["model"]["merges"]]
     text = ("<think>", "</think>", "<answer>", "</answer>")
     for number in range(words.vocab_size):
-        wanted = 4 if tokens[number] in text else 3 if words.is_special(number) else 1
-        assert kinds[number] == wanted, tokens[number]
+        expected = 4 if tokens[number] in text else 3 if words.is_special(number) else 1
+        assert kinds[number] == expected, tokens[number]
 
 
 def test_the_split_matches_that_of_our_tokenizer():
@@ -219,7 +223,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words_, changes", REFUSED.items(), ids=REFUSED)
-def test_what_llama_cpp_would_compute_differently_is_refused(words_, changes):
+def test_models_that_llama_cpp_computes_differently_are_refused(words_, changes):
     with pytest.raises(UserError, match=words_):
         gguf_file.check_network(tiny(**changes), "here")
 
@@ -228,7 +232,7 @@ def test_what_llama_cpp_would_compute_differently_is_refused(words_, changes):
     dict(n_layers=27, q_lora_rank=0), dict(n_shared_experts=0, n_dense_layers=3), YARN, dict(mscale_all_dim=0.5),
     dict(topk_method="group_limited_greedy", n_limited_groups=4), dict(n_layers=28, beta_fast=16.0),
 ])  # fmt: skip
-def test_what_only_looks_like_it_is_not(changes):
+def test_similar_models_that_llama_cpp_computes_alike_are_written(changes):
     gguf_file.check_network(tiny(**changes), "here")
 
 
@@ -273,8 +277,8 @@ def test_another_tokenizer_is_refused(source, tmp_path, change):
 def test_damaged_files_are_one_line(call, source, tmp_path, name, change):
     directory = source()
     changed(directory / name, change)
-    status, _, said = call("convert", directory, tmp_path / "out.gguf")
-    assert status == 2 and "is damaged (" in said and said.count("\n") == 1
+    status, _, message = call("convert", directory, tmp_path / "out.gguf")
+    assert status == 2 and "is damaged (" in message and message.count("\n") == 1
 
 
 def test_a_published_tokenizer_spells_line_breaks_as_they_are(source, tmp_path):
@@ -292,7 +296,7 @@ def test_a_published_tokenizer_spells_line_breaks_as_they_are(source, tmp_path):
 def test_directories_that_are_refused(source, words, tmp_path):
     out = tmp_path / "out.gguf"
     directory = source()
-    with pytest.raises(UserError, match=r"is a directory; name the file to write, such as .*model\.gguf"):
+    with pytest.raises(UserError, match=r"is a directory.*model\.gguf"):
         (tmp_path / "folder").mkdir()
         gguf_file.write(directory, tmp_path / "folder")
     with pytest.raises(UserError, match="dtype 'int8' is not one of float32, bfloat16, float16"):
@@ -305,12 +309,12 @@ def test_directories_that_are_refused(source, words, tmp_path):
     with pytest.raises(UserError, match="holds a reward model"):
         gguf_file.write(tmp_path / "scorer", out)
     random_model(tiny(vocab_size=words.vocab_size - 1)).save(tmp_path / "small", tokenizer_dir=tmp_path / "words")
-    with pytest.raises(UserError, match=r"the tokenizer has 300 tokens, but the embedding has 299 rows"):
+    with pytest.raises(UserError, match=r"300 tokens.*299 rows"):
         gguf_file.write(tmp_path / "small", out)
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] = 7e4
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(UserError, match=r"experts\.3\.up_proj\.weight has values too large for float16; use float32"):
+    with pytest.raises(UserError, match=r"experts\.3\.up_proj\.weight .*float16; use float32"):
         gguf_file.write(directory, out, "float16")
     (directory / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
@@ -351,8 +355,8 @@ def test_a_write_the_system_refuses_leaves_the_old_file(source, tmp_path):
 FLIPPED = {"magic": 0, "number of tensors": 8, "length of a key": 24, "name of the model": 150, "a tensor": -100}
 
 
-@pytest.mark.parametrize("place", FLIPPED.values(), ids=FLIPPED)
-def test_damage_between_writing_and_reading_back_is_found(source, tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("damaged_part", FLIPPED.values(), ids=FLIPPED)
+def test_damage_between_writing_and_reading_back_is_found(source, tmp_path, monkeypatch, damaged_part):
     """A single flipped bit in the file."""
     directory, file = source(), tmp_path / "out.gguf"
     original = gguf_file._write
@@ -360,12 +364,12 @@ def test_damage_between_writing_and_reading_back_is_found(source, tmp_path, monk
     def damaged(path, *args):
         sums = original(path, *args)
         data = bytearray(path.read_bytes())
-        data[place] ^= 1
+        data[damaged_part] ^= 1
         path.write_bytes(data)
         return sums
 
     monkeypatch.setattr(gguf_file, "_write", damaged)
-    with pytest.raises(UserError, match=r"(reads back differently|cannot be read back).*check the disk"):
+    with pytest.raises(UserError, match="check the disk"):
         gguf_file.write(directory, file)
     assert not [p for p in tmp_path.iterdir() if ".gguf" in p.name]
 

@@ -18,7 +18,7 @@ COMMAND = re.compile(r'(?:#[^\n]*|([A-Z]+) (?:(\w+) )??("""(?:.*?)"""|"[^"\n]*"|
 
 def parsed(text):
     """Commands as in Ollama's parser: a value in triple quotes spans lines, one in single quotes ends on its line."""
-    found, at = [], 0
+    parts, at = [], 0
     while at < len(text):
         match = COMMAND.match(text, at)
         assert match, text[at : at + 40]
@@ -32,8 +32,8 @@ def parsed(text):
                 if value.startswith(quote) and value.endswith(quote):
                     value = value.removeprefix(quote).removesuffix(quote)
                     break
-            found.append((name, value))
-    return found
+            parts.append((name, value))
+    return parts
 
 
 USER = {"role": "user", "content": "3 and 7?"}
@@ -59,19 +59,19 @@ def test_the_template_gives_our_text(style, messages):
 
 
 @pytest.mark.parametrize("style", chat.STYLES)
-def test_thoughts(style):
+def test_thinking_is_rendered_before_the_answer(style):
     """Ollama keeps R1's thoughts apart and passes them back; earlier ones are not shown. R1-Zero's stay in the text."""
     if style == "r1":
-        held = [USER, {"role": "assistant", "content": "ten", "thinking": "3+7"}, USER]
+        messages = [USER, {"role": "assistant", "content": "ten", "thinking": "3+7"}, USER]
         ours = [USER, {"role": "assistant", "content": "<think>\n3+7</think>ten"}, USER]
     else:
-        held = ours = [USER, {"role": "assistant", "content": "<think>3+7</think> <answer>10</answer>"}, USER]
-    assert render(modelfile.template(style), collate(held)) == chat.render(ours, style)
+        messages = ours = [USER, {"role": "assistant", "content": "<think>3+7</think> <answer>10</answer>"}, USER]
+    assert render(modelfile.template(style), collate(messages)) == chat.render(ours, style)
     shut = render(modelfile.template(style), collate([USER]) | {"IsThinkSet": True})
     assert shut == chat.render([USER], style) + (_switch(False, style, True) if style == "r1" else "")
 
 
-def test_an_answer_that_has_begun_continues():
+def test_a_partial_answer_is_continued():
     held = [USER, {"role": "assistant", "content": "It is", "thinking": "3+7"}]
     whole = [USER, {"role": "assistant", "content": "<think>\n3+7</think>\n\nIt is"}]
     for style, messages in (("r1", whole), ("zero", [USER, {"role": "assistant", "content": "It is"}])):
@@ -85,7 +85,7 @@ def directory(tmp_path):
     return tmp_path / "run" / "01-zero" / "model"
 
 
-def test_what_is_written_reads_back(directory, tmp_path):
+def test_written_modelfile_reads_back(directory, tmp_path):
     path = modelfile.write(directory, tmp_path / "my model.v1.gguf")
     assert path == tmp_path / "my model.v1.Modelfile"
     command = "# ollama create 'my model.v1' -f 'my model.v1.Modelfile'"  # can be pasted into a shell
@@ -110,11 +110,11 @@ def test_the_model_s_own_settings_count(directory, tmp_path):
     user = tokenizer.special_id(chat.USER)
     change("generation_config.json", do_sample=False, top_k=40, eos_token_id=[1, user], repetition_penalty=1.1)
     commands = parsed(modelfile.text(directory, "a.gguf"))
-    found = dict(commands)
-    assert found["TEMPLATE"] == modelfile.template("r1", "") and not found["TEMPLATE"].startswith(chat.BOS)
+    parameters = dict(commands)
+    assert parameters["TEMPLATE"] == modelfile.template("r1", "") and not parameters["TEMPLATE"].startswith(chat.BOS)
     assert [value for name, value in commands if name == "PARAMETER stop"] == [chat.EOS, chat.USER]
-    wanted = {"temperature": "0", "top_k": "40", "repeat_penalty": "1.1", "num_ctx": "32768"}
-    assert {key: found[f"PARAMETER {key}"] for key in wanted} == wanted
+    expected = {"temperature": "0", "top_k": "40", "repeat_penalty": "1.1", "num_ctx": "32768"}
+    assert {key: parameters[f"PARAMETER {key}"] for key in expected} == expected
     (directory / "chat_template.jinja").write_text("{{ messages }}")
     assert "TEMPLATE" not in dict(parsed(modelfile.text(directory, "a.gguf")))
     with pytest.raises(UserError, match="choose a plainer file name"):

@@ -88,16 +88,16 @@ def test_transformers_generates_the_same_greedy_tokens(saved, words, changes):
     """Through the Auto classes; the chat prompt comes from the template in the directory, the stop token from
     generation_config.json."""
     model, directory, prompts = saved(**changes)
-    theirs = AutoModelForCausalLM.from_pretrained(directory)
+    reference = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"] == prompts[-1]
     for prompt, ours in zip(prompts, telling(greedy(model, words, prompts), words), strict=True):
         ids = torch.tensor([prompt])
-        found = theirs.generate(
+        generated = reference.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
             pad_token_id=words.pad_id,
         )  # fmt: skip
-        assert found[0, len(prompt) :].tolist() == list(ours)
+        assert generated[0, len(prompt) :].tolist() == list(ours)
 
 
 @pytest.fixture
@@ -118,26 +118,26 @@ def peer():
 def test_llama_cpp_generates_the_same_greedy_tokens(saved, words, peer, changes, tmp_path):
     model, directory, prompts = saved(**changes)
     gguf_file.write(directory, tmp_path / "model.gguf")
-    theirs = peer(tmp_path / "model.gguf")
+    reference = peer(tmp_path / "model.gguf")
     for prompt, ours in zip(prompts, telling(greedy(model, words, prompts), words), strict=True):
-        theirs.reset()
-        stream = theirs.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+        reference.reset()
+        stream = reference.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
         assert [int(token) for _, token in zip(ours, stream, strict=False)] == ours
 
 
 def test_llama_cpp_has_the_same_tokenizer_and_template(saved, words, peer, tmp_path):
     _, directory, prompts = saved()
     gguf_file.write(directory, tmp_path / "model.gguf")
-    theirs = peer(tmp_path / "model.gguf")
+    reference = peer(tmp_path / "model.gguf")
     for text in TEXTS:
-        assert theirs.tokenize(text.encode(), add_bos=False, special=False) == words.encode(text), text
+        assert reference.tokenize(text.encode(), add_bos=False, special=False) == words.encode(text), text
     for number in range(3, words.vocab_size):
-        wanted = b"" if words.is_special(number) else words.token_bytes(number)
-        assert theirs.detokenize([number]) == wanted, number
-    assert (theirs.token_bos(), theirs.token_eos()) == (words.bos_id, words.eos_id)
-    reply = theirs.create_chat_completion(MESSAGES, temperature=0.0, max_tokens=4)
+        expected = b"" if words.is_special(number) else words.token_bytes(number)
+        assert reference.detokenize([number]) == expected, number
+    assert (reference.token_bos(), reference.token_eos()) == (words.bos_id, words.eos_id)
+    reply = reference.create_chat_completion(MESSAGES, temperature=0.0, max_tokens=4)
     assert reply["usage"]["prompt_tokens"] == len(prompts[-1])
-    assert theirs.input_ids[: len(prompts[-1])].tolist() == prompts[-1]
+    assert reference.input_ids[: len(prompts[-1])].tolist() == prompts[-1]
 
 
 def test_what_vllm_and_sglang_read_from_the_configs(saved):
@@ -149,14 +149,14 @@ def test_what_vllm_and_sglang_read_from_the_configs(saved):
         assert values["architectures"] == ["DeepseekV3ForCausalLM"]
         # Without these two, neither loads routing biases, and vLLM uses a softmax.
         assert (values["topk_method"], values["scoring_func"]) == ("noaux_tc", "sigmoid")
-        for key, wanted in dict(
+        for key, expected in dict(
             n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5, n_routed_experts=12,
             num_experts_per_tok=3, n_shared_experts=1, first_k_dense_replace=1, moe_layer_freq=1, hidden_act="silu",
             q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
             num_key_value_heads=2, max_position_embeddings=256, num_nextn_predict_layers=0, tie_word_embeddings=False,
             bos_token_id=0, eos_token_id=1,
         ).items():  # fmt: skip
-            assert values[key] == wanted, key
+            assert values[key] == expected, key
         assert values["rope_parameters"]["rope_type"] == "default"
     assert raw["model_type"] == "deepseek_v3" and raw["torch_dtype"] == raw["dtype"] == "float32"
     assert raw["rope_theta"] == 10000.0 and raw["rope_scaling"] is None

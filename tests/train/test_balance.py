@@ -15,7 +15,7 @@ class Gate:
         self.bias_E = torch.zeros(len(load)) if bias else None
 
 
-def test_sign_of_the_distance_to_the_mean():
+def test_bias_moves_by_the_sign_of_load_minus_mean():
     gates = {"1": Gate([6, 2, 4, 4]), "mtp0": Gate([0, 0, 0, 16])}
     violation = balance.update(gates, gamma=0.25)
     assert gates["1"].bias_E.tolist() == [-0.25, 0.25, 0, 0], "overloaded goes down; exactly average stays"
@@ -77,7 +77,7 @@ def test_padding_is_left_out_of_the_loads_outside_pre_training():
 
 
 def test_recomputation_does_not_count_twice():
-    seen = {}
+    loads = {}
 
     def recomputing(network):
         for layer in network.layers:
@@ -87,7 +87,7 @@ def test_recomputation_does_not_count_twice():
     def counted(run, key):
         original = balance.update
         balance.update = lambda gates, gamma: (
-            seen.update({key: {name: g.load_E.clone() for name, g in gates.items()}}) or original(gates, gamma)
+            loads.update({key: {name: g.load_E.clone() for name, g in gates.items()}}) or original(gates, gamma)
         )
         try:
             run.run()
@@ -96,9 +96,9 @@ def test_recomputation_does_not_count_twice():
 
     counted(trainer(steps=1), "plain")
     counted(trainer(recomputing(model()), steps=1), "recomputed")
-    assert seen["plain"]["1"].sum() > 0
-    for name, load in seen["plain"].items():
-        assert torch.equal(load, seen["recomputed"][name]), name
+    assert loads["plain"]["1"].sum() > 0
+    for name, load in loads["plain"].items():
+        assert torch.equal(load, loads["recomputed"][name]), name
 
 
 def test_bias_evens_out_a_skewed_gate():

@@ -25,14 +25,14 @@ def step(rate=1000.0):
 
 
 def test_steps_are_strict_and_the_rest_is_not(gpu):
-    said = []
+    messages = []
     assert not step()["strict"]
-    with determinism.kept(True, said.append):
+    with determinism.kept(True, messages.append):
         for number in range(determinism.STEPS + 5):
             assert step(1.0 if number < 5 else 2000.0)["strict"]
             assert not torch.are_deterministic_algorithms_enabled()
     assert not step()["strict"]
-    assert len(said) == 2 and "2,000 tokens/s" in said[1], "the first steps do not count, and it is told once"
+    assert len(messages) == 2 and "2,000 tokens/s" in messages[1], "the first steps do not count, and it is told once"
 
 
 def test_an_error_in_a_step_leaves_torch_as_it_was(gpu):
@@ -53,13 +53,13 @@ def test_cublas_must_be_configured_before_first_use(gpu, monkeypatch):
 
 
 def test_nothing_changes_without_a_gpu_or_the_key(monkeypatch):
-    said = []
-    with determinism.kept(False, said.append):
+    messages = []
+    with determinism.kept(False, messages.append):
         assert not step()["strict"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with determinism.kept(True, said.append):
+    with determinism.kept(True, messages.append):
         assert not step()["strict"]
-    assert len(said) == 1 and "no GPU" in said[0]
+    assert len(messages) == 1 and "no GPU" in messages[0]
 
 
 PROBE = """
@@ -76,9 +76,12 @@ def test_cuda_is_configured_before_torch_is_imported_unless_the_user_did_it():
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
     clean = {name: value for name, value in os.environ.items() if name not in names}
 
-    def told(**chosen):
+    def environment(**chosen):
         command = [sys.executable, "-c", PROBE, *names]
         return subprocess.run(command, env=clean | chosen, capture_output=True, text=True, check=True).stdout
 
-    assert told() == "expandable_segments:True - :4096:8\n"
-    assert told(PYTORCH_CUDA_ALLOC_CONF="backend:native", CUBLAS_WORKSPACE_CONFIG=":16:8") == "- backend:native :16:8\n"
+    assert environment() == "expandable_segments:True - :4096:8\n"
+    assert (
+        environment(PYTORCH_CUDA_ALLOC_CONF="backend:native", CUBLAS_WORKSPACE_CONFIG=":16:8")
+        == "- backend:native :16:8\n"
+    )

@@ -45,13 +45,13 @@ def test_the_sum_and_its_gradient_against_a_naive_loop(pair, temperature):
     assert loss.tokens == made.loss_BT.sum()
     loss.total.backward()
     assert all(p.grad is None for p in teacher.parameters()), "the teacher is frozen"
-    got = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+    actual = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
     student.zero_grad()
     expected = naive(student, teacher, made, temperature)
     expected.backward()
     want = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (got - want).norm() <= 1e-4 * want.norm()
+    assert (actual - want).norm() <= 1e-4 * want.norm()
 
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])
@@ -65,10 +65,10 @@ def test_heads_that_are_padded_differently_are_compared_over_the_common_rows(pai
     rows = pair[0].cfg.vocab_size - 8
     made, short = batch(vocab=rows), [cut(model, rows) for model in pair]
     student, teacher = (short[0], pair[1]) if padded == "teacher" else (pair[0], short[1])
-    want = OnPolicyDistillation((short[1],))(short[0], made).total
-    got = OnPolicyDistillation((teacher,))(student, made).total
-    got.backward()
-    assert got.item() == want.item() and student.head.weight.grad.shape == student.head.weight.shape
+    expected = OnPolicyDistillation((short[1],))(short[0], made).total
+    actual = OnPolicyDistillation((teacher,))(student, made).total
+    actual.backward()
+    assert actual.item() == expected.item() and student.head.weight.grad.shape == student.head.weight.shape
 
 
 def test_equal_models_do_not_diverge(pair):
@@ -79,9 +79,9 @@ def test_equal_models_do_not_diverge(pair):
 
 def test_every_row_follows_its_own_teacher(pair):
     student, first = pair
-    second = tiny_run.model(3)
-    objective, made = OnPolicyDistillation((first, second)), batch(vocab=student.cfg.vocab_size)
-    for number, teacher in enumerate((first, second)):
+    other_teacher = tiny_run.model(3)
+    objective, made = OnPolicyDistillation((first, other_teacher)), batch(vocab=student.cfg.vocab_size)
+    for number, teacher in enumerate((first, other_teacher)):
         alone = OnPolicyDistillation((teacher,))(student, made).total
         assert objective(student, replace(made, teacher=number)).total.item() == alone.item()
     assert replace(made, teacher=1).as_filler().teacher == replace(made, teacher=1).to("cpu").teacher == 1
@@ -89,5 +89,5 @@ def test_every_row_follows_its_own_teacher(pair):
 
 def test_a_task_without_a_teacher_is_refused():
     config = DistillConfig(kind="distill", name="one", tasks=["arithmetic", "countdown"], teachers={"countdown": "r1"})
-    with pytest.raises(UserError, match="arithmetic has no teacher; name one in teachers"):
+    with pytest.raises(UserError, match=r"arithmetic has no teacher.*teachers"):
         Distill().resolve(config, None)

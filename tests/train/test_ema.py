@@ -9,18 +9,18 @@ from tiny_run import trainer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_is_the_mean_of_the_masters_and_leaves_them_alone(dtype):
     """Against a float64 sum over the steps. Inside `averaged` forward uses the average, afterwards the weights."""
-    decay, wanted = 0.8, {}
+    decay, expected = 0.8, {}
 
     def follow(run):
         for name, value in run.optimizer.masters().items():
-            wanted[name] = decay * wanted[name] + (1 - decay) * value.double()
+            expected[name] = decay * expected[name] + (1 - decay) * value.double()
 
     run = trainer(steps=6, ema_decay=decay, compute_dtype=dtype, on_step=[follow])
-    wanted |= {name: value.double() for name, value in run.optimizer.masters().items()}
+    expected |= {name: value.double() for name, value in run.optimizer.masters().items()}
     plain = trainer(steps=6, compute_dtype=dtype)
     run.run(), plain.run()
     state = run.optimizer.state_dict()
-    for name, value in wanted.items():
+    for name, value in expected.items():
         assert torch.allclose(state[f"ema/{name}"].double(), value, atol=1e-6), name
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     with run.optimizer.averaged():

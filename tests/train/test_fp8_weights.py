@@ -36,39 +36,39 @@ def steps(number: int = 3, copies: int | None = None, dtype=torch.float32, forge
             parameter.__dict__.pop(KEPT, None)
     if copies is not None:
         training.optimizer.kept.copies = copies
-    found = []
+    metrics = []
     for step in range(number):
         parts = [tiny_run.batches(8 * step + first, 4) for first in (0, 4)]
         values = training.update(parts)
-        found.append([values["train/grad_norm"], *(v for k, v in sorted(values.items()) if "loss" in k)])
-    return training, found
+        metrics.append([values["train/grad_norm"], *(v for k, v in sorted(values.items()) if "loss" in k)])
+    return training, metrics
 
 
 def same_weights(a, b):
-    for (name, one), other in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
-        assert torch.equal(one, other), name
+    for (name, own), other in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(own, other), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_once_a_step_and_the_same_bits(quantised, dtype):
-    fresh, wanted = steps(dtype=dtype, forget=True)
+def test_weights_are_quantised_once_a_step_with_the_same_bits(quantised, dtype):
+    fresh, expected = steps(dtype=dtype, forget=True)
     # two micro-batches, forward and backward; recomputation adds the two up-projections of attention
     assert len(quantised) == 3 * 2 * (2 * MATRICES + 3 * 2)
     quantised.clear()
-    kept, found = steps(dtype=dtype)
+    kept, metrics = steps(dtype=dtype)
     assert len(quantised) == 3 * MATRICES and len(set(quantised)) == MATRICES
-    assert found == wanted
+    assert metrics == expected
     same_weights(kept, fresh)
     assert kept.optimizer.kept.nbytes == 0, "nothing is held between the last backward and the next forward"
 
 
 def test_helper_processes_see_that_weights_changed():
     """A helper's cached operands must follow the weights in shared memory."""
-    alone, wanted = steps()
+    alone, expected = steps()
     workers = side_by_side(2)
     try:
-        helped, found = steps(workers=workers)
-        assert found == wanted
+        helped, metrics = steps(workers=workers)
+        assert metrics == expected
         same_weights(helped, alone)
     finally:
         workers.stop()
@@ -78,8 +78,8 @@ def operand_of(training):
     weight = training.model.layers[1].ffn.experts.w13
     operand, turned = weights.operand(weight, PAPER), weights.turned(weight, PAPER)
     fresh = quantise(weight, "block")
-    for found, wanted in ((operand, fresh), (turned, transpose(fresh))):
-        assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, wanted, strict=True))
+    for actual, expected in ((operand, fresh), (turned, transpose(fresh))):
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(actual, expected, strict=True))
     return operand, turned
 
 
@@ -116,27 +116,27 @@ def test_writes_to_the_weights_are_noticed(tmp_path, quantised):
     training.close()
 
 
-def test_a_gpu_keeps_what_fits(monkeypatch):
+def test_quantised_weights_are_kept_only_if_they_fit(monkeypatch):
     """None in the first step, then as many copies as fit beside that step's peak, and fewer if the peak grows."""
     assert [weights.fitting(room, 10) for room in (-5, 9, 10, 25, 99)] == [0, 0, 1, 2, 2]
     memory = SimpleNamespace(peak=60.0, free=30.0, reserved=64.0, total=100.0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory.peak)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: memory.reserved)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory.free, memory.total))
-    kept = weights.KeptWeights([torch.empty(128, 128, device="meta")])
-    kept._device = torch.device("cuda")
-    assert kept.copies == 0
-    kept.drop()
-    assert kept.copies == 0 and not kept._peak, "nothing was asked for yet"
-    kept._sizes[0] = 12  # 94 - 6 - 60 = 28 remain
-    kept.drop()
-    assert kept.copies == 2
-    kept.drop()
-    assert kept.copies == 2
+    weights_kept = weights.KeptWeights([torch.empty(128, 128, device="meta")])
+    weights_kept._device = torch.device("cuda")
+    assert weights_kept.copies == 0
+    weights_kept.drop()
+    assert weights_kept.copies == 0 and not weights_kept._peak, "nothing was asked for yet"
+    weights_kept._sizes[0] = 12  # 94 - 6 - 60 = 28 remain
+    weights_kept.drop()
+    assert weights_kept.copies == 2
+    weights_kept.drop()
+    assert weights_kept.copies == 2
     memory.peak = 80.0
-    kept.drop()
-    assert kept.copies == 0
+    weights_kept.drop()
+    assert weights_kept.copies == 0
     memory.peak = 81.0
-    kept._sizes[0] = 1
-    kept.drop()
-    assert kept.copies == 0, "what was too much once is not tried again"
+    weights_kept._sizes[0] = 1
+    weights_kept.drop()
+    assert weights_kept.copies == 0, "what was too much once is not tried again"

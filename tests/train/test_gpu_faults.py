@@ -38,11 +38,11 @@ def stays(network):
     return gpu_faults.held(Optimizer(own, compute_dtype=torch.bfloat16).groups)
 
 
-def said(network, stays, total, config=PRETRAIN, rows=32, length=4096):
+def advice(network, stays, total, config=PRETRAIN, rows=32, length=4096):
     return str(gpu_faults.explain(CARD, total, stays, network, config, rows, length, 2, True))
 
 
-def test_what_stays_is_the_planners_table(network, stays):
+def test_resident_bytes_match_the_planners_table(network, stays):
     table = schedules.schedule("1f1b", 1, 1)
     planned = memory.per_rank(network.cfg, Layout(1, 1, 1), table, 32, 4096, NumberFormats(2, 4))[0]
     one_process = planned["gradients"] - planned["masters"]  # the table adds a rank's share of the summed gradients
@@ -57,7 +57,7 @@ def test_a_smaller_forward_that_fits_is_named(network, stays, share):
     """The largest halving of micro_rows with which memory fits in nine tenths of the card."""
     fixed = sum(stays.values())
     total = int((fixed + share * gpu_faults.kept(network, 32, 4096, 2, True)) / gpu_faults.USABLE)
-    text = said(network, stays, total)
+    text = advice(network, stays, total)
     rows = 32
     while fixed + gpu_faults.kept(network, rows, 4096, 2, True) > gpu_faults.USABLE * total:
         rows //= 2
@@ -69,7 +69,7 @@ def test_a_smaller_forward_that_fits_is_named(network, stays, share):
     ("packed", "major", "number", "padded"),
     [(False, 9, 2, False), (True, 9, 2, True), (False, 8, 2, True), (True, 8, 4, False)],
 )
-def test_what_packed_rows_and_old_cards_keep_is_counted(network, monkeypatch, packed, major, number, padded):
+def test_memory_of_packed_rows_and_old_cards_is_counted(network, monkeypatch, packed, major, number, padded):
     card = SimpleNamespace(name=CARD, total_memory=79 * GIB, major=major)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     text = str(gpu_faults.of_step("cuda", [], network, PRETRAIN, (32, 4096, packed), number, True))
@@ -78,11 +78,11 @@ def test_what_packed_rows_and_old_cards_keep_is_counted(network, monkeypatch, pa
     assert size != gpu_faults.kept(network, 32, 4096, number, True, not padded)
 
 
-def test_where_no_forward_fits(network, stays):
+def test_advice_when_no_forward_fits(network, stays):
     fixed = sum(stays.values())
-    text = said(network, stays, int(fixed / gpu_faults.USABLE) + 1000)
+    text = advice(network, stays, int(fixed / gpu_faults.USABLE) + 1000)
     assert 'Even one row is too much: set recompute = ["attend", "experts", "finish"] in [layout]' in text
-    text = said(network, stays, fixed)
+    text = advice(network, stays, fixed)
     assert f'set moments = "bfloat16" (saves {stays["moments"] / 2 / GIB:.1f} GiB)' in text
     assert "more than the card holds" in text and "resumes" not in text
 
@@ -91,19 +91,19 @@ def test_micro_rows_is_lowered_where_rows_are_shorter_too(network, stays):
     """A forward then has more rows than micro_rows says."""
     fixed = sum(stays.values())
     total = int((fixed + 0.6 * gpu_faults.kept(network, 128, 1024, 2, True)) / gpu_faults.USABLE)
-    assert "Lower micro_rows from 32 to 16" in said(network, stays, total, rows=128, length=1024)
-    one = PRETRAIN.model_copy(update={"micro_rows": 1})
-    assert "Even one row is too much" in said(network, stays, total, one, rows=128, length=1024)
+    assert "Lower micro_rows from 32 to 16" in advice(network, stays, total, rows=128, length=1024)
+    single_row = PRETRAIN.model_copy(update={"micro_rows": 1})
+    assert "Even one row is too much" in advice(network, stays, total, single_row, rows=128, length=1024)
 
 
 def test_rl_lowers_tokens(network, stays):
     config = RLConfig(kind="rl", name="zero", tasks=["countdown"], micro_tokens=4096)
-    text = said(network, stays, 2 * sum(stays.values()), config, rows=8, length=512)
+    text = advice(network, stays, 2 * sum(stays.values()), config, rows=8, length=512)
     assert "Lower micro_tokens from 4096 to 2048" in text and "moments" in text
 
 
 def test_a_model_of_another_family_halves(stays):
-    text = said(torch.nn.Linear(2, 2), stays, 2 * sum(stays.values()))
+    text = advice(torch.nn.Linear(2, 2), stays, 2 * sum(stays.values()))
     assert "Lower micro_rows from 32 to 16; results" in text
 
 
@@ -125,7 +125,7 @@ def test_a_step_that_runs_out_ends_in_one_sentence(tmp_path, monkeypatch):
         return objective(*arguments, **terms)
 
     run.objective = greedy
-    with pytest.raises(UserError, match=rf"ran out of memory on {CARD} .* Lower micro_rows from 4 to 2") as caught:
+    with pytest.raises(UserError, match=rf"memory on {CARD} .*micro_rows from 4 to 2") as caught:
         run.run()
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
     again = trainer(model(3), steps=4, state_dir=tmp_path, data=batches)
@@ -147,7 +147,7 @@ def test_a_stage_that_runs_out_while_it_samples_ends_in_one_sentence(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("words", "known"),
+    ("words", "is_card_fault"),
     [
         ("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ...", True),
         ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", True),
@@ -157,11 +157,11 @@ def test_a_stage_that_runs_out_while_it_samples_ends_in_one_sentence(monkeypatch
         ("", False),
     ],
 )
-def test_a_card_that_fails_ends_in_one_sentence_and_a_bug_does_not(words, known):
+def test_gpu_failures_are_one_line_and_bugs_keep_their_traceback(words, is_card_fault):
     error = torch.AcceleratorError(words)
-    with pytest.raises(UserError if known else RuntimeError) as caught, runner.computing("zero"):
+    with pytest.raises(UserError if is_card_fault else RuntimeError) as caught, runner.computing("zero"):
         raise error
-    if known:
+    if is_card_fault:
         assert str(caught.value).startswith(f'stage "zero": the GPU failed ({words.splitlines()[0]})')
         assert "resumes from the last checkpoint" in str(caught.value) and "\n" not in str(caught.value)
     else:

@@ -29,13 +29,13 @@ def test_peaks_match_those_of_the_card_and_of_no_other(card, tera):
 
 def test_named_steps_leave_a_trace(tmp_path):
     """Only the selected steps do. The trace has the five phases of every layer, and the results stay the same."""
-    said = []
+    messages = []
     plain = trainer(steps=3)
     plain.run()
-    run = trainer(steps=3, state_dir=tmp_path, profile_steps=[2, 9], warn=said.append)
+    run = trainer(steps=3, state_dir=tmp_path, profile_steps=[2, 9], warn=messages.append)
     run.run()
     assert [path.name for path in (tmp_path / "profile").iterdir()] == ["step-00000002.json.gz"]
-    assert len(said) == 1 and "step 2 traced" in said[0]
+    assert len(messages) == 1 and "step 2 traced" in messages[0]
     with gzip.open(tmp_path / "profile" / "step-00000002.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {f"layers.1.{phase}" for phase in PHASES} <= names and "aten::mm" in names
@@ -73,9 +73,9 @@ def test_metrics_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 2})
     network, config = model(), trainer().config
-    made = Instruments(config, network, torch.device("cuda"), torch.bfloat16, None, print, devices=2)
-    each = flops_per_token(network.cfg, 16, mtp=True).training
-    values = made.values(tokens=1600, rows=100, mtp=True, seconds=1600 * each / (0.5 * 989.4e12))
+    instruments = Instruments(config, network, torch.device("cuda"), torch.bfloat16, None, print, devices=2)
+    flops = flops_per_token(network.cfg, 16, mtp=True).training
+    values = instruments.values(tokens=1600, rows=100, mtp=True, seconds=1600 * flops / (0.5 * 989.4e12))
     assert values == {"gpu/memory_gib": 3.0, "gpu/allocator_retries": 2.0, "gpu/mfu": pytest.approx(0.25)}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     unknown = Instruments(config, network, torch.device("cuda"), torch.bfloat16, None, print)
@@ -93,10 +93,10 @@ def test_a_step_has_its_own_peak_of_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 << 30)
-    made = Instruments(trainer().config, model(), torch.device("cuda"), torch.bfloat16, None, print)
-    kept = KeptWeights([torch.empty(1)])
-    kept._device, kept.copies, kept._sizes[0] = made.device, 0, 10 << 30
-    with made.step(1):
+    instruments = Instruments(trainer().config, model(), torch.device("cuda"), torch.bfloat16, None, print)
+    weights_kept = KeptWeights([torch.empty(1)])
+    weights_kept._device, weights_kept.copies, weights_kept._sizes[0] = instruments.device, 0, 10 << 30
+    with instruments.step(1):
         card.peak = max(card.peak, 30 << 30)
-        kept.drop()
-    assert made.values(1, 1, True, 1.0)["gpu/memory_gib"] == 30 and kept.copies == 2
+        weights_kept.drop()
+    assert instruments.values(1, 1, True, 1.0)["gpu/memory_gib"] == 30 and weights_kept.copies == 2

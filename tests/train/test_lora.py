@@ -69,23 +69,23 @@ def trainer(model, folder=None, goal=objective.next_token, **options):
 def pefts_own(folder, weights, kind):
     """peft's model with the same base and adapters."""
     config = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(made(kind), config)
-    peft.set_peft_model_state_dict(theirs, {name: tensor.clone() for name, tensor in weights.items()})
-    return theirs.eval()
+    reference = peft.get_peft_model(made(kind), config)
+    peft.set_peft_model_state_dict(reference, {name: tensor.clone() for name, tensor in weights.items()})
+    return reference.eval()
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gpt2"])
 def test_training_matches_that_of_peft_in_a_plain_loop(bases, kind):
     """Compared: the first step's gradients, and the adapters after three AdamW steps with clipped gradients."""
     model = adapted(bases[kind])
-    theirs = pefts_own(bases[kind], model.adapters(), kind)
-    named = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    reference = pefts_own(bases[kind], model.adapters(), kind)
+    named = {name.replace(".default", ""): p for name, p in reference.named_parameters() if p.requires_grad}
     assert named.keys() == model.adapters().keys(), "all-linear means the same matrices"
     ours, plain = trainer(model), torch.optim.AdamW(named.values(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     gradients = {}
     for step in range(STEPS):
         batch = rows(2 * step, 2)
-        logits = theirs(input_ids=batch.tokens_BT).logits[:, :-1]
+        logits = reference(input_ids=batch.tokens_BT).logits[:, :-1]
         loss_BT = F.cross_entropy(logits.transpose(1, 2), batch.tokens_BT[:, 1:], reduction="none")
         ((loss_BT * batch.loss_BT[:, 1:]).sum() / batch.loss_BT[:, 1:].sum()).backward()
         gradients = gradients or {name: p.grad.clone() for name, p in named.items()}
@@ -118,7 +118,7 @@ def test_grpo_with_lora_is_grpo_on_merged_weights_with_projected_gradients(bases
     merged = copy.deepcopy(model.merged()).requires_grad_(True)
     batch = grpo_batch(model)
     assert relative(reference_logprobs(merged, batch, 1.0), reference_logprobs(model, batch, 1.0)) < 1e-5
-    losses = [goal(one, batch).total for one in (model, merged)]
+    losses = [goal(network, batch).total for network in (model, merged)]
     for loss in losses:
         loss.backward()
     assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), abs=1e-5)  # its terms are about 1
@@ -139,18 +139,18 @@ def test_the_reference_is_the_base_and_shares_its_weights(bases):
     policy = type("Policy", (), {"model": model, "refresh": lambda self: None})()
     reference = Reference(run, policy, Workers(), 2, 1.0)
     batch = grpo_batch(base)
-    asked = copy.deepcopy(batch)
+    reference_batch = copy.deepcopy(batch)
     for _ in range(2):
         run.update([batch])
-        reference.before_step([asked])
-        assert torch.equal(asked.extras["ref_logp_BT"], reference_logprobs(base, batch, 1.0))
-        assert not torch.equal(asked.extras["ref_logp_BT"], reference_logprobs(model, batch, 1.0))
+        reference.before_step([reference_batch])
+        assert torch.equal(reference_batch.extras["ref_logp_BT"], reference_logprobs(base, batch, 1.0))
+        assert not torch.equal(reference_batch.extras["ref_logp_BT"], reference_logprobs(model, batch, 1.0))
     reference.after_step()
-    reference.before_step([asked])
-    assert torch.equal(asked.extras["ref_logp_BT"], reference_logprobs(model, batch, 1.0))
+    reference.before_step([reference_batch])
+    assert torch.equal(reference_batch.extras["ref_logp_BT"], reference_logprobs(model, batch, 1.0))
     assert all(".lora_" in name for name in run.extra_tensors) and run.extra_tensors
-    ours, theirs = (dict(one.named_parameters()) for one in (model, reference.model))
-    assert all((ours[name] is theirs[name]) == (".lora_" not in name) for name in ours)
+    ours, frozen = (dict(network.named_parameters()) for network in (model, reference.model))
+    assert all((ours[name] is frozen[name]) == (".lora_" not in name) for name in ours)
 
 
 def test_stopped_and_resumed_it_is_the_same_run_and_checkpoints_hold_adapters_alone(bases, tmp_path):
@@ -186,21 +186,21 @@ def test_helpers_change_nothing_and_bfloat16_keeps_float32_masters_of_adapters(b
     assert load(tmp_path / "model").embed.weight.dtype == torch.bfloat16
 
 
-def test_base_and_adapters_say_what_the_merged_model_says(bases):
+def test_adapted_and_merged_models_agree(bases):
     """They agree up to rounding, in float32 and in BF16, where the merged weights are rounded once more."""
     model = adapted(bases["qwen2"])
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
-        one, other = (copy.deepcopy(each).to_compute(dtype) for each in (model, model.merged()))
-        assert relative(one(tokens(2, 12)).float(), other(tokens(2, 12)).float()) < bound
+        adapted_model, other = (copy.deepcopy(network).to_compute(dtype) for network in (model, model.merged()))
+        assert relative(adapted_model(tokens(2, 12)).float(), other(tokens(2, 12)).float()) < bound
 
 
 def test_a_saved_adapter_loads_in_peft_and_merges_into_its_base(bases, call, tmp_path):
     model = adapted(bases["qwen2"], targets=["q_proj", "down_proj"])
     model.save(tmp_path / "model")
-    theirs = peft.PeftModel.from_pretrained(made("qwen2"), tmp_path / "adapter").eval()
-    assert torch.equal(theirs(input_ids=tokens(2, 9)).logits, model.inner(input_ids=tokens(2, 9)).logits)
+    reference = peft.PeftModel.from_pretrained(made("qwen2"), tmp_path / "adapter").eval()
+    assert torch.equal(reference(input_ids=tokens(2, 9)).logits, model.inner(input_ids=tokens(2, 9)).logits)
     plain = load(tmp_path / "model")
-    again = theirs.merge_and_unload().state_dict()
+    again = reference.merge_and_unload().state_dict()
     for name, tensor in plain.inner.state_dict().items():
         torch.testing.assert_close(tensor, again[name], rtol=1e-6, atol=1e-7)
     for more in ([], ["--like", str(bases["qwen2"])]):
@@ -215,10 +215,10 @@ def test_a_saved_adapter_loads_in_peft_and_merges_into_its_base(bases, call, tmp
     part = [r".*layers\.0\..*(q|down)_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]]
     for number, targets in enumerate(part):
         config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
-        theirs = peft.get_peft_model(made("qwen2"), config)
-        theirs.save_pretrained(tmp_path / f"part{number}")
+        reference = peft.get_peft_model(made("qwen2"), config)
+        reference.save_pretrained(tmp_path / f"part{number}")
         lora.merge(tmp_path / f"part{number}", tmp_path / f"whole{number}", bases["qwen2"])
-        again = theirs.merge_and_unload().state_dict()
+        again = reference.merge_and_unload().state_dict()
         for name, tensor in load(tmp_path / f"whole{number}").inner.state_dict().items():
             torch.testing.assert_close(tensor, again[name], rtol=1e-6, atol=1e-7)
     model.save(tmp_path / "model")
@@ -229,9 +229,9 @@ def test_a_saved_adapter_loads_in_peft_and_merges_into_its_base(bases, call, tmp
 
 def test_what_all_linear_leaves_frozen_is_named(bases, tmp_path):
     made("mixtral").save_pretrained(tmp_path / "mixtral")
-    said = lora.describe(adapted(tmp_path / "mixtral"))
-    assert said.startswith("LoRA of rank 4, alpha 6, on 8 matrices: 1,792 of ")
-    assert said.endswith("; frozen, since stacked: experts.down_proj, experts.gate_up_proj")
+    description = lora.describe(adapted(tmp_path / "mixtral"))
+    assert description.startswith("LoRA of rank 4, alpha 6, on 8 matrices: 1,792 of ")
+    assert description.endswith("; frozen, since stacked: experts.down_proj, experts.gate_up_proj")
     for plain in (adapted(bases["qwen2"]), adapted(tmp_path / "mixtral", targets=["q_proj"])):
         assert lora.describe(plain).endswith("%)")
 
@@ -246,7 +246,7 @@ def test_a_model_that_cannot_be_served_is_refused(bases, tmp_path, monkeypatch):
         adapted(folder, targets=["q_prj"])
     with pytest.raises(UserError, match='names "lm_head"'):
         adapted(folder, targets=["lm_head"])
-    with pytest.raises(UserError, match="in the DeepSeek V3 family; leave lora out"):
+    with pytest.raises(UserError, match=r"DeepSeek V3.*leave lora out"):
         lora.attach(Transformer(preset("tiny", n_layers=1)), LORA, 0, folder, "sft")
     for wrong, words in (
         ({"rank": 0}, "lora.rank.* greater than or equal to 1"),

@@ -66,13 +66,13 @@ def rows(tmp_path_factory):
 def test_training_matches_that_of_peft_in_a_plain_loop(bases, rows, kind):
     """peft gets one padded text per row, our model packed rows. No text begins with a BOS."""
     model = adapted(bases[kind])
-    theirs = theirs_of(bases[kind])
+    reference = theirs_of(bases[kind])
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="SEQ_CLS")
-    theirs = peft.get_peft_model(theirs, config)
-    peft.set_peft_model_state_dict(theirs, {name: tensor.clone() for name, tensor in model.adapters().items()})
+    reference = peft.get_peft_model(reference, config)
+    peft.set_peft_model_state_dict(reference, {name: tensor.clone() for name, tensor in model.adapters().items()})
     named = {
         name.replace("modules_to_save.", "").replace(".default", ""): parameter
-        for name, parameter in theirs.eval().named_parameters()
+        for name, parameter in reference.eval().named_parameters()
         if parameter.requires_grad
     }
     assert named.keys() == model.adapters().keys(), "all-linear means the same matrices, and the head is trained"
@@ -83,7 +83,7 @@ def test_training_matches_that_of_peft_in_a_plain_loop(bases, rows, kind):
     plain = torch.optim.AdamW(named.values(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     gradients = {}
     for _ in range(STEPS):
-        score_P2 = theirs(input_ids=ids, attention_mask=(ids != PAD).long()).logits.view(-1, 2)
+        score_P2 = reference(input_ids=ids, attention_mask=(ids != PAD).long()).logits.view(-1, 2)
         (-F.logsigmoid(score_P2[:, 0] - score_P2[:, 1])).mean().backward()
         gradients = gradients or {name: parameter.grad.clone() for name, parameter in named.items()}
         torch.nn.utils.clip_grad_norm_(named.values(), 0.5)
@@ -112,8 +112,8 @@ def test_transformers_and_peft_read_what_is_saved_and_it_merges(bases, call, tmp
     assert type(read) is CausalScorer and score_ids(read, texts, PAD) == pytest.approx(expected, abs=1e-5)
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     over = peft.PeftModel.from_pretrained(theirs_of(base), tmp_path / "adapter").eval()
-    for theirs in (merged, over):
-        scores = [theirs(input_ids=torch.tensor([text])).logits.item() for text in texts]
+    for reference in (merged, over):
+        scores = [reference(input_ids=torch.tensor([text])).logits.item() for text in texts]
         assert scores == pytest.approx(expected, abs=1e-5)
     assert json.loads((tmp_path / "adapter" / lora.ADAPTER_CONFIG).read_text())["task_type"] == "SEQ_CLS"
     assert call("convert", tmp_path / "adapter", tmp_path / "again")[0] == 0
@@ -127,9 +127,9 @@ def test_transformers_and_peft_read_what_is_saved_and_it_merges(bases, call, tmp
     further.save(tmp_path / "next" / "model")
     assert score_ids(load_scorer(tmp_path / "next" / "model"), texts, PAD) == pytest.approx(expected, abs=1e-5)
     assert call("convert", tmp_path / "next" / "adapter", tmp_path / "next" / "again")[0] == 0
-    with pytest.raises(UserError, match="holds a reward model, but a language model is needed"):
+    with pytest.raises(UserError, match="holds a reward model"):
         load(tmp_path / "model")
-    with pytest.raises(UserError, match="holds a language model, but a reward model is needed"):
+    with pytest.raises(UserError, match="holds a language model"):
         load_scorer(base)
 
 
@@ -138,5 +138,5 @@ def test_a_model_that_cannot_score_is_refused(bases):
         adapted(bases["qwen2"], targets=["score"])
     sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     config = transformers.BitNetConfig(**sizes, num_key_value_heads=1)
-    with pytest.raises(UserError, match="transformers has no bitnet model that scores text with a single matrix"):
+    with pytest.raises(UserError, match="no bitnet model"):
         CausalScorer.of(CausalLM(transformers.BitNetForCausalLM(config)), 0)

@@ -37,9 +37,9 @@ def test_cross_entropy_equals_reference(dtype, bound):
     (ours * 0.7).backward()
     grads, hidden.grad, weight.grad = (hidden.grad, weight.grad), None, None
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    theirs = (torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, target, reduction="none") * weights).sum()
-    (theirs * 0.7).backward()
-    assert relative(ours, theirs) < bound
+    reference = (torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, target, reduction="none") * weights).sum()
+    (reference * 0.7).backward()
+    assert relative(ours, reference) < bound
     for a, b in zip(grads, exact, strict=True):
         assert a.dtype == dtype and relative(a, b.grad) < bound
 
@@ -95,13 +95,13 @@ def test_logprobs_equal_reference(temperature, entropy):
         total.backward()
         results.append([out.logp, *([out.entropy] if entropy else []), hidden.grad, weight.grad])
         assert (out.entropy is not None) == entropy
-    for ours, theirs in zip(*results, strict=True):
-        assert relative(ours, theirs) < 2e-6
+    for ours, reference in zip(*results, strict=True):
+        assert relative(ours, reference) < 2e-6
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("way", ["kernel", "torch", "reference"])
-def test_of_kept_tokens_logprobs_entropy_and_gradients_match_those_of_their_logits_alone(way, temperature, monkeypatch):
+def test_masked_logprobs_match_those_of_the_kept_logits_alone(way, temperature, monkeypatch):
     """Against a float64 softmax over the kept tokens, row by row; the other logits get no gradient at all."""
     hidden, weight, target, _ = inputs()
     g = torch.Generator().manual_seed(2)
@@ -124,9 +124,9 @@ def test_of_kept_tokens_logprobs_entropy_and_gradients_match_those_of_their_logi
         entropy.append(-(of_row.exp() * of_row).sum())
     logp, entropy = torch.stack(logp), torch.stack(entropy)
     ((logp * a).sum() + (entropy * b).sum()).backward()
-    found = (out.logp, out.entropy, hidden.grad, weight.grad)
-    for ours, theirs in zip(found, (logp, entropy, exact[0].grad, exact[1].grad), strict=True):
-        assert relative(ours, theirs) < 3e-6
+    actual = (out.logp, out.entropy, hidden.grad, weight.grad)
+    for ours, reference in zip(actual, (logp, entropy, exact[0].grad, exact[1].grad), strict=True):
+        assert relative(ours, reference) < 3e-6
     unused = [v for v in range(V) if all(v not in ids for ids in rows)]
     assert unused and not weight.grad[unused].any()
     assert out.logp[0].abs() < 1e-6 and out.entropy[0].abs() < 1e-6, "one token is certain"

@@ -50,25 +50,25 @@ def test_the_rate_matches_that_of_the_fastest_run(monkeypatch):
 
 
 def test_products_use_the_requested_dtype(monkeypatch):
-    seen = []
+    dtypes = []
     real = torch.mm
-    monkeypatch.setattr(measured.torch, "mm", lambda x, w: seen.append((x.dtype, w.dtype, x.shape)) or real(x, w))
+    monkeypatch.setattr(measured.torch, "mm", lambda x, w: dtypes.append((x.dtype, w.dtype, x.shape)) or real(x, w))
     measured.gemm_rate(torch.bfloat16, seconds=0.0, size=32)
-    assert set(seen) == {(torch.bfloat16, torch.bfloat16, (32, 32))}
+    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16, (32, 32))}
 
 
 def test_a_resume_keeps_the_dtype_that_was_measured_when_the_stage_began(monkeypatch, tmp_path):
     def attempt(steps, bf16_rate):
         monkeypatch.setattr(measured, "gemm_rates", lambda device: {"float32": 100.0, "bfloat16": bf16_rate})
-        network, said = tiny_run.model(), []
+        network, messages = tiny_run.model(), []
         config = PretrainConfig(kind="pretrain", lr=Points(1e-3), precision="auto")
-        dtype = setup.set_precision(network, config, said.append, tmp_path)
+        dtype = setup.set_precision(network, config, messages.append, tmp_path)
         tiny_run.trainer(network, steps, tmp_path, compute_dtype=dtype).run()
-        return dtype, said[0]
+        return dtype, messages[0]
 
     assert attempt(1, 121.0)[0] == torch.bfloat16
-    dtype, said = attempt(2, 119.0)
-    assert dtype == torch.bfloat16 and "bfloat16 (as when the stage began)" in said
+    dtype, line = attempt(2, 119.0)
+    assert dtype == torch.bfloat16 and "bfloat16 (as when the stage began)" in line
     assert setup.choose_precision("device", state=tmp_path).dtype == torch.float32
     shutil.rmtree(tmp_path)
     assert measured.kept_precision(tmp_path) is None

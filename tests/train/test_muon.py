@@ -20,11 +20,11 @@ def orthogonal(x):
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 16), (2, 16, 40), (1, 8, 8)])
-def test_the_orthogonal_factor_keeps_directions_and_evens_their_sizes(shape):
+def test_orthogonalised_matrix_keeps_directions_and_equalises_singular_values(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = orthogonal(x)
+    actual = orthogonal(x)
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    inside = u.mT @ got @ v.mT  # in the basis of the singular vectors: diagonal, between .68 and 1.2
+    inside = u.mT @ actual @ v.mT  # in the basis of the singular vectors: diagonal, between .68 and 1.2
     sizes = inside.diagonal(dim1=-2, dim2=-1)
     assert (inside - torch.diag_embed(sizes)).abs().max() < 1e-9
     assert sizes[s > 0.02 * s.max()].min() > 0.6 and sizes.max() < 1.25
@@ -70,9 +70,9 @@ def matrices(name, tensor):
 @pytest.mark.parametrize("clip", [1e9, 0.05])
 def test_steps_equal_torchs_muon_and_adamw(clip):
     """torch orthogonalises in bfloat16, so an update agrees to about 2^-8 times the number of its iterations."""
-    ours, theirs = Net(), Net()
+    ours, reference = Net(), Net()
     optimizer = Optimizer(ours, stacked=Net.STACKED)
-    parts = {name: [nn.Parameter(m.clone()) for m in matrices(name, theirs.get_parameter(name).detach())]
+    parts = {name: [nn.Parameter(m.clone()) for m in matrices(name, reference.get_parameter(name).detach())]
              for name in Net.STACKED}  # fmt: skip
     by_muon = torch.optim.Muon(
         [m for part in parts.values() for m in part], lr=LR, weight_decay=DECAY, momentum=0.95, nesterov=True,
@@ -80,7 +80,7 @@ def test_steps_equal_torchs_muon_and_adamw(clip):
     )  # fmt: skip
     others = [("embed.weight", DECAY), ("gate_up.bias", 0.0)]
     by_adamw = torch.optim.AdamW(
-        [{"params": [theirs.get_parameter(name)], "weight_decay": decay} for name, decay in others],
+        [{"params": [reference.get_parameter(name)], "weight_decay": decay} for name, decay in others],
         lr=LR, betas=(0.9, 0.95),
     )  # fmt: skip
     start = {name: p.detach().clone() for name, p in ours.named_parameters()}
@@ -88,28 +88,28 @@ def test_steps_equal_torchs_muon_and_adamw(clip):
         gradients(ours, step)
         norm = float(optimizer.grad_norm())
         optimizer.step(LR, 20.0, norm, clip)
-        theirs.zero_grad()
-        gradients(theirs, step)
-        for p in theirs.parameters():
+        reference.zero_grad()
+        gradients(reference, step)
+        for p in reference.parameters():
             p.grad /= 20
-        nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        nn.utils.clip_grad_norm_(reference.parameters(), clip)
         for name, part in parts.items():
-            for m, grad in zip(part, matrices(name, theirs.get_parameter(name).grad), strict=True):
+            for m, grad in zip(part, matrices(name, reference.get_parameter(name).grad), strict=True):
                 m.grad = grad.clone()
         by_muon.step(), by_adamw.step()
         with torch.no_grad():
             for name, part in parts.items():
-                whole = theirs.get_parameter(name)
+                whole = reference.get_parameter(name)
                 whole.copy_(torch.cat(part).reshape(whole.shape))
     for name, p in ours.named_parameters():
         moved = (p - start[name]).norm()
         tolerance = 0.03 if name in Net.STACKED else 0.01  # the others see the matrices' error
-        assert (p - theirs.get_parameter(name)).norm() < tolerance * moved, name
+        assert (p - reference.get_parameter(name)).norm() < tolerance * moved, name
 
 
 def test_state_has_one_moment_for_matrices_and_survives_a_copy():
-    first, second = Net(), Net()
-    a, b = Optimizer(first, stacked=Net.STACKED), Optimizer(second, stacked=Net.STACKED)
+    first, copy_of_it = Net(), Net()
+    a, b = Optimizer(first, stacked=Net.STACKED), Optimizer(copy_of_it, stacked=Net.STACKED)
     assert {name for name in a.state_dict() if name.startswith("v/")} == {"v/embed.weight", "v/gate_up.bias"}
     for step in range(2):
         gradients(first, step)
@@ -117,10 +117,10 @@ def test_state_has_one_moment_for_matrices_and_survives_a_copy():
     for name, value in b.masters().items():
         value.copy_(a.masters()[name])
     b.load_state_dict({name: t.clone() for name, t in a.state_dict().items()})
-    for net, optimizer in ((first, a), (second, b)):
+    for net, optimizer in ((first, a), (copy_of_it, b)):
         gradients(net, 9)
         optimizer.step(LR, 20.0, float(optimizer.grad_norm()), 1.0)
-    assert all(torch.equal(first.get_parameter(n), p) for n, p in second.named_parameters())
+    assert all(torch.equal(first.get_parameter(n), p) for n, p in copy_of_it.named_parameters())
 
 
 def test_the_networks_hidden_matrices_are_those_inside_layers():

@@ -51,8 +51,8 @@ def test_equals_the_formulas(n_mtp, length, segmented):
         total.backward()
         named = network.named_parameters()
         grads.append((total.detach(), {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}))
-    (ours, our_grads), (theirs, their_grads) = grads
-    assert torch.allclose(ours, theirs, rtol=1e-5)
+    (ours, our_grads), (reference, their_grads) = grads
+    assert torch.allclose(ours, reference, rtol=1e-5)
     for name, grad in our_grads.items():
         assert (grad - their_grads[name]).norm() <= 1e-5 * their_grads[name].norm() + 1e-7, name
 
@@ -77,6 +77,6 @@ def test_balance_term_is_alpha_times_layers_when_balanced():
     assert layers == 2 and layers * 0.95 < value < layers * 1.5
 
 
-def test_no_lambda_no_mtp():
+def test_mtp_is_skipped_when_lambda_is_zero():
     loss = next_token(model(), batches(0, 2), mtp_lambda=0.0, balance_alpha=0.0)
     assert "mtp_1" not in loss.metrics and torch.equal(loss.total.detach(), loss.metrics["loss"])

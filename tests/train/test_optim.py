@@ -77,23 +77,23 @@ def flat(net, steps, clip, lr=1e-2, optimizer=None, start=0, **options):
 @pytest.mark.parametrize("clip", [1e9, 2.5])
 def test_float32_equals_naive(clip):
     ours, our_norms = flat(Net(), 12, clip)
-    theirs, their_norms = naive(Net(), 12, clip)
+    reference, their_norms = naive(Net(), 12, clip)
     assert our_norms == pytest.approx(their_norms, rel=1e-5)
     assert (2 * clip > max(their_norms) > min(their_norms) > clip) == (clip < 10), (
         "the clip must bite in one case and not in the other"
     )
     for name, value in ours.masters().items():
-        assert (value - theirs[name]).abs().max() < 1e-6, name
+        assert (value - reference[name]).abs().max() < 1e-6, name
 
 
 def test_bfloat16_compute_keeps_float32_masters():
     net, other = Net(), Net()
     ours, _ = flat(net, 12, 0.5, compute_dtype=torch.bfloat16)
-    theirs, _ = naive(other, 12, 0.5, torch.bfloat16)
+    reference, _ = naive(other, 12, 0.5, torch.bfloat16)
     assert net.embed.weight.dtype == torch.bfloat16 and net.norm.weight.dtype == torch.float32
     for name, value in ours.masters().items():
         assert value.dtype == torch.float32
-        assert (value - theirs[name]).abs().max() < 1e-6, name
+        assert (value - reference[name]).abs().max() < 1e-6, name
         assert torch.equal(net.get_parameter(name), value.to(net.get_parameter(name).dtype))
 
 
@@ -127,18 +127,18 @@ def test_state_survives_regrouping_exactly():
     whole, _ = flat(Net(), 12, 1.0)
     first, _ = flat(Net(), 6, 1.0)
     net = Reordered(seed=5)
-    second = Optimizer(net)
-    for name, value in second.masters().items():
+    regrouped = Optimizer(net)
+    for name, value in regrouped.masters().items():
         value.copy_(first.masters()[name])
-    second.load_state_dict({name: t.clone() for name, t in first.state_dict().items()})
-    assert list(second.masters()) != list(first.masters())
-    flat(net, 6, 1.0, optimizer=second, start=6)
+    regrouped.load_state_dict({name: t.clone() for name, t in first.state_dict().items()})
+    assert list(regrouped.masters()) != list(first.masters())
+    flat(net, 6, 1.0, optimizer=regrouped, start=6)
     for name, value in whole.masters().items():
         # The gradient norm sums in another order, hence a difference in the last bit of values around 1.
-        assert (value - second.masters()[name]).abs().max() < 1e-6
+        assert (value - regrouped.masters()[name]).abs().max() < 1e-6
     for name, value in whole.state_dict().items():
         # The rounding error scales with the largest entries; entries near zero are differences of these.
-        gap = (value.float() - second.state_dict()[name].float()).abs().max()
+        gap = (value.float() - regrouped.state_dict()[name].float()).abs().max()
         assert gap <= 5e-7 * value.float().abs().max()
 
 
@@ -185,7 +185,7 @@ def test_decay_spares_vectors():
         assert torch.allclose(p, expected, rtol=1e-6), name
 
 
-def test_what_no_step_trains_does_not_decay():
+def test_untrained_parameters_do_not_decay():
     net = Net()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     idle = next(name for name, p in net.named_parameters() if p.dim() >= 2)
@@ -219,8 +219,8 @@ def test_works_under_compile():
 
 
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
-def test_a_step_copies_no_number_to_the_device(monkeypatch, moments):
+def test_a_step_copies_no_scalar_from_host_to_device(monkeypatch, moments):
     """On a GPU such a copy would wait for the previous group's update."""
     optimizer = Optimizer(Net(), moments_dtype=moments)
-    monkeypatch.setattr(torch, "tensor", lambda *given, **options: pytest.fail("a number comes from the host"))
+    monkeypatch.setattr(torch, "tensor", lambda *arguments, **options: pytest.fail("a number comes from the host"))
     optimizer.step(0.1, 2.0, 3.0, 1.0)

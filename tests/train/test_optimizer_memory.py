@@ -19,10 +19,10 @@ SHAPE = dict(dim=256, inter_dim=768, moe_inter_dim=256, vocab_size=512)
 class Live(TorchDispatchMode):
     """Counts the bytes of all storages returned by operations under it, for as long as anything holds them."""
 
-    def __init__(self, known=()):
+    def __init__(self, ignored=()):
         super().__init__()
         self.storages, self.peak = {}, 0
-        for tensor in known:
+        for tensor in ignored:
             self.add(tensor)
 
     def add(self, tensor):
@@ -52,15 +52,15 @@ def test_making_the_optimizer_peaks_at_what_stays(dtype, moments, muon):
     with Live(network.parameters()) as live:
         before = live.now()
         stacked = network.hidden_matrices() if muon else None
-        made = Optimizer(network, compute_dtype=dtype, moments_dtype=moments, stacked=stacked)
+        optimizer = Optimizer(network, compute_dtype=dtype, moments_dtype=moments, stacked=stacked)
     steady = live.now()
     number, moment = dtype.itemsize, 4 if moments == torch.float32 else 2
     least = before / 4 * (4 + 4 + 2 * moment * (not muon) + (number if number == 2 else 0))
-    assert made.groups and least <= steady and live.peak <= 1.1 * steady, (live.peak / before, steady / before)
+    assert optimizer.groups and least <= steady and live.peak <= 1.1 * steady, (live.peak / before, steady / before)
 
 
 @pytest.mark.parametrize("shares", [8, 64])
-def test_a_rank_makes_its_share_alone(shares):
+def test_a_rank_allocates_only_its_share(shares):
     """It has masters and moments of one share, never of the whole: little stays besides weights and gradients."""
     with torch.device("meta"):
         parameters = [torch.nn.Parameter(torch.zeros(1 << 16)) for _ in range(64)]
@@ -84,8 +84,8 @@ def test_a_step_with_moments_in_bfloat16_takes_blocks(muon, monkeypatch):
     if muon:
         parameters = [torch.nn.Parameter(torch.zeros(64, 64, device="meta")) for _ in range(size // 4096)]
         slots = [ParameterSlot(str(i), parameter, i * 4096) for i, parameter in enumerate(parameters)]
-        found = runs(slots, {slot.name: 1 for slot in slots})
-        matrices = Matrices(found, size, torch.float32, Workers(), torch.device("meta"))
+        stacked_runs = runs(slots, {slot.name: 1 for slot in slots})
+        matrices = Matrices(stacked_runs, size, torch.float32, Workers(), torch.device("meta"))
     with Live([w, grad, m, v, *([matrices.moves] if muon else [])]) as live:
         before = live.now()
         if muon:

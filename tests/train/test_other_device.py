@@ -101,14 +101,14 @@ def test_training_and_sampling_give_the_numbers_of_the_cpu():
     path = f"{SHARED}:{Path(probe.__file__).parents[1]}"
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    results = json.loads(done.stdout)
     for name in TRAINED:
-        cpu, other = map(torch.tensor, found[name])
+        cpu, other = map(torch.tensor, results[name])
         # Muon multiplies in BF16 off the CPU
         torch.testing.assert_close(other, cpu, rtol=2e-2 if name == "muon" else 2e-4, atol=0)
         assert (cpu[0] - cpu[1]).abs().min() > 0.01
     for name in (*SAMPLED, "scheduled"):
-        assert found[name][0] == found[name][1], name
+        assert results[name][0] == results[name][1], name
 
 
 @pytest.fixture

@@ -58,10 +58,10 @@ def score(model, ids):
 def test_pairwise_is_bradley_terry(pairs):
     model = network()
     margins = torch.stack([score(model, good) - score(model, bad) for good, bad in PAIRS])
-    wanted = torch.log1p(torch.exp(-margins)).sum()
+    expected = torch.log1p(torch.exp(-margins)).sum()
     loss = pairwise(model, pairs.batch(0, pairs.n_rows), balance_alpha=0.0)
     assert loss.tokens == len(PAIRS)
-    assert loss.total.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert loss.metrics["accuracy"] == (margins > 0).sum()
     assert loss.metrics["margin"].item() == pytest.approx(margins.sum().item(), rel=1e-4, abs=1e-4)
 
@@ -71,10 +71,10 @@ def test_pointwise_is_binary_cross_entropy(labels):
     scores = torch.stack([score(model, ids) for ids, _ in LABELS])
     safe = torch.tensor([safe for _, safe in LABELS])
     chance = 1 / (1 + torch.exp(-scores))
-    wanted = -torch.where(safe, chance, 1 - chance).log().sum()
+    expected = -torch.where(safe, chance, 1 - chance).log().sum()
     loss = pointwise(model, labels.batch(0, labels.n_rows), balance_alpha=0.0)
     assert loss.tokens == len(LABELS)
-    assert loss.total.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert loss.metrics["accuracy"] == ((chance > 0.5) == safe).sum()
 
 
@@ -82,7 +82,7 @@ def test_pairwise_agrees_with_trl(pairs, tmp_path):
     """Against TRL's own `compute_loss` on transformers' model of our directory; only the accelerator is stubbed."""
     model = network(n_limited_groups=1)  # K/M = 2 as in V3: transformers always scores a group by its top two experts
     deepseek.save(model, tmp_path)
-    theirs = DeepseekV3ForSequenceClassification.from_pretrained(
+    reference = DeepseekV3ForSequenceClassification.from_pretrained(
         tmp_path, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     texts = [good for good, _ in PAIRS] + [bad for _, bad in PAIRS]
@@ -90,17 +90,17 @@ def test_pairwise_agrees_with_trl(pairs, tmp_path):
     ids = torch.tensor([ids + [PAD] * (width - len(ids)) for ids in texts])
     alone = SimpleNamespace(gather=lambda tensor: tensor, gather_for_metrics=lambda tensor: tensor)
     trainer = SimpleNamespace(
-        model=theirs, accelerator=alone, args=SimpleNamespace(center_rewards_coefficient=None),
+        model=reference, accelerator=alone, args=SimpleNamespace(center_rewards_coefficient=None),
         _metrics={"eval": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
     )  # fmt: skip
     inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
-    wanted = RewardTrainer.compute_loss(trainer, theirs, inputs)
+    expected = RewardTrainer.compute_loss(trainer, reference, inputs)
     loss = pairwise(model, pairs.batch(0, pairs.n_rows), balance_alpha=0.0)
-    assert (loss.total / loss.tokens).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert (loss.total / loss.tokens).item() == pytest.approx(expected.item(), rel=1e-5)
     assert (loss.metrics["accuracy"] / loss.tokens).item() == pytest.approx(trainer._metrics["eval"]["accuracy"][0])
-    wanted.backward()
+    expected.backward()
     (loss.total / loss.tokens).backward()
-    assert torch.allclose(model.score.weight.grad, theirs.score.weight.grad, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(model.score.weight.grad, reference.score.weight.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", [pairwise, pointwise])
@@ -125,7 +125,7 @@ def test_the_trainer_fits_them(objective, pairs, labels):
     made = tiny_run.config(
         1, tokens=15 * data.n_rows * T, batch_rows=data.n_rows, gamma=0.0, lr=1e-2, terms={"balance_alpha": 1e-4}
     )
-    seen = []
-    Trainer(network(), objective, data.batch, *made, log=lambda step, tokens, values: seen.append(values)).run()
-    assert seen[-1]["train/accuracy"] == 1.0 > seen[0]["train/accuracy"]
-    assert seen[-1]["train/loss"] < 0.2 * seen[0]["train/loss"]
+    losses = []
+    Trainer(network(), objective, data.batch, *made, log=lambda step, tokens, values: losses.append(values)).run()
+    assert losses[-1]["train/accuracy"] == 1.0 > losses[0]["train/accuracy"]
+    assert losses[-1]["train/loss"] < 0.2 * losses[0]["train/loss"]

@@ -30,10 +30,10 @@ def test_stops_resumes_and_rollbacks_give_the_same_bits(tmp_path):
     """Steps of two sizes, three bad ones with a rollback to where steps were smaller, a stop and a resume."""
 
     def made(folder, ahead, stop_at=None):
-        asked = []
+        reads = []
         run = trainer(
-            steps=14, state_dir=folder, save_steps=3, batch_rows=grown, read_ahead=ahead, warn=told.append,
-            data=lambda first, n: asked.append((run.reading, first, n)) or batches(first, n),
+            steps=14, state_dir=folder, save_steps=3, batch_rows=grown, read_ahead=ahead, warn=messages.append,
+            data=lambda first, n: reads.append((run.reading, first, n)) or batches(first, n),
             stop=lambda: run.step == stop_at,
         )  # fmt: skip
         objective = run.objective
@@ -44,13 +44,13 @@ def test_stops_resumes_and_rollbacks_give_the_same_bits(tmp_path):
 
         run.objective = bad
         assert run.run() == (stop_at is None) and not reader_lives()
-        return run, asked
+        return run, reads
 
-    told = []
-    plain, wanted = made(tmp_path / "plain", False)
+    messages = []
+    plain, expected = made(tmp_path / "plain", False)
     ahead, asked = made(tmp_path / "ahead", True)
-    assert sum("back to step" in line for line in told) == 2 and plain.skipped == 3
-    assert set(wanted) <= set(asked), "what was read for a step that never came was thrown away"
+    assert sum("back to step" in line for line in messages) == 2 and plain.skipped == 3
+    assert set(expected) <= set(asked), "what was read for a step that never came was thrown away"
     made(tmp_path / "cut", True, stop_at=9)
     resumed, _ = made(tmp_path / "cut", True)
     for run in (ahead, resumed):
@@ -117,17 +117,17 @@ def test_ctrl_c_leaves_no_thread():
     assert not reader_lives()
 
 
-def test_what_was_counted_ahead_is_only_sent(monkeypatch):
+def test_counts_read_ahead_are_only_transferred(monkeypatch):
     segmented = replace(batches(0, 2), segments_BT=torch.arange(T).expand(2, -1) // 5)
-    ahead = ReadAhead(lambda place: [segmented])
-    (found,) = ahead.take((0, 0))
-    wanted = segmented.to("meta")
+    ahead = ReadAhead(lambda position: [segmented])
+    (actual,) = ahead.take((0, 0))
+    expected = segmented.to("meta")
     monkeypatch.setattr(Batch, "_count", lambda batch: pytest.fail("counted twice"))
-    sent = found.to("meta")
-    assert [t.shape for t in sent.tensors()] == [t.shape for t in wanted.tensors()]
-    assert sent.segments.longest == wanted.segments.longest
-    assert found.to("cpu").before is None, "and not on a CPU"
+    sent = actual.to("meta")
+    assert [t.shape for t in sent.tensors()] == [t.shape for t in expected.tensors()]
+    assert sent.segments.longest == expected.segments.longest
+    assert actual.to("cpu").before is None, "and not on a CPU"
 
 
-def test_it_is_on_where_a_gpu_computes():
+def test_read_ahead_is_on_for_gpus():
     assert type(trainer(model()).on_device) is StepDevice

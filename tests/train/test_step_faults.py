@@ -17,18 +17,18 @@ from bessemer.addons.accelerate import step_faults
     ],
 )
 def test_a_bad_step_is_explained(name, backward, words):
-    run, told = poisoned(name, backward, bad_steps={2}, steps=5)
+    run, messages = poisoned(name, backward, bad_steps={2}, steps=5)
     run.run()
-    assert len(told) == 1 and words in told[0]
+    assert len(messages) == 1 and words in messages[0]
 
 
 def test_poisoned_weight_is_blamed():
-    network, told = model(), []
-    run = trainer(network, steps=1, warn=told.append)
+    network, messages = model(), []
+    run = trainer(network, steps=1, warn=messages.append)
     with torch.no_grad():
         network.layers[0].attn_norm.weight[3] = float("inf")
     run.run()
-    assert "first in the output of layers.0.attn_norm (its own weights are not finite)" in told[0]
+    assert "first in the output of layers.0.attn_norm (its own weights are not finite)" in messages[0]
 
 
 def test_a_gradient_that_overflows_alone_is_named_by_no_parameter():

@@ -67,13 +67,13 @@ def test_resume_is_bitwise(tmp_path, dtype):
         torch.manual_seed(1 if seed == 0 else 99)
         np.random.seed(1 if seed == 0 else 99)
         logged = {}
-        made = Trainer(
+        new_trainer = Trainer(
             model(seed), noisy, batches, *config(20, compute_dtype=dtype), directory,
             log=lambda step, tokens, values: logged.update({step: (tokens, values["train/loss"], values["train/lr"])}),
-            stop=lambda: made.step == stop_at, model_config={"seed": 7},
+            stop=lambda: new_trainer.step == stop_at, model_config={"seed": 7},
         )  # fmt: skip
-        assert made.run() == (stop_at is None)
-        return made, logged
+        assert new_trainer.run() == (stop_at is None)
+        return new_trainer, logged
 
     straight, log = run(tmp_path / "straight")
     _, log1 = run(tmp_path / "cut", stop_at=7)
@@ -101,32 +101,32 @@ def test_resume_after_kill_9_is_bitwise(tmp_path):
     assert steps == list(range(at + 1, 15))
     straight = trainer(steps=14)
     straight.run()
-    ours, theirs = everything(resumed)[0], everything(straight)[0]
+    ours, reference = everything(resumed)[0], everything(straight)[0]
     assert_same_bits(
         ({k: v for k, v in ours.items() if k != "rng/torch"}, 0),
-        ({k: v for k, v in theirs.items() if k != "rng/torch"}, 0),
+        ({k: v for k, v in reference.items() if k != "rng/torch"}, 0),
     )
 
 
 def test_a_resume_on_other_kernels_says_so(tmp_path, monkeypatch):
-    said = []
-    trainer(steps=2, state_dir=tmp_path, warn=said.append).run()
+    messages = []
+    trainer(steps=2, state_dir=tmp_path, warn=messages.append).run()
     backend = latest(tmp_path)[1].counters["backend"]
-    trainer(steps=2, state_dir=tmp_path, warn=said.append).run()
-    assert backend.startswith("cpu (kernels ") and not said
+    trainer(steps=2, state_dir=tmp_path, warn=messages.append).run()
+    assert backend.startswith("cpu (kernels ") and not messages
     monkeypatch.setattr(ops, "backend", lambda device: "cpu (kernels of others)")
-    trainer(steps=3, state_dir=tmp_path, warn=said.append).run()
-    assert said == [
+    trainer(steps=3, state_dir=tmp_path, warn=messages.append).run()
+    assert messages == [
         f"step 2 was saved on {backend}, this run continues on cpu (kernels of others): results differ by rounding"
     ]
     assert latest(tmp_path)[1].counters["backend"] == "cpu (kernels of others)"
 
 
-def assert_close_moments(one, two):
+def assert_close_moments(actual, expected):
     """First moments are linear in the gradients; weights are not, as Adam amplifies rounding in tiny gradients."""
-    for name, m in one.optimizer.state_dict().items():
+    for name, m in actual.optimizer.state_dict().items():
         if name.startswith("m/"):
-            assert (m - two.optimizer.state_dict()[name]).norm() <= 1e-5 * m.norm() + 1e-9, name
+            assert (m - expected.optimizer.state_dict()[name]).norm() <= 1e-5 * m.norm() + 1e-9, name
 
 
 def test_result_does_not_depend_on_micro_batches():
@@ -219,13 +219,13 @@ def test_checkpoint_holds_masters_and_extras(tmp_path):
     assert all(torch.equal(p, dict(run.model.named_parameters())[n]) for n, p in again.model.named_parameters())
 
 
-def test_other_config_on_resume_is_an_error(tmp_path):
+def test_changed_config_on_resume_is_an_error(tmp_path):
     trainer(steps=1, state_dir=tmp_path, model_config={"lr": [[0, 1.0]]}).run()
     with pytest.raises(UserError, match=r"lr is \[\[0, 2.0\]\] in this run but \[\[0, 1.0\]\]"):
         trainer(steps=1, state_dir=tmp_path, model_config={"lr": [[0, 2.0]]}).run()
 
 
-def test_other_moments_dtype_on_resume_is_an_error(tmp_path):
+def test_changed_moments_dtype_on_resume_is_an_error(tmp_path):
     trainer(steps=1, state_dir=tmp_path).run()
     with pytest.raises(UserError, match="bfloat16"):
         trainer(steps=1, state_dir=tmp_path, moments="bfloat16").run()

@@ -54,9 +54,9 @@ def test_the_copy_runs_beside_the_computation(monkeypatch):
     transfer = Transfer(GPU)
     assert transfer(sent) is sent and transfer(sent) is sent
     assert log == ["copy on side", "computing waits for side"] * 2
-    held = [sent.tokens_BT, sent.loss_BT, sent.segments_BT, *sent.extras.values(), sent.own_T, sent.before.trained_N,
+    tensors = [sent.tokens_BT, sent.loss_BT, sent.segments_BT, *sent.extras.values(), sent.own_T, sent.before.trained_N,
             sent.before.segments.segments_BT, sent.before.segments.end_S]  # fmt: skip
-    assert recorded == [(id(tensor), "computing") for tensor in held] * 2
+    assert recorded == [(id(tensor), "computing") for tensor in tensors] * 2
 
 
 def test_every_tensor_leaves_from_pinned_memory(monkeypatch):

@@ -216,8 +216,8 @@ def newest_whole(state_dir: Path) -> Path | None:
                 part[name]
 
     with suppress(UserError):
-        found = latest(state_dir, warn=lambda text: None, use=verify_all)
-        return None if found is None else found[0]
+        newest = latest(state_dir, warn=lambda text: None, use=verify_all)
+        return None if newest is None else newest[0]
     return None
 
 

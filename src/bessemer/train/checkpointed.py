@@ -230,9 +230,9 @@ class Checkpointed:
         self.extras = state.counters["extras"]
         self.restore_counters(state.counters)
         for name, other in self.companions.items():
-            theirs = checkpoint.Under(extras, f"{name}/")
-            if theirs or self.step or other.step:  # the first may be from before it had companions
-                other._restore_companion(theirs, name)
+            companion_tensors = checkpoint.Under(extras, f"{name}/")
+            if companion_tensors or self.step or other.step:  # the first may be from before it had companions
+                other._restore_companion(companion_tensors, name)
             other.step = self.step
 
     def _restore_companion(self, tensors: Mapping[str, Tensor], name: str) -> None:

@@ -88,16 +88,16 @@ class Group:
         self.decay = decay
         starts, size = placed([value.numel() for _, _, value in members], shares)
         self.slots = [ParameterSlot(name, p, start) for (name, p, _), start in zip(members, starts, strict=True)]
-        each, dtype, device = size // shares, members[0][1].dtype, members[0][2].device
-        self.mine = slice(share * each, (share + 1) * each)
+        length, dtype, device = size // shares, members[0][1].dtype, members[0][2].device
+        self.mine = slice(share * length, (share + 1) * length)
         self.compute = torch.zeros(size, dtype=dtype, device=device)
         if dtype != torch.float32:
-            self.master = torch.zeros(each, dtype=torch.float32, device=device)
+            self.master = torch.zeros(length, dtype=torch.float32, device=device)
         else:
             self.master = self.compute if shares == 1 else self.compute[self.mine]
         for slot in reversed(self.slots):
             self._take(slot, members.pop()[2])
-        self.moments = {name: torch.zeros(each, dtype=moments, device=device) for name in self.MOMENTS}
+        self.moments = {name: torch.zeros(length, dtype=moments, device=device) for name in self.MOMENTS}
         self.ema: MovingAverage | None = None
         self.add_into(torch.zeros(size, dtype=torch.float32, device=device))
 

@@ -38,11 +38,11 @@ class Run(NamedTuple):
 def runs(slots: Sequence[ParameterSlot], stacked: dict[str, int]) -> list[Run]:
     """The matrices of these parameters, single or stacked: [..., R, C]. `stacked[name]` matrices of equal shape are
     stacked along R (gate and up: 2)."""
-    found = []
+    matrices = []
     for slot in slots:
         rows, columns = slot.parameter.shape[-2] // stacked[slot.name], slot.parameter.shape[-1]
-        found.append(Run(slot.start, slot.parameter.numel() // (rows * columns), (rows, columns)))
-    return found
+        matrices.append(Run(slot.start, slot.parameter.numel() // (rows * columns), (rows, columns)))
+    return matrices
 
 
 class Matrices:
@@ -101,8 +101,8 @@ class MuonGroup(Group):
         self, members: Members, decay: float, moments: torch.dtype, stacked: dict[str, int], workers: Workers
     ):  # fmt: skip
         super().__init__(members, decay, moments)
-        found = runs(self.slots, stacked)
-        self.matrices = Matrices(found, self.master.numel(), self.compute.dtype, workers, self.master.device)
+        matrix_runs = runs(self.slots, stacked)
+        self.matrices = Matrices(matrix_runs, self.master.numel(), self.compute.dtype, workers, self.master.device)
 
     def step(self, update: Update) -> None:
         self.matrices.step(self.master, self.grad, self.moments["m"], update, self.decay)
@@ -114,7 +114,7 @@ def _pieces(runs: Sequence[Run], device: torch.device) -> list[list[Run]]:
     most = update_rules.most_at_once(device)
     for run in runs:
         pieces = shapes.setdefault(run.shape, [])
-        if not pieces or sum(one.n for one in (*pieces[-1], run)) * run.numel > most:
+        if not pieces or sum(part.n for part in (*pieces[-1], run)) * run.numel > most:
             pieces.append([])
         pieces[-1].append(run)
     return [piece for pieces in shapes.values() for piece in pieces]

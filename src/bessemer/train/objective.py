@@ -77,11 +77,11 @@ def means(losses: list[Loss], divisor: float) -> dict[str, float]:
         [weight, *(loss.metrics[name] for name in names), *(loss.peaks[name] for name in peaks)]
         for weight, loss in zip(own, losses, strict=True)
     ]
-    values = torch.stack([torch.stack([value.float() for value in one]) for one in of_each])
+    values = torch.stack([torch.stack([value.float() for value in row]) for row in of_each])
     cut = 1 + len(names)
-    weight, *found = torch.cat((values[:, :cut].sum(0), values[:, cut:].amax(0))).tolist()  # one wait for a GPU
+    weight, *totals = torch.cat((values[:, :cut].sum(0), values[:, cut:].amax(0))).tolist()  # one wait for a GPU
     weight = divisor if losses[0].weight is None else weight
-    sums, largest = found[: len(names)], found[len(names) :]
+    sums, largest = totals[: len(names)], totals[len(names) :]
     of_all = {f"train/{name}": value / weight for name, value in zip(names, sums, strict=True)} if weight else {}
     return of_all | {f"train/{name}": value for name, value in zip(peaks, largest, strict=True)}
 

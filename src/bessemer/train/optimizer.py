@@ -74,12 +74,12 @@ class Optimizer:
         del value
         parts = [(kind, part) for kind, members in kinds.items() for part in self._parts(members, by_muon=kind[0])]
         kinds.clear()
-        places = {name: place for place, name in enumerate(self.names)}
+        order = {name: index for index, name in enumerate(self.names)}
         self.groups = [
             self._muon_group(members, decay, moments_dtype, stacked, workers or Workers())
             if by_muon
             else self._group(members, decay, moments_dtype)
-            for (by_muon, decay, *_), members in sorted(parts, key=lambda part: places[part[1][0][0]])
+            for (by_muon, decay, *_), members in sorted(parts, key=lambda part: order[part[1][0][0]])
         ]
         if ema_decay:
             for group in self.groups:

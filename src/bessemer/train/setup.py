@@ -40,10 +40,10 @@ def device() -> torch.device:
 
 def workers() -> Workers:
     """One process per core on a CPU, each computing on one core; one process on a GPU."""
-    found = side_by_side(cores()) if device().type == "cpu" else Workers()
-    if found.n > 1:
+    helpers = side_by_side(cores()) if device().type == "cpu" else Workers()
+    if helpers.n > 1:
         torch.set_num_threads(1)
-    return found
+    return helpers
 
 
 def batch_rows(samples: int) -> int:

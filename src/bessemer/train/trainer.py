@@ -198,19 +198,19 @@ class Trainer(Checkpointed):
 
     def _bad_step(self, sums: Sums, terms: dict[str, float]) -> dict[str, float]:
         """Explains and skips the step; goes back to the last checkpoint if the guard says so."""
-        what = self.collective.culprit(sums, terms)
+        cause = self.collective.culprit(sums, terms)
         self._discard()
-        what += f" (step {self.step}, rows {self.rows - sums.rows} to {self.rows - 1})"
-        self.warn(f"step skipped: {what}")
-        if self.guard.bad(what) == guard.ROLL_BACK:
-            self._roll_back(what)
+        cause += f" (step {self.step}, rows {self.rows - sums.rows} to {self.rows - 1})"
+        self.warn(f"step skipped: {cause}")
+        if self.guard.bad(cause) == guard.ROLL_BACK:
+            self._roll_back(cause)
         return {"train/skipped": self.skipped}
 
-    def _roll_back(self, what: str) -> None:
+    def _roll_back(self, cause: str) -> None:
         rows, skipped = self.rows, self.skipped
         path = self._restore_latest()
         if path is None:
-            raise UserError(f"{self.guard.failures} non-finite steps in a row and no checkpoint to go back to: {what}")
+            raise UserError(f"{self.guard.failures} non-finite steps in a row and no checkpoint to go back to: {cause}")
         self.rows, self.skipped = rows, skipped
         self._write()  # with the new cursor: a kill now must not lead to the same rows again
         self.finish()

@@ -104,7 +104,7 @@ def orthogonalise_(matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
 
 def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Approximates U V^T of every matrix [R, C] with products in `dtype`; a zero matrix stays zero."""
-    given = x.dtype
+    dtype_before = x.dtype
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.transpose(-2, -1)
@@ -114,7 +114,7 @@ def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
         square = x @ x.transpose(-2, -1)
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.transpose(-2, -1) if tall else x).to(given)
+    return (x.transpose(-2, -1) if tall else x).to(dtype_before)
 
 
 def muon_scale(rows: int, columns: int) -> float:

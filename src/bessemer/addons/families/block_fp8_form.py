@@ -64,7 +64,7 @@ class BlockFp8(Form):
             source = read(slot, torch.float32)
             values = written.read(slot.key, torch.float32).to(source.device)
             if not within_half_step(values, source, 2 if coarse else 1) or (
-                coarse and not powers_of_two(written.raw(slot.key + SCALE_SUFFIX))
+                coarse and not are_powers_of_two(written.raw(slot.key + SCALE_SUFFIX))
             ):
                 raise UserError(
                     f"{written.entries[slot.key].file}: the FP8 tensor {slot.key} with its scales does not represent "
@@ -84,10 +84,10 @@ def stored_fp8(checkpoint: Checkpoint, key: str, scales: Scales) -> tuple[Tensor
     if checkpoint.entries[key].dtype is not torch.float8_e4m3fn or checkpoint.block != BLOCK:
         return None
     factors = checkpoint.raw(key + SCALE_SUFFIX).float()
-    return (checkpoint.raw(key), factors) if scales == "float32" or powers_of_two(factors) else None
+    return (checkpoint.raw(key), factors) if scales == "float32" or are_powers_of_two(factors) else None
 
 
-def powers_of_two(factors: Tensor) -> bool:
+def are_powers_of_two(factors: Tensor) -> bool:
     return bool((torch.frexp(factors).mantissa == 0.5).all())
 
 

@@ -155,9 +155,9 @@ class CausalLM(LanguageModel):
                 deepseek.copy_files(Path(tokenizer_dir), fresh, deepseek.TOKENIZER_FILES)
             for name, text in (files or {}).items():
                 (fresh / name).write_text(text, "utf-8")
-            again = _read(fresh, next(self.parameters()).dtype, self.auto).state_dict()
+            reloaded = _read(fresh, next(self.parameters()).dtype, self.auto).state_dict()
             for name, tensor in self.inner.state_dict().items():
-                if not torch.equal(again[name], tensor.to(again[name].device)):
+                if not torch.equal(reloaded[name], tensor.to(reloaded[name].device)):
                     raise UserError(f"{fresh}: tensor {name} reads back differently from what was written")
 
 
@@ -281,9 +281,9 @@ def _check_memory(directory: Path, checkpoint: Checkpoint, kind: str) -> None:
         raise UserError(
             f"{directory}: config.json describes {needed} parameters, but the files hold {stored}; the two do not match"
         )
-    others = sum(buffer.numel() * buffer.element_size() for buffer in inner.buffers())
-    if others > max(SPARE_BYTES, 2 * stored):
-        raise UserError(f"{directory}: config.json requires tables of {others} bytes besides the parameters")
+    buffer_bytes = sum(buffer.numel() * buffer.element_size() for buffer in inner.buffers())
+    if buffer_bytes > max(SPARE_BYTES, 2 * stored):
+        raise UserError(f"{directory}: config.json requires tables of {buffer_bytes} bytes besides the parameters")
 
 
 @torch.no_grad()
@@ -292,14 +292,16 @@ def checked(model: _Kind, where: str) -> _Kind:
     device = model.embed.weight.device
     tokens_BT = (torch.arange(6, device=device) * 7 % model.cfg.vocab_size)[None]
     ours = model(tokens_BT)
-    if model.head is None and not _close(ours, model.inner(input_ids=tokens_BT, use_cache=False).logits.to(ours.dtype)):
+    if model.head is None and not _is_close(
+        ours, model.inner(input_ids=tokens_BT, use_cache=False).logits.to(ours.dtype)
+    ):
         raise UserError(
             f"{where}: {model.cfg.model_type} does more to its logits than multiply the head by the hidden state (a "
             "bias, a scale or a cap); such a model is not supported"
         )
     packed = model(tokens_BT, torch.tensor([[1, 1, 2, 2, 2, 2]], device=device))
     alone = torch.cat((model(tokens_BT[:, :2]), model(tokens_BT[:, 2:])), 1)
-    if not _close(packed, alone):
+    if not _is_close(packed, alone):
         raise UserError(
             f"{where}: transformers lets packed samples of {model.cfg.model_type} see each other; such a model is not "
             "supported (a newer transformers may separate them)"
@@ -331,11 +333,11 @@ def _read(directory: Path, dtype: torch.dtype | None, kind: str) -> Any:
         directory, config=_config(directory), dtype=dtype or "auto", local_files_only=True, trust_remote_code=False,
         use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
     )  # fmt: skip
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = (item if isinstance(item, str) else item[0] for item in report.get(what) or ())
-        if found := sorted(names):
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise UserError(f"{directory}: {what.removesuffix('_keys')} tensor {found[0]}{more}; download it again")
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = (item if isinstance(item, str) else item[0] for item in report.get(kind) or ())
+        if listed := sorted(names):
+            more = f" and {len(listed) - 1} more" if len(listed) > 1 else ""
+            raise UserError(f"{directory}: {kind.removesuffix('_keys')} tensor {listed[0]}{more}; download it again")
     return inner
 
 
@@ -367,9 +369,9 @@ def _positions(segments: Segments) -> Tensor | None:
     return place_T - torch.where(begins_BT, place_T, 0).cummax(1).values
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
+def _is_close(ours: Tensor, reference: Tensor) -> bool:
     bound = CLOSE if ours.dtype == torch.float32 else 30 * CLOSE
-    return bool((ours - theirs).float().norm() <= bound * theirs.float().norm())
+    return bool((ours - reference).float().norm() <= bound * reference.float().norm())
 
 
 def _first_line(error: Exception) -> str:

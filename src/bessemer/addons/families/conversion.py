@@ -81,14 +81,14 @@ def check_target(source: Path, target: Path, force: bool) -> None:
     `force`, and the source never."""
     try:
         ours, theirs = source.resolve(), target.resolve()
-        same = target.exists() and target.samefile(source)
-        taken = os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir()))
+        is_source = target.exists() and target.samefile(source)
+        is_occupied = os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir()))
     except (OSError, RuntimeError) as error:  # no permission to look; circular symbolic links
         raise UserError(f"{target} cannot be written ({error}); choose another place") from None
-    if same or ours == theirs or theirs in ours.parents or (ours in theirs.parents and taken):
-        where = "is" if same or ours == theirs else "lies in" if ours in theirs.parents else "holds"
+    if is_source or ours == theirs or theirs in ours.parents or (ours in theirs.parents and is_occupied):
+        where = "is" if is_source or ours == theirs else "lies in" if ours in theirs.parents else "holds"
         raise UserError(f"{target} {where} the model to convert, which is never changed in place; name a new target")
-    if taken and not force:
+    if is_occupied and not force:
         raise UserError(f"{target} exists already; name a new target, or replace it with --force")
 
 

@@ -117,7 +117,7 @@ def parquet_records(
         table = pq.ParquetFile(path)
         names, columns = table.schema_arrow.names, None
         if key:
-            columns = [key] if key in names else [one for group in COLUMNS if {*group} <= {*names} for one in group]
+            columns = [key] if key in names else [key for group in COLUMNS if {*group} <= {*names} for key in group]
             if not columns:
                 raise UserError(
                     f"{path} has no column {key}, messages or prompt and completion, only {', '.join(names)}"

@@ -79,8 +79,8 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / METADATA
     try:
         metadata = _Unpickler(io.BytesIO(read_bytes(path, MOST))).load()
-        tensors = [one for one in metadata.state_dict_metadata.values() if isinstance(one, TensorStorageMetadata)]
-        shapes = [(tuple(one.size), one.properties.dtype, len(one.chunks)) for one in tensors]
+        tensors = [entry for entry in metadata.state_dict_metadata.values() if isinstance(entry, TensorStorageMetadata)]
+        shapes = [(tuple(entry.size), entry.properties.dtype, len(entry.chunks)) for entry in tensors]
         places = {name for info in metadata.storage_data.values() for name in [str(info.relative_path)]}
     except UserError:
         raise
@@ -140,18 +140,18 @@ def convert(folder: Path, target: Path, like: Path | None = None, **how: Any) ->
     if not (beside / "config.json").is_file():
         raise UserError(f"{beside} has no config.json; name a model directory of the same shape with --like")
     cfg = deepseek.read_config(beside)
-    found = [name for name in metadata.state_dict_metadata if name.endswith(deepseek.EMBEDDING)]
-    if len(found) != 1:
+    embeddings = [name for name in metadata.state_dict_metadata if name.endswith(deepseek.EMBEDDING)]
+    if len(embeddings) != 1:
         raise UserError(
-            f"{folder} has {len(found) or 'no'} tensors called {deepseek.EMBEDDING}; its tensors need Hugging Face's "
-            f"names, but the first here are {', '.join(list(metadata.state_dict_metadata)[:3])}"
+            f"{folder} has {len(embeddings) or 'no'} tensors called {deepseek.EMBEDDING}; its tensors need "
+            f"Hugging Face's names, but the first here are {', '.join(list(metadata.state_dict_metadata)[:3])}"
         )
-    prefix = found[0].removesuffix(deepseek.EMBEDDING)
-    wanted = {prefix + slot.key: slot.key for slot in slots(cfg)}
-    records = {name: record for name, record in metadata.state_dict_metadata.items() if name in wanted}
-    tensors_only = {name: one for name, one in records.items() if isinstance(one, TensorStorageMetadata)}
+    prefix = embeddings[0].removesuffix(deepseek.EMBEDDING)
+    key_of = {prefix + slot.key: slot.key for slot in slots(cfg)}
+    records = {name: record for name, record in metadata.state_dict_metadata.items() if name in key_of}
+    tensors_only = {name: entry for name, entry in records.items() if isinstance(entry, TensorStorageMetadata)}
     metadata.state_dict_metadata = dict(tensors_only)
-    plan = [TensorSpec(wanted[name], one.properties.dtype, tuple(one.size)) for name, one in tensors_only.items()]
+    plan = [TensorSpec(key_of[name], entry.properties.dtype, tuple(entry.size)) for name, entry in tensors_only.items()]
     with conversion.scratch(target) as plain:
         write_tensors(plain, plan, (tensor for _, tensor in tensors(folder, metadata)), deepseek.SHARD_BYTES)
         deepseek.copy_files(beside, plain, ["config.json", *conversion.companions(beside)])

@@ -33,8 +33,8 @@ class Transformers:
     def attach(
         self, model: LanguageModel, config: LoRAConfig, seed: int, base: Path, stage: str
     ) -> tuple[LanguageModel, str]:
-        made = lora.attach(model, config, seed, base, stage)
-        return made, lora.describe(made)
+        adapted = lora.attach(model, config, seed, base, stage)
+        return adapted, lora.describe(adapted)
 
 
 plugins.register("families", families.REST)(Transformers())

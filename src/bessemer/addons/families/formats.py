@@ -38,8 +38,8 @@ def pair(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 def label(record: dict[str, Any], where: str) -> dict[str, Any]:
     """{"prompt": Prompt, "response": str, "safe": bool} of an unpaired preference record or of our own form."""
-    ours = record.get("response") is not None
-    names = ("response", "safe") if ours else ("completion", "label")
+    is_comparison = record.get("response") is not None
+    names = ("response", "safe") if is_comparison else ("completion", "label")
     prompt, answer, good = (record.get(name) for name in ("prompt", *names))
     if prompt is None or answer is None or good is None:
         raise _lacks(where, record, '{"prompt": str, "response": str, "safe": bool}')
@@ -69,7 +69,7 @@ def conversational(line: dict[str, Any]) -> dict[str, Any]:
 def _shared(chosen: Prompt, rejected: Prompt, where: str) -> tuple[Prompt, Prompt, Prompt]:
     """(common beginning, the rest of each). A space at the end of the beginning belongs to the answers."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
-    n = next((i for i, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    n = next((i for i, (message, other) in pairs if message != other), min(len(chosen), len(rejected)))
     if n and chosen[n - 1] == " ":
         n -= 1
     if not n or (isinstance(chosen, str) and not chosen[:n].strip()):

@@ -161,8 +161,8 @@ def _head_parts(cfg: ModelConfig, which: str, kv_b: Tensor) -> Tensor:
 def _widest(checkpoint: Checkpoint, layout: list[Slot]) -> torch.dtype:
     """The dtype that holds every matrix without loss; F64, which llama.cpp does not multiply, becomes F32."""
     matrices = [s.key for s in layout if s.key in checkpoint.entries and len(s.shape) > 1 and not s.key.endswith(GATE)]
-    found = reduce(torch.promote_types, map(checkpoint.stored_dtype, matrices))
-    return found if found in KINDS else torch.float32
+    widest = reduce(torch.promote_types, map(checkpoint.stored_dtype, matrices))
+    return widest if widest in KINDS else torch.float32
 
 
 def _write(file: Path, facts: dict[str, Any], plan: list[GGUFTensor], checkpoint: Checkpoint) -> dict[str, int]:
@@ -202,8 +202,8 @@ def _write(file: Path, facts: dict[str, Any], plan: list[GGUFTensor], checkpoint
 
 def _parts(item: GGUFTensor, checkpoint: Checkpoint) -> Iterator[memoryview]:
     for key in item.keys:
-        made = cast(item.part(checkpoint.read(key, torch.float32)), item.dtype, key, f"{checkpoint.directory}: ")
-        yield made.contiguous().view(-1).view(torch.uint8).numpy().data
+        tensor = cast(item.part(checkpoint.read(key, torch.float32)), item.dtype, key, f"{checkpoint.directory}: ")
+        yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _verify(file: Path, facts: dict[str, Any], plan: list[GGUFTensor], sums: dict[str, int]) -> None:
@@ -213,18 +213,18 @@ def _verify(file: Path, facts: dict[str, Any], plan: list[GGUFTensor], sums: dic
         fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"{file} cannot be read back ({error}); check the disk") from error
-    wanted = {key: float(np.float32(value)) if isinstance(value, float) else value for key, value in facts.items()}
-    bad = [key for key in fields.keys() | wanted.keys() if fields.get(key) != wanted.get(key)]
+    expected = {key: float(np.float32(value)) if isinstance(value, float) else value for key, value in facts.items()}
+    bad = [key for key in fields.keys() | expected.keys() if fields.get(key) != expected.get(key)]
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     bad += sorted(tensors.keys() ^ sums.keys())
     for item in plan:
-        found = tensors.get(item.name)
-        same = (
-            found is not None
-            and (found.tensor_type.name, tuple(found.shape[::-1].tolist())) == (item.kind, item.shape)
-            and zlib.crc32(memoryview(found.data.reshape(-1).view(np.uint8))) == sums[item.name]
+        written = tensors.get(item.name)
+        agrees = (
+            written is not None
+            and (written.tensor_type.name, tuple(written.shape[::-1].tolist())) == (item.kind, item.shape)
+            and zlib.crc32(memoryview(written.data.reshape(-1).view(np.uint8))) == sums[item.name]
         )
-        bad += [] if same else [item.name]
+        bad += [] if agrees else [item.name]
     if bad:
         raise UserError(f"{file}: {bad[0]} reads back differently from what was written; check the disk")
 
@@ -341,7 +341,7 @@ def tokenizer_facts(directory: Path, rows: int) -> dict[str, Any]:
         kinds[number] = CONTROL if control else USER_DEFINED
     texts = [text.get(number, f"[PAD{number}]") for number in range(rows)]
     if len(set(texts)) < rows:
-        twice = next(one for one in texts if texts.count(one) > 1)
+        twice = next(token for token in texts if texts.count(token) > 1)
         raise UserError(f"{directory / 'tokenizer.json'} gives {twice!r} two ids; save the tokenizer again")
     file = directory / "chat_template.jinja"
     template = read_text(file) if file.exists() else config.get("chat_template")

@@ -151,13 +151,13 @@ class HFTokenizer(Tokenizer):
 
     def switched(self, thinking: bool) -> Self:
         """A copy whose chat template reads the switch as `thinking` (DeepSeek-V3.1) and `enable_thinking` (Qwen3)."""
-        made = copy(self)
+        tokenizer = copy(self)
         switches = {"thinking": thinking, "enable_thinking": thinking}
-        made._template = self._template and ChatTemplate(self.chat_template, {**self._names, **switches})
-        return made
+        tokenizer._template = self._template and ChatTemplate(self.chat_template, {**self._names, **switches})
+        return tokenizer
 
     def trimmed(self, text: str) -> str:
-        return self._greedy.sub(lambda found: found[found.lastindex or 0], text) if self._greedy else text
+        return self._greedy.sub(lambda match: match[match.lastindex or 0], text) if self._greedy else text
 
     def render_answers(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, every: bool = True
@@ -168,13 +168,13 @@ class HFTokenizer(Tokenizer):
         text = self._render(masked, add_generation_prompt and messages[-1]["role"] != "assistant")
         ids: list[int] = []
         answers: list[bool] = []
-        place = 0
+        position = 0
         for start, stop in [*self._spans(masked, text, every), (len(text), len(text))]:
-            for first, last, answer in ((place, start, False), (start, stop, True)):
+            for first, last, answer in ((position, start, False), (start, stop, True)):
                 new = self._encode(text[first:last], unmask, cut, ids[-1] if ids else None)
                 ids += new
                 answers += [answer] * len(new)
-            place = stop
+            position = stop
         return ids, answers
 
     def _continuing(self, after: int | None) -> tokenizers.Tokenizer:
@@ -238,16 +238,16 @@ class HFTokenizer(Tokenizer):
         """Ids of template output after the id `last`: the template's control tokens as ids, masked ones as text. No tag
         forms across a `cut`."""
         ids: list[int] = []
-        place = 0
-        for found in [*self._controls(text), None]:
-            plain = text[place : found.start() if found else None]
+        position = 0
+        for match in [*self._controls(text), None]:
+            plain = text[position : match.start() if match else None]
             for mask, content in unmask.items():
                 plain = plain.replace(mask, content)
             for piece in filter(None, plain.split(cut)):
                 ids += self.encode(piece, ids[-1] if ids else last)
-            if found:
-                ids.append(self._control[found.group()])
-                place = found.end()
+            if match:
+                ids.append(self._control[match.group()])
+                position = match.end()
         return ids
 
     def _controls(self, text: str, start: int = 0):
@@ -316,13 +316,13 @@ def _without_blank(spec: dict, schemes: Sequence[str] | None) -> dict:
 
 def _greedy(added: Sequence[dict]) -> re.Pattern[str] | None:
     """Finds control tokens with the white space that they take; the last group is the token. None if none takes any."""
-    if not any(token[way] for token in added if token["special"] for way in ("lstrip", "rstrip")):
+    if not any(token[side] for token in added if token["special"] for side in ("lstrip", "rstrip")):
         return None
     blank = r"[^\S\x1c-\x1f]"  # Unicode's white space, as the Rust library has it
     before, after = f"(?:(?<!{blank}){blank}+)?", f"{blank}*"  # a run is tried once, from its start
     longest_first = sorted((token for token in added if token["special"]), key=lambda token: -len(token["content"]))
-    each = (f"{before * t['lstrip']}({re.escape(t['content'])}){after * t['rstrip']}" for t in longest_first)
-    return re.compile("|".join(each))
+    patterns = (f"{before * t['lstrip']}({re.escape(t['content'])}){after * t['rstrip']}" for t in longest_first)
+    return re.compile("|".join(patterns))
 
 
 def _byte_table(tok: tokenizers.Tokenizer, decoder: dict, added: dict[int, str]) -> list[bytes]:
@@ -357,8 +357,8 @@ def check_pretokenizer(spec: dict[str, Any], where: str) -> None:
     steps = []
     for step in splitter.get("pretokenizers", [splitter]):
         rule = (step.get("pattern") or {}).get("Regex", "").replace("\r", r"\r").replace("\n", r"\n")
-        ways = ("behavior", "invert") if step.get("type") == "Split" else ("add_prefix_space", "use_regex")
-        steps.append((step.get("type"), rule, *map(step.get, ways)))
+        options = ("behavior", "invert") if step.get("type") == "Split" else ("add_prefix_space", "use_regex")
+        steps.append((step.get("type"), rule, *map(step.get, options)))
     other: tuple[str, ...] = ("dropout", "byte_fallback", "ignore_merges", "unk_token")
     other += ("continuing_subword_prefix", "end_of_word_suffix")
     if (
@@ -366,7 +366,7 @@ def check_pretokenizer(spec: dict[str, Any], where: str) -> None:
         or any(model.get(key) for key in other)
         or normalizer.get("normalizers", normalizer)
         or steps != [*(("Split", rule, "Isolated", False) for rule in SPLITS), ("ByteLevel", "", False, False)]
-        or any(token.get(way) for token in spec["added_tokens"] for way in ("lstrip", "rstrip", "single_word"))
+        or any(token.get(side) for token in spec["added_tokens"] for side in ("lstrip", "rstrip", "single_word"))
     ):
         raise UserError(
             f"{where} is not byte-level BPE with DeepSeek-V3's pre-split, the only kind written as GGUF here; "

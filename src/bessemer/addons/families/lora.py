@@ -75,19 +75,19 @@ class LoRAModel(CausalLM):
         super().__init__(inner)
         self.config, self.base = config, base
         for name, parameter in inner.named_parameters():
-            parameter.requires_grad_(_trained(name))
+            parameter.requires_grad_(_is_trained(name))
 
     def adapters(self) -> dict[str, Tensor]:
         """The adapters' weights by the names that peft uses in files."""
         return {
             PREFIX + name.replace(f".{NAME}.weight", ".weight"): parameter.detach()
             for name, parameter in self.inner.named_parameters()
-            if _trained(name)
+            if _is_trained(name)
         }
 
     def frozen(self) -> dict[str, nn.Parameter]:
         named = self.named_parameters(remove_duplicate=False)  # a tied weight has several names
-        return {name: parameter for name, parameter in named if not _trained(name)}
+        return {name: parameter for name, parameter in named if not _is_trained(name)}
 
     @torch.no_grad()
     def merged(self) -> CausalLM:
@@ -155,7 +155,7 @@ def attach(network: LanguageModel, config: LoRAConfig, seed: int, base: Path, st
 
 def describe(model: LoRAModel) -> str:
     """What is trained, in one line, and which matrices "all-linear" leaves out: experts stacked in one parameter."""
-    stacked = sorted({".".join(name.split(".")[-2:]) for name, one in model.frozen().items() if one.dim() == 3})
+    stacked = sorted({".".join(name.split(".")[-2:]) for name, base in model.frozen().items() if base.dim() == 3})
     left = f"; frozen, since stacked: {', '.join(stacked)}" if stacked and model.config.targets == "all-linear" else ""
     trained = sum(tensor.numel() for tensor in model.adapters().values())
     every = sum(parameter.numel() for parameter in model.parameters())
@@ -194,21 +194,23 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
     if values.get("task_type") == LoRAScorer.task and model.head is None:
         model = CausalScorer.of(model, 0)  # its new head is the adapter's
     modules, matrices = {name for name, _ in model.inner.named_modules()}, _matrices(model)
-    for place in places:
-        if place not in modules:
-            raise UserError(f"{adapter} belongs to another base: {base} has no matrix {place}")
-        if place.split(".")[-1] not in matrices:
-            raise UserError(f"{adapter} changes {place}, which is not in the layers of {base}; {ONLY_PEFT}")
-    made = _inject(model, config, places, 0, base, bool(values.get("use_rslora")))
-    own = made.adapters()
+    for module in places:
+        if module not in modules:
+            raise UserError(f"{adapter} belongs to another base: {base} has no matrix {module}")
+        if module.split(".")[-1] not in matrices:
+            raise UserError(f"{adapter} changes {module}, which is not in the layers of {base}; {ONLY_PEFT}")
+    adapted = _inject(model, config, places, 0, base, bool(values.get("use_rslora")))
+    own = adapted.adapters()
     for name in sorted(stored.keys() | own.keys()):
-        here, asked = (str([*one[name].shape]) if name in one else "not there" for one in (stored, own))
-        if here != asked:
-            raise UserError(f"{adapter} does not fit {base}: {name} is {here}, but should be {asked}")
+        present, expected = (
+            str([*tensors[name].shape]) if name in tensors else "not there" for tensors in (stored, own)
+        )
+        if present != expected:
+            raise UserError(f"{adapter} does not fit {base}: {name} is {present}, but should be {expected}")
     for name, tensor in safetensors.torch.load_file(adapter / WEIGHTS).items():
         if not own[name].copy_(tensor).isfinite().all():
             raise UserError(f"{adapter}: {name} has values that are not finite; copy or train the adapter again")
-    made.merged().save(target, tokenizer_dir=base)
+    adapted.merged().save(target, tokenizer_dir=base)
 
 
 def _understood(values: Mapping[str, object], adapter: Path) -> LoRAConfig:
@@ -250,7 +252,7 @@ def _inject(
     return (LoRAScorer if isinstance(model, CausalScorer) else LoRAModel)(model.inner, config, base)
 
 
-def _trained(name: str) -> bool:
+def _is_trained(name: str) -> bool:
     return ".lora_" in name or name.endswith(f"{CausalScorer.head}.weight")
 
 

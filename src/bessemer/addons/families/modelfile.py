@@ -121,7 +121,7 @@ def _parameters(directory: Path, config: dict[str, Any]) -> list[tuple[str, str]
     end = end.get("content") if isinstance(end, dict) else end
     added = {token["id"]: token["content"] for token in read_object(directory / "tokenizer.json")["added_tokens"]}
     ids = advised.get("eos_token_id")
-    ends = dict.fromkeys([end, *(added.get(one) for one in (ids if isinstance(ids, list) else [ids]))])
+    ends = dict.fromkeys([end, *(added.get(token_id) for token_id in (ids if isinstance(ids, list) else [ids]))])
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     sampling |= {key: advised[key] for key in sampling if isinstance(advised.get(key), int | float)}
     if advised.get("do_sample") is False:
@@ -129,5 +129,5 @@ def _parameters(directory: Path, config: dict[str, Any]) -> list[tuple[str, str]
     sampling["repeat_penalty"] = sampling.pop("repetition_penalty") or 1.0
     context = read_object(directory / "config.json").get("max_position_embeddings")
     values = sampling | ({"num_ctx": min(context, MOST_CONTEXT)} if isinstance(context, int) else {})
-    stops = [("stop", f'"{one}"') for one in ends if one]  # a Modelfile has no escapes
+    stops = [("stop", f'"{end}"') for end in ends if end]  # a Modelfile has no escapes
     return stops + [(key, f"{value:g}" if isinstance(value, float) else str(value)) for key, value in values.items()]

@@ -14,10 +14,10 @@ from bessemer.runs.directory import available_runs, read_recipe, stage_folders, 
 from bessemer.runs.files import read_json
 
 
-def model_dir(given: str | Path) -> Path:
+def model_dir(named: str | Path) -> Path:
     """The folder of the model that a user names: a model directory, a stage's folder, RUN/STAGE by the stage's name, or
     a run (the model of its recipe's `main`, otherwise its last finished one that writes text)."""
-    for path in (Path(given), Path("runs") / given):
+    for path in (Path(named), Path("runs") / named):
         if (path.parent / "recipe.toml").is_file() and not path.is_dir():
             stages = {name: folder for _, name, folder in stage_folders(path.parent)}
             if path.name not in stages:
@@ -31,12 +31,12 @@ def model_dir(given: str | Path) -> Path:
             return path / "model"
         if (path / "recipe.toml").is_file():
             return _last_model(path)
-    if str(given) and Path(given).is_dir():
-        inside = sorted(path.name for path in Path(given).iterdir() if not path.name.startswith("."))[:6]
-        raise UserError(f"no model in {given}: no config.json; it holds {', '.join(inside) or 'nothing'}")
-    if Path(given).is_file():
-        raise UserError(f"{given} is a file, not a model directory or a run; {available_runs()}")
-    raise UserError(f"no model or run at {given or '(an empty name)'}; {available_runs()}")
+    if str(named) and Path(named).is_dir():
+        inside = sorted(path.name for path in Path(named).iterdir() if not path.name.startswith("."))[:6]
+        raise UserError(f"no model in {named}: no config.json; it holds {', '.join(inside) or 'nothing'}")
+    if Path(named).is_file():
+        raise UserError(f"{named} is a file, not a model directory or a run; {available_runs()}")
+    raise UserError(f"no model or run at {named or '(an empty name)'}; {available_runs()}")
 
 
 def _last_model(root: Path) -> Path:
@@ -83,7 +83,7 @@ def tokenizer_of_checkpoint(checkpoint: Path) -> Path | None:
     stage = next((folder for folder in above if (folder / "stage.json").is_file()), above[1])
     record = read_json(stage / "stage.json") or {}
     read, origin = record.get("inputs", {}), record.get("identity", {}).get("settings", {}).get("from")
-    stages = sorted(stage_folders(stage.parent), key=lambda one: one[1] != origin)
+    stages = sorted(stage_folders(stage.parent), key=lambda entry: entry[1] != origin)
     models = [folder / "model" for _, name, folder in stages if name in read]
-    places = [stage / "state" / "tokenizer", stage / "model", *models, *sorted(stage.parent.glob("*/tokenizer"))]
-    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+    folders = [stage / "state" / "tokenizer", stage / "model", *models, *sorted(stage.parent.glob("*/tokenizer"))]
+    return next((path for path in folders if (path / "tokenizer.json").is_file()), None)

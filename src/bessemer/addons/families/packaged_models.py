@@ -42,8 +42,8 @@ def known_model(name: str) -> Pretrained:
 def _models() -> dict[str, Pretrained]:
     data = read_registry("bessemer.addons.families")
     return {
-        name: Pretrained(data["package"][one["package"]], one["member"], one["about"])
-        for name, one in data["model"].items()
+        name: Pretrained(data["package"][entry["package"]], entry["member"], entry["about"])
+        for name, entry in data["model"].items()
     }
 
 

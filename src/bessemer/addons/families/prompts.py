@@ -66,9 +66,9 @@ def check_alike(where: str, **texts: object) -> None:
     for name, text in texts.items():
         if not isinstance(text, str | list):
             raise UserError(f"{where}: {name} is {type(text).__name__}; write a string or a list of messages")
-    (one, first), (two, second) = texts.items()
+    (first_name, first), (second_name, second) = texts.items()
     if type(first) is not type(second):
-        text, messages = (one, two) if isinstance(first, str) else (two, one)
+        text, messages = (first_name, second_name) if isinstance(first, str) else (second_name, first_name)
         raise UserError(f"{where}: {text} is a string and {messages} a list of messages; use the same form for both")
 
 

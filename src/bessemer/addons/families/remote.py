@@ -41,15 +41,15 @@ def push(model: Path, card: str, spec: str, private: bool = False) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
         files = {path.relative_to(model): path for path in sorted(model.rglob("*")) if path.is_file()}
-        shown = {place: path for place, path in files.items() if not any(part[0] == "." for part in place.parts)}
-        sent = {place.as_posix(): path for place, path in shown.items() if place.as_posix() != "README.md"}
+        visible = {name: path for name, path in files.items() if not any(part[0] == "." for part in name.parts)}
+        sent = {file.as_posix(): path for file, path in visible.items() if file.as_posix() != "README.md"}
         changes: list[CommitOperationAdd | CommitOperationDelete]
-        changes = [CommitOperationAdd(place, str(path)) for place, path in sent.items()]
+        changes = [CommitOperationAdd(file, str(path)) for file, path in sent.items()]
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
         # weights of an earlier push under names that this one lacks: a reader would take or mix them
         changes += [CommitOperationDelete(old) for old in _weights(api, name, branch) if old not in sent]
-        if _ours_to_write(api, name, branch):
+        if _may_write(api, name, branch):
             changes.append(CommitOperationAdd("README.md", f"{card.rstrip()}\n\n{MARK}\n".encode()))
         done = api.create_commit(name, changes, commit_message="A model, by bessemer push", revision=branch)
         return str(done.commit_url)
@@ -66,7 +66,7 @@ def _weights(api, name: str, branch: str | None) -> list[str]:
     return [file for file in files if "/" not in file and (holds_weights(Path(file)) or file == ADAPTER_CONFIG)]
 
 
-def _ours_to_write(api, name: str, branch: str | None) -> bool:
+def _may_write(api, name: str, branch: str | None) -> bool:
     """Whether the repository has no card except ours. The hub itself creates an empty one for a new repository."""
     from huggingface_hub import hf_hub_download
 
@@ -83,12 +83,12 @@ def pull(spec: str, target: Path) -> str:
     name, revision = address(spec)
     if os.path.lexists(target):
         raise UserError(f"{target} exists already; name a new directory")
-    found = snapshot(name, revision)
-    if not (found / "config.json").is_file():
+    downloaded = snapshot(name, revision)
+    if not (downloaded / "config.json").is_file():
         raise UserError(f"{name} has no config.json, so it is not a model in Hugging Face's format")
     with replacing(target) as fresh:
-        shutil.copytree(found, fresh, dirs_exist_ok=True)  # the cache has links, to files that it may share
-    return found.name
+        shutil.copytree(downloaded, fresh, dirs_exist_ok=True)  # the cache has links, to files that it may share
+    return downloaded.name
 
 
 def snapshot(name: str, revision: str | None, cache: Path | None = None) -> Path:
@@ -96,9 +96,9 @@ def snapshot(name: str, revision: str | None, cache: Path | None = None) -> Path
     with _explained(f"cannot download {HUB}{name}", "the same command downloads what is missing"):
         from huggingface_hub import snapshot_download
 
-        again = f"{CONSOLIDATED}*.safetensors"
+        left_out = f"{CONSOLIDATED}*.safetensors"
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=again, cache_dir=cache)
+            snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=left_out, cache_dir=cache)
         )
 
 

@@ -18,12 +18,14 @@ def longest_text(values: dict[str, Any]) -> int | None:
     text would change those of every sample in its row, and of the keys in a cache.
     """
     tables = [values[key] for key in ("rope_parameters", "rope_scaling") if isinstance(values.get(key), dict)]
-    tables += [one for table in tables for one in table.values() if isinstance(one, dict)]  # by kind of layer
+    tables += [inner for table in tables for inner in table.values() if isinstance(inner, dict)]  # by kind of layer
     limits = [values.get(key) for key in LIMITS if key != "sliding_window" or values.get("use_sliding_window", True)]
     for table in tables:
         if table.get("rope_type", table.get("type")) in ("longrope", "su"):
-            limits += [one.get("original_max_position_embeddings") for one in (values, table)]
-    found = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
-    if found is not None and found > MOST_POSITIONS:
-        raise UserError(f"config.json: {found} is not a plausible context length ({' or '.join(LIMITS)}); correct it")
-    return found
+            limits += [holder.get("original_max_position_embeddings") for holder in (values, table)]
+    shortest = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+    if shortest is not None and shortest > MOST_POSITIONS:
+        raise UserError(
+            f"config.json: {shortest} is not a plausible context length ({' or '.join(LIMITS)}); correct it"
+        )
+    return shortest
