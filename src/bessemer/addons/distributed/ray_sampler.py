@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -24,14 +25,14 @@ from torch import Tensor
 from bessemer import tasks
 from bessemer.addons.accelerate.helpers import Helpers
 from bessemer.addons.distributed import ray_cluster
+from bessemer.addons.distributed.folder_sampling import FolderEngine
 from bessemer.addons.distributed.rank0_sampler import Rank0Sampler
 from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLMSettings, settings_of
-from bessemer.addons.distributed.ray_worker import NewWeights, pack_weights
-from bessemer.addons.distributed.sampler_check import QUESTION, TOKENS, Probe, check, dtype_of, logprobs
+from bessemer.addons.distributed.ray_worker import LOADED, NewWeights, pack_weights
+from bessemer.addons.distributed.sampler_check import Probe, check, dtype_of, logprobs, short_answer
 from bessemer.addons.distributed.worker_pool import RolloutJob, WorkerPool
-from bessemer.config.rl import RLConfig
-from bessemer.config.table import changed
-from bessemer.data.chat import question_ids
+from bessemer.config.rl import RLConfig, RolloutConfig
+from bessemer.config.table import changed, validate
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import GenerationPlan, OnText, Options, Prompt
@@ -45,7 +46,6 @@ from bessemer.rl.sampler import (
     Submit,
     rounding_facts,
 )
-from bessemer.runs.context import StageContext
 from bessemer.train import setup
 from bessemer.workers import Workers, cores
 
@@ -74,16 +74,16 @@ def gpus_of_workers(settings: RaySettings) -> list[str] | None:
     return names[ranks:] if gpus_each else []
 
 
-def _start_pool(name: str, settings: RaySettings, ctx: StageContext, engine: Engine) -> WorkerPool:
-    """The workers of the sampler `name`."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in engine.model.state_dict().values())
-    cluster = ray_cluster.RayCluster(size, gpus_of_workers(settings) if ray_cluster.starts_own() else None)
+def _start_pool(
+    name: str, settings: RaySettings, folder: Path, say: Callable[[str], None], exchanged: int = 0
+) -> WorkerPool:
+    """The workers of the sampler `name`, for the model in `folder`; `exchanged`: bytes of the weights that are handed
+    over."""
+    cluster = ray_cluster.RayCluster(exchanged, gpus_of_workers(settings) if ray_cluster.starts_own() else None)
     try:
         gpus = min(1, cluster.gpus()) if settings.gpus is None else settings.gpus
         vllm = settings if isinstance(settings, VLLMSettings) else DEFAULTS
-        assert ctx.source is not None
-        directory = str((ctx.source / "model").resolve())
-        return WorkerPool(cluster, name, directory, settings.workers, gpus, ctx.say, vllm)
+        return WorkerPool(cluster, name, str(folder.resolve()), settings.workers, gpus, say, vllm)
     except BaseException:
         cluster.close()
         raise
@@ -91,13 +91,13 @@ def _start_pool(name: str, settings: RaySettings, ctx: StageContext, engine: Eng
 
 class RaySampler:
     """`state()` returns the weights by name, `moment()` a value that changes whenever they do, `start()` the pool.
-    `engine` is the trainer's: it plans the batches and runs none."""
+    `engine` is the trainer's: it plans the batches and runs none. A `FolderEngine` stands for weights that stay."""
 
     Settings: type[RaySettings] = RaySettings
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | FolderEngine,
         state: Callable[[], Mapping[str, Tensor]],
         moment: Callable[[], Hashable],
         start: Callable[[], WorkerPool],
@@ -162,9 +162,22 @@ class RaySampler:
             refresh()
             return engine.model.state_dict()
 
+        assert ctx.source is not None
+        size = sum(tensor.numel() * tensor.element_size() for tensor in engine.model.state_dict().values())
+        start = partial(_start_pool, config.rollout.engine, settings, ctx.source / "model", ctx.say, size)
         # every update adds to `trainer.rows`, even one after which the guard goes back to an earlier step
-        start = partial(_start_pool, config.rollout.engine, settings, ctx, engine)
         return cls(engine, state, lambda: trainer.rows, start, workers)
+
+    @classmethod
+    def of_folder(cls, rollout: RolloutConfig, folder: Path, say: Callable[[str], None], where: str) -> RaySampler:
+        """For the model in a directory, whose weights stay; opened."""
+        if not ray_cluster.is_installed():
+            raise ray_cluster.not_installed(rollout.engine)
+        settings = validate(cls.Settings, rollout.settings, where, ": rollout")
+        start = partial(_start_pool, rollout.engine, settings, folder, say)
+        sampler = cls(FolderEngine(folder), dict, lambda: 0, start, settings.workers)
+        sampler.open()
+        return sampler
 
     @staticmethod
     def batch_rows(samples: int, workers: int) -> int:
@@ -180,15 +193,18 @@ class RaySampler:
 
     def open(self) -> None:
         """Starts the workers, and checks on a short answer that they compute what the trainer does."""
-        prompt = question_ids(self.tokenizer, QUESTION)
-        options = Options(max_new_tokens=TOKENS, temperature=1.0, seeds=[0], stop_ids=[])
-        ((answer,),) = self.generate([prompt], **options)
+        if isinstance(self.engine, FolderEngine):
+            self.engine.check(self.generate, self.pool.dtype, "the sampler", self.pool.say)
+            return
+        prompt, answer = short_answer(self.generate, self.tokenizer)
         ids = [*prompt, *answer.tokens]
         trainer = logprobs(self.engine.model, ids)[len(prompt) - 1 :]
         check(answer.logprobs, trainer, (self.pool.dtype, dtype_of(self.engine.model)), "the sampler")
         self._probe = ids
 
     def policy(self) -> Submit:
+        if isinstance(self.engine, FolderEngine):
+            return partial(self._submit, LOADED, None)
         moment, pool = self.moment(), self.pool
         if self._weights is None or self._moment != moment:
             began = time.monotonic()
@@ -204,7 +220,7 @@ class RaySampler:
         return Probe(ids, logprobs(model, ids), dtype_of(model)) if ids else None
 
     def _submit(
-        self, version: int, weights: ObjectRef, prompts: Sequence[Prompt], on_text: OnText | None = None,
+        self, version: int, weights: ObjectRef | None, prompts: Sequence[Prompt], on_text: OnText | None = None,
         **options: Unpack[Options],
     ) -> RaySamples:  # fmt: skip
         rows = self.batch_rows(len(prompts) * options.get("samples", 1), self.workers)
@@ -244,7 +260,8 @@ class VLLMSampler(RaySampler):
     Settings = VLLMSettings
 
     @classmethod
-    def facts(cls, config: RLConfig) -> dict[str, Any]:
+    def check_stage(cls, config: RLConfig) -> None:
+        """UserError for a stage that vLLM cannot sample for."""
         where = f'stage "{config.name}"'
         if episodic := [name for name in (*config.tasks, *config.general_tasks) if tasks.get(name).episodic]:
             raise UserError(
@@ -266,6 +283,10 @@ class VLLMSampler(RaySampler):
                 f"{where}: vLLM rollouts report neither the tokens that top_p leaves nor their log-probabilities; set "
                 'rollout.engine to "ray", or top_p to 1'
             )
+
+    @classmethod
+    def facts(cls, config: RLConfig) -> dict[str, Any]:
+        cls.check_stage(config)
         return {"sampler": "vllm"} | super().facts(config)
 
     @classmethod

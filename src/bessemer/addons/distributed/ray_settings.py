@@ -1,4 +1,4 @@
-"""The settings of the samplers "ray" and "vllm": further keys of a stage's [rollout]."""
+"""The settings of the samplers "ray", "vllm" and "vllm-server": further keys of a stage's [rollout]."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ class VLLMSettings(RaySettings):
 
 
 DEFAULTS = VLLMSettings()
+
+
+class ServerSettings(ConfigTable):
+    url: str
+    """Address of a `vllm serve` that runs already, such as http://127.0.0.1:8000. One that follows updates needs
+    VLLM_SERVER_DEV_MODE=1 in its environment, and --logprobs-mode processed_logprobs for temperatures other than 1."""
 
 
 def settings_of(stage: RLConfig) -> RaySettings:

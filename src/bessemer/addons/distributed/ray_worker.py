@@ -33,6 +33,8 @@ from bessemer.hf.model_directory import load
 from bessemer.train import setup
 
 Kind = Literal["ray", "vllm"]
+LOADED = 0
+"""The version of the weights that a worker loads from its directory."""
 
 
 class PackedTensor(NamedTuple):
@@ -135,8 +137,7 @@ class RolloutWorker:
     def __init__(self, kind: Kind, directory: str, gpus: int, vllm: VLLMSettings = DEFAULTS) -> None:
         self.kind, self.directory, self.gpus, self.vllm = kind, Path(directory), gpus, vllm
         self.engine: WorkerEngine | None = None
-        self.version = 0
-        """Version of the loaded weights; 0 before the first."""
+        self.version = LOADED
 
     def open(self) -> dict[str, str]:
         """Loads the network; returns the node's name, versions, and the dtype in which it computes."""
@@ -146,11 +147,12 @@ class RolloutWorker:
             self.engine = self._make_engine()
         return {**versions(), "node": socket.gethostname(), "dtype": self.engine.dtype}
 
-    def generate(self, version: int, weights: NewWeights, batch: GenerationBatch) -> JobResult:
+    def generate(self, version: int, weights: NewWeights | None, batch: GenerationBatch) -> JobResult:
         """The samples of one batch, from the weights of this version. UserError if the engine did not take them."""
         self.open()
         assert self.engine is not None
         if version != self.version:
+            assert weights is not None
             self.engine.load(unpack_weights(weights.tensors))
             if weights.probe is not None:
                 name = f"the rollout worker on {socket.gethostname()} ({self.kind})"

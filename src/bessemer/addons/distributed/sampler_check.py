@@ -15,11 +15,14 @@ The gap of real samples is a metric of every rollout (rl/sampler_gap, rl/sampler
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from bessemer.data.chat import question_ids
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.generation import Completion, Options
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
 from bessemer.train.loss import token_logprobs
@@ -49,12 +52,22 @@ def dtype_of(model: LanguageModel) -> str:
     return str(model.head_weight.dtype).removeprefix("torch.")
 
 
+def short_answer(
+    generate: Callable[..., list[list[Completion]]], tokenizer: Tokenizer, temperature: float = 1.0
+) -> tuple[list[int], Completion]:
+    """(prompt, the answer that the sampler writes to it), for the check at the start."""
+    prompt = question_ids(tokenizer, QUESTION)
+    options = Options(max_new_tokens=TOKENS, temperature=temperature, seeds=[0], stop_ids=[])
+    ((answer,),) = generate([prompt], **options)
+    return prompt, answer
+
+
 @torch.no_grad()
-def logprobs(model: LanguageModel, ids: Sequence[int]) -> list[float]:
-    """Of every id after the first."""
+def logprobs(model: LanguageModel, ids: Sequence[int], temperature: float = 1.0) -> list[float]:
+    """Of every id after the first, under softmax(logits / temperature)."""
     row_BT = torch.tensor([ids], device=model.embed.weight.device)
     hidden_BTD = model.train_outputs(row_BT, mtp=False).hidden_BTD
-    return token_logprobs(hidden_BTD[0, :-1], model.head_weight, row_BT[0, 1:]).logp.tolist()
+    return token_logprobs(hidden_BTD[0, :-1], model.head_weight, row_BT[0, 1:], temperature).logp.tolist()
 
 
 def check(sampler: Sequence[float], trainer: Sequence[float], dtypes: Sequence[str], sampler_name: str) -> float:

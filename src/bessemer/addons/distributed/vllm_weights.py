@@ -142,12 +142,12 @@ class MappedWeights:
 
 
 class WeightFile:
-    """A model directory in this node's memory. `config`: the model's config.json, which is copied next to the
-    weights."""
+    """A model directory in this node's memory, or in `parent`. `config`: the model's config.json, which is copied next
+    to the weights."""
 
-    def __init__(self, config: Path) -> None:
-        shared = SHARED if Path(SHARED).is_dir() else None
-        self.folder = Path(tempfile.mkdtemp(prefix="bessemer-weights-", dir=shared))
+    def __init__(self, config: Path, parent: Path | None = None) -> None:
+        shared = Path(SHARED) if Path(SHARED).is_dir() else None
+        self.folder = Path(tempfile.mkdtemp(prefix="bessemer-weights-", dir=parent or shared))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         shutil.copy(config, self.folder)
 

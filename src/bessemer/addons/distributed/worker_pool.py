@@ -39,7 +39,7 @@ class RolloutJob:
 
     batch: GenerationBatch
     version: int
-    weights: ObjectRef
+    weights: ObjectRef | None
     result: JobResult | None = None
 
     @property
