@@ -87,7 +87,7 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "KL to the reference (k3, in the loss)": ("return gap.exp() - gap - 1.0", "return -gap"),
     "Mini-batches per rollout": ("for i in order[start : start + size]", "for i in order[:size]"),
     "On policy, every sample used": (
-        "return Rollout(groups, asked, cap, step)",
+        "return Rollout(groups, n_problems, cap, step)",
         "return Rollout(groups[:-1], asked, cap, step)",
     ),
     "Learning rate of RL": ("learning_rate(self.tokens, self.step, ", "learning_rate(self.tokens, 0, "),

@@ -49,8 +49,8 @@ class Toy:
     def run(self, *until: str) -> tuple[int, dict[str, str], str]:
         """(exit status, status of each stage, standard error)."""
         process = self.start(*until)
-        out, said = process.communicate(timeout=60)
-        return process.returncode, json.loads(out) if out.strip() else {}, said
+        out, output = process.communicate(timeout=60)
+        return process.returncode, json.loads(out) if out.strip() else {}, output
 
     def lines(self) -> list[dict]:
         return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]

@@ -111,12 +111,12 @@ def differences(got: dict, expected: dict) -> list[str]:
     facts = [json.loads(found) if isinstance(found := side["metrics"], bytes) else found for side in (got, expected)]
     if len(facts[0]) != len(facts[1]):
         return [*names, f"{len(facts[0])} lines of metrics, not {len(facts[1])}"]
-    for ours, theirs in zip(*facts, strict=True):
-        if ours != theirs:
-            a, b = ours.pop("values"), theirs.pop("values")
+    for ours, reference in zip(*facts, strict=True):
+        if ours != reference:
+            a, b = ours.pop("values"), reference.pop("values")
             return [
                 *names,
-                f"{ours}, not {theirs}",
+                f"{ours}, not {reference}",
                 *(f"{key}: {a.get(key)}, not {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)),
             ]
     return names

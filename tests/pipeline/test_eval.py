@@ -175,10 +175,12 @@ def test_an_evaluation_that_dies_continues_with_the_next_row(done, tmp_path, mon
     stages_run.run(folder / "small.toml", out)
     assert asked[3] == asked[4] and len(asked) == 4 + 5
     for name in ("03-eval/results.json", "metrics.jsonl"):
-        got, expected = ((root / name).read_text() for root in (out, folder / "run"))
+        actual, expected = ((root / name).read_text() for root in (out, folder / "run"))
         if name == "metrics.jsonl":
-            got, expected = ([json.loads(line)["values"] for line in text.splitlines()] for text in (got, expected))
-        assert got == expected, name
+            actual, expected = (
+                [json.loads(line)["values"] for line in text.splitlines()] for text in (actual, expected)
+            )
+        assert actual == expected, name
 
 
 def test_a_model_is_gone_before_the_next_is_loaded(done, tmp_path, monkeypatch):

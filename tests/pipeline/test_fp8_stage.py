@@ -76,7 +76,7 @@ def test_the_formats_are_part_of_a_stage_s_identity(tmp_path):
 def test_fp8_and_compiled_layers_do_not_go_together(tmp_path):
     path = recipe_in(tmp_path)
     path.write_text(path.read_text().replace('compile = "off"', 'compile = "on"'))
-    with pytest.raises(UserError, match='compile = "on" and fp8 cannot be combined; set compile = "off"'):
+    with pytest.raises(UserError, match=r'compile = "on" and fp8 .*compile = "off"'):
         stages_run.run(path, tmp_path / "run")
 
 

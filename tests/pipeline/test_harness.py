@@ -83,8 +83,8 @@ def pairs(engine):
     found += [("the quick  ", "brown fox"), ("the ", "盛钢水"), ("over ", "the")]
     found += [(" ".join(draw.choices(words, k=k)), " lazy dog") for k in (60, 90, 140)]
     asked = [" ".join(draw.choices(words, k=k)) for k in range(1, 25)]
-    said = engine.generate(asked, temperature=0, max_new_tokens=1)
-    for prompt, (answer,) in zip(asked, said, strict=True):
+    output = engine.generate(asked, temperature=0, max_new_tokens=1)
+    for prompt, (answer,) in zip(asked, output, strict=True):
         ids = engine.tokenizer.encode(prompt)
         if engine.tokenizer.encode(prompt + answer.text) == [*ids, *answer.tokens]:
             found.append((prompt, answer.text))
@@ -94,13 +94,13 @@ def pairs(engine):
 def test_loglikelihoods_match_those_of_hflm(engine, theirs):
     ours = BessemerLM(engine)
     asked = pairs(engine)
-    got = ours.loglikelihood(requests("loglikelihood", asked))
+    actual = ours.loglikelihood(requests("loglikelihood", asked))
     expected = theirs.loglikelihood(requests("loglikelihood", asked), disable_tqdm=True)
-    for pair, (logp, greedy), (their_logp, their_greedy) in zip(asked, got, expected, strict=True):
+    for pair, (logp, greedy), (their_logp, their_greedy) in zip(asked, actual, expected, strict=True):
         # float32 through three layers, absorbed against expanded attention: 1e-6 relative to a sum near -20
         assert logp == pytest.approx(their_logp, abs=1e-4), pair
         assert greedy == their_greedy, pair
-    assert any(greedy for _, greedy in got) and not all(greedy for _, greedy in got)
+    assert any(greedy for _, greedy in actual) and not all(greedy for _, greedy in actual)
     assert ours.truncated == 3
 
 
@@ -110,10 +110,10 @@ def test_loglikelihoods_of_a_transformers_model_match_those_of_hflm(tmp_path):
     bos, end = "<|text|>", "<|im_end|>"
     byte_level(folder, bos=bos, bos_token=bos, eos_token=end, pad_token=end)
     asked = requests("loglikelihood", [("the fox", " jumps over"), ("What is 12*3", "+4?"), ("", "yes")])
-    got = BessemerLM(load_engine(folder)).loglikelihood(asked)
-    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", add_bos_token=True)
+    actual = BessemerLM(load_engine(folder)).loglikelihood(asked)
+    reference = HFLM(pretrained=str(folder), device="cpu", dtype="float32", add_bos_token=True)
     for (logp, greedy), (their_logp, their_greedy) in zip(
-        got, theirs.loglikelihood(asked, disable_tqdm=True), strict=True
+        actual, reference.loglikelihood(asked, disable_tqdm=True), strict=True
     ):
         assert logp == pytest.approx(their_logp, abs=1e-4) and greedy == their_greedy
 
@@ -194,13 +194,13 @@ def test_generations_match_those_of_hflm(engine, theirs):
     contexts = ["the quick", "two and", "盛钢", "lazy dog jumps over the", "fox " * 120]
     asked = requests("generate_until", [(context, kinds[i % 3]) for i, context in enumerate(contexts * 3)])
     ours = BessemerLM(engine)
-    got = ours.generate_until(asked)
+    actual = ours.generate_until(asked)
     # one at a time: padding on the left would shift the reference's positions
     expected = [theirs.generate_until([one], disable_tqdm=True)[0] for one in asked]
-    assert got == expected and len(set(got)) > 5
+    assert actual == expected and len(set(actual)) > 5
     assert ours.truncated == 3
     full = ours.generate_until(requests("generate_until", [(one.args[0], {"max_gen_toks": 7}) for one in asked[2::3]]))
-    assert got[2::3] == [text.split("w")[0] for text in full] != full
+    assert actual[2::3] == [text.split("w")[0] for text in full] != full
 
 
 @pytest.mark.parametrize(
@@ -226,10 +226,10 @@ def own_tasks(tmp_path_factory, engine):
     draw = random.Random(3)
     questions = [" ".join(draw.choices(WORDS, k=draw.randint(3, 8))) for _ in range(20)]
     choices = [{"q": f"the {q}", "choices": draw.sample(WORDS, 4), "gold": draw.randrange(4)} for q in questions]
-    said = engine.generate([f"Q: {q}\nA:" for q in questions], temperature=0, max_new_tokens=6)
+    output = engine.generate([f"Q: {q}\nA:" for q in questions], temperature=0, max_new_tokens=6)
     golds = [
         {"q": q, "a": answer.text.strip() if i % 2 else "never said"}
-        for i, (q, (answer,)) in enumerate(zip(questions, said, strict=True))
+        for i, (q, (answer,)) in enumerate(zip(questions, output, strict=True))
     ]
     for name, rows in (("choices", choices), ("golds", golds)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -302,7 +302,7 @@ def test_the_chat_template_is_applied_and_a_question_cannot_write_a_turn(directo
     assert lm._context(text) == ids and lm._pair(text, " 4").context == ids
     assert ids.count(tokenizer.special_id("<｜Assistant｜>")) == 1
     assert lm._context(text + "so") == ids + tokenizer.encode("so"), "a prefix that the task gives the answer"
-    with pytest.raises(UserError, match="does not begin with the model's chat template"):
+    with pytest.raises(UserError, match="chat template"):
         lm._context("2+2?")
     (row,) = lm_eval_model.evaluate(lambda: engine, ["own_gold"], include=own_tasks, limit=2, chat=True)
     assert row["n"] == 2

@@ -176,8 +176,8 @@ def done(tmp_path_factory):
     chatml = directory(folder / "chatml", "llama-tied", houses.byte_level)
     llama3 = directory(folder / "llama3", "qwen2", houses.llama3)
     path = folder / "foreign.toml"
-    said = ("It is a good question.", "What a stupid thing!")
-    lines = [{"prompt": f"Say {n}.", "chosen": said[0], "rejected": said[1]} for n in range(60)]
+    output = ("It is a good question.", "What a stupid thing!")
+    lines = [{"prompt": f"Say {n}.", "chosen": output[0], "rejected": output[1]} for n in range(60)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     path.write_text(RECIPE.format(chatml=chatml, llama3=llama3, coin=rl_stage.COIN_TERM, pairs=folder / "pairs.jsonl"))
     return folder, stages_run.run(path, folder / "run")
@@ -206,12 +206,12 @@ def test_the_result_is_a_plain_directory_with_the_system_message(done):
     model_dir = folder / "run" / "04-rl" / "model"
     tok = transformers.AutoTokenizer.from_pretrained(model_dir)
     asked = [{"role": "user", "content": "Compute 1+2+3."}]
-    said = tok.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    output = tok.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     turns = ("system\nBe brief.<|im_end|>", "user\nCompute 1+2+3.<|im_end|>", "assistant")
-    assert said == "".join(f"<|im_start|>{turn}\n" for turn in turns)
+    assert output == "".join(f"<|im_start|>{turn}\n" for turn in turns)
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     ours, _ = setup.load_model(model_dir)
-    ids = torch.tensor([tok(said)["input_ids"]])
+    ids = torch.tensor([tok(output)["input_ids"]])
     assert torch.equal(model(input_ids=ids).logits, ours.inner(input_ids=ids).logits)
     before = load_file(folder / "run" / "03-sft" / "model" / "model.safetensors")
     after = load_file(model_dir / "model.safetensors")
@@ -258,12 +258,12 @@ def test_low_rank_stages_export_adapters_and_end_with_the_same_bits_after_a_stop
     for stage, base in (("06-student", "05-other"), ("08-low-rank", "06-student"), ("11-distill", "09-plain")):
         config = json.loads((run / stage / "adapter" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(run / base / "model") and config["peft_type"] == "LORA"
-        theirs = peft.PeftModel.from_pretrained(
+        reference = peft.PeftModel.from_pretrained(
             transformers.AutoModelForCausalLM.from_pretrained(run / base / "model"), run / stage / "adapter"
         )
         model, _ = setup.load_model(run / stage / "model")
         ids = torch.tensor([[5, 8, 13, 21]])
-        torch.testing.assert_close(theirs(input_ids=ids).logits, model.inner(input_ids=ids).logits)
+        torch.testing.assert_close(reference(input_ids=ids).logits, model.inner(input_ids=ids).logits)
         assert call("convert", run / stage / "adapter", tmp_path / stage)[0] == 0
         merged = (tmp_path / stage / "model.safetensors").read_bytes()
         assert merged == (run / stage / "model" / "model.safetensors").read_bytes()
@@ -300,15 +300,15 @@ def test_a_low_rank_reward_model_reads_the_model_s_own_template_and_is_read_by_t
     items = [("Say 500.", "It is a good question."), ("Say 500.", "What a stupid thing!")]
     good, bad = model.score(items)
     assert good > bad and 0.3 < good < 1.7
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(directory)
+    reference = transformers.AutoModelForSequenceClassification.from_pretrained(directory)
     tok = transformers.AutoTokenizer.from_pretrained(directory)
     texts = [[{"role": "user", "content": one}, {"role": "assistant", "content": other}] for one, other in items]
     batch = tok(tok.apply_chat_template(texts, tokenize=False), padding=True, return_tensors="pt")
-    scores = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten().tolist()
+    scores = reference(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten().tolist()
     assert [model.scale(score) for score in scores] == pytest.approx([good, bad], abs=1e-4)
     over = peft.PeftModel.from_pretrained(
         transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder / "run" / "01-import" / "model", num_labels=1, pad_token_id=theirs.config.pad_token_id
+            folder / "run" / "01-import" / "model", num_labels=1, pad_token_id=reference.config.pad_token_id
         ),
         folder / "run" / "12-judged" / "adapter",
     )

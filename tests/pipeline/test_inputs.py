@@ -174,8 +174,8 @@ def test_other_dates_unread_files_and_data_that_was_removed_change_nothing(own):
 def test_reuse_takes_no_stage_whose_files_have_changed(own, tmp_path, capsys):
     lines(own.folder / "q.jsonl", {"question": "What is 2 + 3?", "answer": "5"})
     assert own.run(out=tmp_path / "new", reuse=own.out) == ["eval"]
-    said = capsys.readouterr().err
-    assert "eval: q.jsonl changed since the run of 20" in said and f"not taken from {own.out}" in said
+    output = capsys.readouterr().err
+    assert "eval: q.jsonl changed since the run of 20" in output and f"not taken from {own.out}" in output
 
 
 def test_an_address_on_the_hub_keeps_its_commit_in_a_run(own, tmp_path, monkeypatch, capsys):

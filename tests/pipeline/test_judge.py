@@ -150,7 +150,7 @@ def test_only_answers_that_could_be_kept_are_judged(tmp_path):
 
 
 def test_a_judge_with_nothing_to_judge_and_one_without_its_key_are_refused(model, tmp_path):
-    with pytest.raises(UserError, match="judge has no effect: no problem has a reference answer"):
+    with pytest.raises(UserError, match=r"judge has no effect: .*reference"):
         stages_run.run(write(tmp_path, model, BY_STAGE), tmp_path / "run", 'reject.tasks=["arithmetic"]')
     keyed = 'judge = { url = "https://h.example/v1", served_model = "m", api_key_env = "NO_SUCH_KEY" }'
     with pytest.raises(UserError, match="NO_SUCH_KEY of judge"):

@@ -104,8 +104,8 @@ def base(tmp_path_factory):
     turns = ((f"{n} + 1 =", str(n + 1)) for n in range(80))
     talks = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in turns]
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    said = {"chosen": "It is a good question.", "rejected": "What a stupid thing!"}
-    answers = {key: f"<think>\n</think>\n\n{text}" for key, text in said.items()}
+    output = {"chosen": "It is a good question.", "rejected": "What a stupid thing!"}
+    answers = {key: f"<think>\n</think>\n\n{text}" for key, text in output.items()}
     pairs = "".join(json.dumps({"prompt": f"Say {n}.", **answers}) + "\n" for n in range(60))
     (folder / "pairs.jsonl").write_text(pairs)
     more, rl = MORE.format(talks=folder / "talks.jsonl"), after.partition("[[stage]]")[0]
@@ -138,8 +138,8 @@ def start(base, out, *more, environment=None, until="pretrain"):
 
 
 def finished(process, seconds=120):
-    _, said = process.communicate(timeout=seconds)
-    return process.returncode, said
+    _, output = process.communicate(timeout=seconds)
+    return process.returncode, output
 
 
 def figures(out, stage, key):
@@ -214,16 +214,18 @@ def test_a_hung_rank_is_named_and_takes_nothing_with_it(base, out):
     line = hang(process, 1)
     words = r"rank 0 has waited \d+ s for .* from rank 1 in step \d+; rank 1 has not reported for \d+ s, last"
     assert re.search(words, line), line
-    status, said = finished(process)
-    assert status == 0, said
-    assert "rank 0 waited too long for another rank; restarting all ranks" in said
-    assert "resuming at step" in said and "2 ranks: pp 2 x dp 1 x ep 1\n" in said
-    assert "schedule: dualpipe, 1f1b for steps of fewer than 4 micro-batches" in said
-    assert "Traceback" not in said
+    status, output = finished(process)
+    assert status == 0, output
+    assert "rank 0 waited too long for another rank; restarting all ranks" in output
+    assert "resuming at step" in output and "2 ranks: pp 2 x dp 1 x ep 1\n" in output
+    assert "schedule: dualpipe, 1f1b for steps of fewer than 4 micro-batches" in output
+    assert "Traceback" not in output
     same_curve(losses(out), losses(base / "one"))
     for name in ("model", "model-ema"):
-        theirs, ours = (deepseek.load(root / "02-pretrain" / name).state_dict() for root in (out, base / "one"))
-        assert all((theirs[n] - t).norm() <= 0.05 * t.norm() + 1e-3 for n, t in ours.items() if "bias_E" not in n), name
+        reference, ours = (deepseek.load(root / "02-pretrain" / name).state_dict() for root in (out, base / "one"))
+        assert all((reference[n] - t).norm() <= 0.05 * t.norm() + 1e-3 for n, t in ours.items() if "bias_E" not in n), (
+            name
+        )
         assert {path.name for path in (out / "02-pretrain" / name).iterdir()} == {
             path.name for path in (base / "one" / "02-pretrain" / name).iterdir()
         }
@@ -235,12 +237,12 @@ def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out, tmp_path, call)
     process = start(base, out, *SHORT, "--set", "layout.ep=2")
     wait_for_step(out, 8)
     process.send_signal(signal.SIGTERM)
-    status, said = finished(process)
-    assert status == 130, said
-    assert f'stopped in stage "pretrain"; nothing is lost; continue with: bessemer run {out}/recipe.toml' in said
+    status, output = finished(process)
+    assert status == 130, output
+    assert f'stopped in stage "pretrain"; nothing is lost; continue with: bessemer run {out}/recipe.toml' in output
     done = max(losses(out))
-    status, said = finished(start(base, out, *SHORT))
-    assert status == 0 and f"resuming at step {done}," in said
+    status, output = finished(start(base, out, *SHORT))
+    assert status == 0 and f"resuming at step {done}," in output
     same_curve(losses(out), losses(base / "one"))
     consolidated(out, tmp_path, call)
 
@@ -251,12 +253,12 @@ def consolidated(out, folder, call):
     for more in ((), ("--no-mtp",)):
         made = folder / "".join(["model", *more])  # convert never overwrites a model
         assert call("convert", last, made, *more)[0] == 0
-        wanted, found = (deepseek.load(path).state_dict() for path in (out / "02-pretrain" / "model", made))
-        assert all(torch.equal(wanted[name], value) for name, value in found.items())
+        expected, found = (deepseek.load(path).state_dict() for path in (out / "02-pretrain" / "model", made))
+        assert all(torch.equal(expected[name], value) for name, value in found.items())
         assert any(name.startswith("mtp") for name in found) == (not more)
     assert (folder / "model" / "tokenizer.json").is_file()
-    status, _, said = call("convert", last, folder / "x", "--to", "gguf")
-    assert status == 2 and "convert it to a model directory first" in said
+    status, _, output = call("convert", last, folder / "x", "--to", "gguf")
+    assert status == 2 and "convert it to a model directory first" in output
 
 
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -270,10 +272,10 @@ def test_without_an_agent_the_rank_that_is_left_names_the_one_that_died(base, ou
     wait_for_step(out, 4)
     ranks[killed].kill()
     began = time.monotonic()
-    status, said = finished(ranks[1 - killed])
+    status, output = finished(ranks[1 - killed])
     finished(ranks[killed])
-    assert status == watchdog.LOST and time.monotonic() - began < 20, said
-    assert said.count("error:") == 1 and f"error: lost rank {killed} (" in said and "Traceback" not in said
+    assert status == watchdog.LOST and time.monotonic() - began < 20, output
+    assert output.count("error:") == 1 and f"error: lost rank {killed} (" in output and "Traceback" not in output
 
 
 def same_after_rl(out, base):
@@ -283,8 +285,8 @@ def same_after_rl(out, base):
     for key in ("train/loss", "train/grad_norm", "distill/accuracy", "distill/heldout_pass_at_1"):
         same_curve(figures(out, "taught", key), figures(base / "one", "taught", key))
     for name in AFTER_RL:
-        mine, theirs = ({path.name for path in (root / name / "model").iterdir()} for root in (out, base / "one"))
-        assert mine == theirs
+        mine, reference = ({path.name for path in (root / name / "model").iterdir()} for root in (out, base / "one"))
+        assert mine == reference
 
 
 def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
@@ -294,8 +296,8 @@ def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
     process = start(base, out, *SHORT, "--set", "layout.pp=2", until="taught")
     wait_for_step(out, 2, "zero")
     os.kill(rank_of(process, 1), signal.SIGKILL)
-    status, said = finished(process)
-    assert status == 0 and "rank 1 was killed by SIGKILL; restarting all ranks" in said, said
+    status, output = finished(process)
+    assert status == 0 and "rank 1 was killed by SIGKILL; restarting all ranks" in output, output
     same_curve(losses(out, "sft"), losses(base / "one", "sft"))
     kept = (
         "rl/kept_tokens",
@@ -323,9 +325,11 @@ def test_begun_on_one_process_and_gone_on_with_on_two_and_then_under_torchrun(ba
     process = start(base, out, *SHORT, "--processes", "2")
     wait_for_step(out, 10)
     process.send_signal(signal.SIGINT)
-    status, said = finished(process)
-    assert status == 130 and said.startswith("2 processes on this machine (--processes 2)\n"), said
-    assert "2 ranks: pp 1 x dp 2 x ep 1\n" in said and said.count("nothing is lost") == 1 and "Traceback" not in said
+    status, output = finished(process)
+    assert status == 130 and output.startswith("2 processes on this machine (--processes 2)\n"), output
+    assert (
+        "2 ranks: pp 1 x dp 2 x ep 1\n" in output and output.count("nothing is lost") == 1 and "Traceback" not in output
+    )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = [*torchrun, "-m", "bessemer", *command(base, out, *SHORT, "--set", "layout.cp=2", until="taught")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -366,5 +370,5 @@ def together(base, out, *overrides):
 def test_all_ranks_refuse_and_one_says_why(base, out, overrides, words):
     ended = together(base, out, *overrides)
     assert [status for status, _ in ended] == [2, 2]
-    said = "".join(said for _, said in ended)
-    assert said.count("error: ") == 1 and words in said, said
+    output = "".join(output for _, output in ended)
+    assert output.count("error: ") == 1 and words in output, output

@@ -252,8 +252,8 @@ def test_one_fault_of_two_stages_is_one_line(folder):
     (folder / "others.jsonl").write_text("{}\n")
     with pytest.raises(UserError) as raised:
         preflight.check(recipe(folder), folder, ["collect", "dev"])
-    said = str(raised.value).splitlines()
-    assert [line.partition(": ")[2].partition(":")[0] for line in said] == ["others_data", "data"]
+    output = str(raised.value).splitlines()
+    assert [line.partition(": ")[2].partition(":")[0] for line in output] == ["others_data", "data"]
     gone = recipe(folder, 'collect.tasks=["jsonl:gone"]', 'r1.tasks=["jsonl:gone"]')
     with pytest.raises(UserError, match=r'^stages "collect", "r1": tasks: .*no file or directory') as raised:
         preflight.check(gone, folder, ["collect", "r1"])
@@ -275,12 +275,12 @@ def test_every_fault_at_once_from_the_command_line(folder, monkeypatch, capsys):
             code = done.code
         return code, capsys.readouterr().out
 
-    code, said = call()
-    assert not code and "no fault found" in said and "4 pairs" in said
+    code, output = call()
+    assert not code and "no fault found" in output and "4 pairs" in output
     (folder / "pairs.jsonl").unlink()
-    code, said = call("--set", "eval.problems=4", "--set", "dev.row_length=512")
+    code, output = call("--set", "eval.problems=4", "--set", "dev.row_length=512")
     assert code == 2
-    assert all(f"\n{name}: " in said for name in ("helpful", "eval", "dev"))
-    code, said = call("--json")
-    stages = {stage["name"]: stage for stage in json.loads(said)["stages"]}
+    assert all(f"\n{name}: " in output for name in ("helpful", "eval", "dev"))
+    code, output = call("--json")
+    stages = {stage["name"]: stage for stage in json.loads(output)["stages"]}
     assert code == 2 and len(stages["helpful"]["faults"]) == 1 and not stages["dev"]["faults"]

@@ -44,9 +44,9 @@ def test_a_stage_that_knows_no_total_shows_no_time():
 def test_rl_counts_rollouts_and_says_which_accuracy_is_which(tmp_path, capsys):
     stage = rl_stage.Stage(rl_stage.write_base(tmp_path / "base"), tmp_path / "run", "rollouts=2", "heldout.every=1")
     run = stage.run()
-    said = [line for line in capsys.readouterr().err.splitlines() if "held-out" in line]
+    output = [line for line in capsys.readouterr().err.splitlines() if "held-out" in line]
     begins = [f"rollout {n} of 2, step {2 * n}: held-out (2 problems x 4)" for n in range(3)]
-    assert len(said) == 3 and all(line.startswith(begin) for line, begin in zip(said, begins, strict=True)), said
+    assert len(output) == 3 and all(line.startswith(begin) for line, begin in zip(output, begins, strict=True)), output
     assert run.summary.keys() == {"steps", "last_rollout_accuracy", "heldout_accuracy"}
 
 

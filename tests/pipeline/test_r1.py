@@ -249,7 +249,7 @@ def test_logits_of_two_tokenizers_cannot_be_compared(chain, tmp_path):
     done = json.loads((other / "11-distilled" / "done.json").read_text())
     tokenizer.save(spec.parent)
     _record(other / "11-distilled", done)
-    with pytest.raises(UserError, match="different tokenizers, so their distributions cannot be compared"):
+    with pytest.raises(UserError, match="different tokenizers"):
         stages_run.run(recipe, other)
 
 
@@ -270,7 +270,7 @@ def test_a_student_recomputes_what_the_layout_says(chain, tmp_path, monkeypatch)
 def test_teachers_of_two_forms_are_refused(chain, tmp_path):
     recipe, out, _ = chain
     other = stages_run.copy_without(out, tmp_path / "out", "12-logits", "13-eval")
-    with pytest.raises(UserError, match='teacher "zero" answers in the form zero, "r1" in r1; use one form for all'):
+    with pytest.raises(UserError, match=r'"zero" .*form zero, "r1" in r1'):
         stages_run.run(recipe, other, 'logits.teachers={countdown="zero"}')
 
 

@@ -206,8 +206,8 @@ def test_every_number_has_its_source():
     asked = {stage["name"]: stage.get("problems") for stage in tomllib.loads(text)["stage"]}
     assert [asked[name] for name in ("maths", "code", "stem", "logic")] == [26_000, 25_000, 22_000, 15_000]
     most = {stage["name"]: stage["problems"] * stage["keep"] for stage in map(dict, _complete(text)) if "keep" in stage}
-    wanted = {"maths": 395_285, "code": 211_129, "stem": 10_124, "logic": 10_395}
-    assert all(wanted[name] <= most[name] < 3 * wanted[name] for name in wanted)
+    expected = {"maths": 395_285, "code": 211_129, "stem": 10_124, "logic": 10_395}
+    assert all(expected[name] <= most[name] < 3 * expected[name] for name in expected)
 
 
 def _complete(text):

@@ -69,8 +69,8 @@ def test_points_may_jump_and_may_be_a_number():
 def test_a_point_may_be_reached_by_a_cosine():
     """Against the formula. A schedule without a cosine is written, and thus fingerprinted, as it used to be."""
     lr = Points([["10", 3.0], ["30", 1.0, "cosine"], ["50", 2.0]])
-    wanted = [1.0 + (1 + math.cos(math.pi * (at - 10) / 20)) for at in range(10, 31)]
-    assert [lr(at) for at in range(10, 31)] == pytest.approx(wanted, rel=1e-12)
+    expected = [1.0 + (1 + math.cos(math.pi * (at - 10) / 20)) for at in range(10, 31)]
+    assert [lr(at) for at in range(10, 31)] == pytest.approx(expected, rel=1e-12)
     assert (lr(0), lr(40), lr(99)) == (3.0, 1.5, 2.0)
     assert lr.plain() == [[10, 3.0], [30, 1.0, "cosine"], [50, 2.0]] and Points(lr.plain()) == lr == Points(lr)
     straight = Points([["10", 3.0], ["30", 1.0], ["50", 2.0]])
@@ -101,7 +101,7 @@ def test_points_refused(points, words):
 
 
 def test_steps_have_no_cosine():
-    with pytest.raises(UserError, match="point 2: these values change in steps"):
+    with pytest.raises(UserError, match=r"point 2: .*in steps"):
         Steps([["0", 128], ["2M", 256, "cosine"]])
 
 

@@ -88,9 +88,9 @@ def test_controls_keep_wrong_answers_or_all():
 
 
 def test_r1_form_has_its_thoughts_apart_and_still_counts_as_right():
-    thoughts, said = reject.written(sampled("  1+2=3:9 low "), "r1").split("\n\n")
+    thoughts, output = reject.written(sampled("  1+2=3:9 low "), "r1").split("\n\n")
     assert thoughts == "<think>\n1+2=3:9 low\n</think>"
-    assert said in {sentence.format(right_answer()) for sentence in worked.SUMMARIES["en"]}
+    assert output in {sentence.format(right_answer()) for sentence in worked.SUMMARIES["en"]}
     for language, sentences in worked.SUMMARIES.items():
         seen = set()
         for index in range(40):
@@ -197,7 +197,7 @@ stages_run.run(Path({str(folder / "small.toml")!r}), Path({str(out)!r}))
 
 def test_nothing_kept_is_an_error_that_says_why(done):
     folder, _ = done
-    with pytest.raises(UserError, match=r"none of 32 answers was kept \(cut 32\)\. Start from a better model"):
+    with pytest.raises(UserError, match=r"none of 32 .*\(cut 32\)"):
         stages_run.run(folder / "small.toml", folder / "run", "reject.max_new_tokens=2", "reject.problems=2")
 
 

@@ -172,19 +172,19 @@ def test_a_stop_leaves_no_traceback(whole, call, monkeypatch):
 
 def test_replayable_steps_are_listed(whole, tmp_path):
     root, _ = whole
-    with pytest.raises(UserError, match="has made 8 steps so far; there is no step 9"):
+    with pytest.raises(UserError, match=r"8 steps .*no step 9"):
         replay(root, "zero", 9)
-    with pytest.raises(UserError, match='only keys of "zero" affect its replay'):
+    with pytest.raises(UserError, match='only keys of "zero"'):
         replay(root, "zero", 5, changes=["pretrain.lr=1"])
-    with pytest.raises(UserError, match='"pretrain" is of kind pretrain; name a stage of kind rl as RUN/STAGE: zero'):
+    with pytest.raises(UserError, match=r'"pretrain" .*RUN/STAGE: zero'):
         replay(root, "pretrain", 5)
     root = tmp_path / "run"
     shutil.copytree(whole[0], root)
     slow(root, 400)
-    with pytest.raises(UserError, match=r"steps from 5 on.*--from-start recomputes the 1 rollouts .* 6m 40s"):
+    with pytest.raises(UserError, match=r"from 5 on.*--from-start .*1 rollouts .* 6m 40s"):
         replay(root, "zero", 3)
     shutil.rmtree(root / "03-zero" / "state")  # as in a stage taken from another run
-    with pytest.raises(UserError, match=r"\(no checkpoint is there\); --from-start recomputes the 2 rollouts"):
+    with pytest.raises(UserError, match=r"no checkpoint.*--from-start .*2 rollouts"):
         replay(root, None, 5)
     found = replay(root, None, 5, from_start=True)
     assert (found.begun, found.again) == (0, 2) and found.differences() == [{}]

@@ -90,7 +90,7 @@ def recipe(folder, reward=REWARD):
     """A recipe of base and reward models; judged answers from files are easy to tell apart, made ones are not."""
     path = stages_run.write_recipe(folder)
     head = path.read_text().split('[[stage]]\nkind = "corpus"')[0]
-    good, bad = (f"<think>\n</think>\n\n{said}" for said in ("It is a good question.", "What a stupid thing!"))
+    good, bad = (f"<think>\n</think>\n\n{output}" for output in ("It is a good question.", "What a stupid thing!"))
     labels = [{"prompt": f"Say {n}.", "response": bad if n % 2 else good, "safe": n % 2 == 0} for n in range(160)]
     pairs = [{"prompt": f"Say {n}.", "chosen": good, "rejected": bad} for n in range(160)]
     pairs[::4] = map(formats.conversational, pairs[::4])  # TRL's form; one of them has earlier turns
@@ -143,7 +143,7 @@ def test_what_it_leaves_is_a_reward_model_on_its_scale(done):
         model = RewardModel.load(directory)
         assert model.aim == name and Tokenizer.load(directory).chat_style == "r1"
         good, bad, thought = model.score(
-            [("Say 500.", f"<think>\n{thought}\n</think>\n\n{said}") for thought, said in SAID]
+            [("Say 500.", f"<think>\n{thought}\n</think>\n\n{output}") for thought, output in SAID]
         )
         assert good > bad and 0.3 < good < 1.7 and -0.7 < bad < 0.7
         assert (abs(thought - good) < 1e-5) == (name == "helpful"), "only the harmless one reads thoughts"

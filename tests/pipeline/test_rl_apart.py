@@ -97,23 +97,23 @@ def alone(base, tmp_path_factory):
 @pytest.mark.parametrize("layout", ["layout.dp=2", "layout.pp=2", "layout.ep=2"])
 def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, tmp_path, layout):
     values, whole, _ = alone
-    found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, layout))
-    close(found[0][0], values)
+    results = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, layout))
+    close(results[0][0], values)
     for number, rows in enumerate(whole):
-        one, other = (held[number] for _, held, _ in found)
+        one, other = (held[number] for _, held, _ in results)
         assert [n for n, *_ in one] == [n for n, *_ in other] == [n for n, *_ in rows]
         assert all(a != b for (_, a, _), (_, b, _) in zip(one, other, strict=True)), "each is on one rank"
         assert all(here or not text for _, here, text in [*one, *other])
         assert 0 < sum(here for _, here, _ in one) < len(rows)
-    rows, moved = sum(map(len, whole)), sum(sent for *_, sent in found)
+    rows, moved = sum(map(len, whole)), sum(sent for *_, sent in results)
     assert 0 < moved <= rows and (moved == rows or layout != "layout.pp=2"), "each goes once to each that trains it"
 
 
 @pytest.mark.parametrize("change", [f"zero.{rl_stage.COIN}", f"zero.{rl_stage.AHEAD}", 'zero.hooks=["export-samples"]'])
 def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
-    found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, "layout.dp=2", change))
-    assert all(here for _, held, _ in found for rows in held for _, here, _ in rows)
-    assert all(sent == 0 for *_, sent in found)
+    results = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, "layout.dp=2", change))
+    assert all(is_here for _, held, _ in results for rows in held for _, is_here, _ in rows)
+    assert all(sent == 0 for *_, sent in results)
 
 
 @pytest.mark.parametrize(

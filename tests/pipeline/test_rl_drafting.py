@@ -76,8 +76,8 @@ def test_every_depth_is_measured(base, tmp_path, monkeypatch, kind):
 
 
 def test_training_modules_that_do_not_exist_is_reported(base, tmp_path):
-    said = []
+    output = []
     settings = rl_stage.Stage(base, tmp_path / "run", "mtp=trained").recipe.stage("zero")
     model = deepseek.load(with_modules(base, tmp_path / "none", 0) / "model")
-    assert drafting.prepare(model, settings, said.append) == 0.0
-    assert any("warning" in line and "mtp" in line for line in said)
+    assert drafting.prepare(model, settings, output.append) == 0.0
+    assert any("warning" in line and "mtp" in line for line in output)

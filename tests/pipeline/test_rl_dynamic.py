@@ -58,36 +58,36 @@ def rounds(generator, number):
 @pytest.mark.parametrize("number", [0, 3])
 def test_one_round_takes_every_group_in_the_order_of_its_problems(generator, number):
     """Exactly a rollout without dynamic sampling: one window, its seed, dead groups kept."""
-    made = generator(COIN)
-    taken = made.rollout(number, 12, 0)
+    source = generator(COIN)
+    taken = source.rollout(number, 12, 0)
     groups, asked = taken.groups, taken.n_problems
-    (expected,) = rounds(made, number)
+    (expected,) = rounds(source, number)
     assert facts(groups) == facts(expected) and asked == 4
     task = tasks.get("arithmetic")
     assert ids(groups) == [task.problem("train", 4 * number + n, 7).id for n in range(4)]
 
 
 def test_groups_with_differing_rewards_come_first_and_no_extra_round_is_sampled(generator):
-    made = generator(COIN, "max_resamples=6", "prompts_per_rollout=2")
+    source = generator(COIN, "max_resamples=6", "prompts_per_rollout=2")
     needed = set()
     for number in range(8):
-        taken = made.rollout(number, 12, 0)
+        taken = source.rollout(number, 12, 0)
         groups, asked = taken.groups, taken.n_problems
-        every = rounds(made, number)
-        wanted, count = [], 0
-        while len(wanted) < 2 and count < 6:
-            wanted += [group for group in every[count] if alive(group)]
+        every = rounds(source, number)
+        expected, count = [], 0
+        while len(expected) < 2 and count < 6:
+            expected += [group for group in every[count] if alive(group)]
             count += 1
-        assert facts(groups) == facts(wanted[:2]), "the living, in the order they were asked"
+        assert facts(groups) == facts(expected[:2]), "the living, in the order they were asked"
         assert asked == 2 * count
         needed.add(count)
     assert len(needed) > 1 and max(needed) < 6, "some rollouts need more rounds than others"
 
 
 def test_too_few_living_are_filled_up_with_dead_ones(generator):
-    made = generator(COIN, "max_resamples=2", "prompts_per_rollout=6")
+    source = generator(COIN, "max_resamples=2", "prompts_per_rollout=6")
     for number in range(10):
-        taken = made.rollout(number, 12, 0)
+        taken = source.rollout(number, 12, 0)
         groups, asked = taken.groups, taken.n_problems
         found = [alive(group) for group in groups]
         assert len(groups) == 6 and found == sorted(found, reverse=True)
@@ -100,37 +100,37 @@ def test_too_few_living_are_filled_up_with_dead_ones(generator):
 def test_general_prompts_have_their_share_of_a_rollout_and_no_more(generator):
     """Later rounds look only for problems of the tasks, as many as the first; general groups count even if dead."""
     given = ('general.tasks=["general"]', "general.prompts=2", "general.start=1", "prompts_per_rollout=5")
-    made = generator(COIN, "max_resamples=4", *given)
-    assert not made.candidates(0, 0)[0]
+    source = generator(COIN, "max_resamples=4", *given)
+    assert not source.candidates(0, 0)[0]
     asked = []
     for number in range(1, 8):
-        general, first = made.candidates(number, 0)
-        assert len(general) == 2 and len(first) == 3 and not made.candidates(number, 1)[0]
-        taken = made.rollout(number, 12, 0)
+        general, first = source.candidates(number, 0)
+        assert len(general) == 2 and len(first) == 3 and not source.candidates(number, 1)[0]
+        taken = source.rollout(number, 12, 0)
         assert ids(taken.groups)[:2] == [problem.id for _, problem in general]
         assert len(taken.groups) == 5 and all(name.startswith("arithmetic") for name in ids(taken.groups)[2:])
         asked.append((taken.n_problems - 2) // 3)
         assert taken.n_problems == 2 + 3 * asked[-1] and (asked[-1] == 4 or all(map(alive, taken.groups[2:])))
-        assert {group[0].problem.id for group in taken.groups} <= made.candidates_by_id(number).keys()
+        assert {group[0].problem.id for group in taken.groups} <= source.candidates_by_id(number).keys()
     assert len(set(asked)) > 1
 
 
 def test_no_problem_is_asked_twice_in_a_run(generator):
-    made = generator(COIN, "max_resamples=3")
-    asked = [problem.id for number in range(5) for round in range(3) for _, problem in problems(made, number, round)]
+    source = generator(COIN, "max_resamples=3")
+    asked = [problem.id for number in range(5) for round in range(3) for _, problem in problems(source, number, round)]
     assert len(set(asked)) == len(asked) == 5 * 3 * 4
 
 
 def test_samples_of_a_later_round_are_new(generator):
     """The seed names the round: the same problem in two rounds gets other samples."""
-    made = generator(COIN, "max_resamples=2")
-    chosen = problems(made, 0)
-    policy = made.sampler.policy()
+    source = generator(COIN, "max_resamples=2")
+    chosen = problems(source, 0)
+    policy = source.sampler.policy()
 
     def scored(round):
-        play = made.play(chosen, made.round_seed(0, round), 12)
-        play.add(made.submit(policy, play.turn()).take())
-        return made.score(chosen, play.prompts, play.outcomes(), 12)
+        play = source.play(chosen, source.round_seed(0, round), 12)
+        play.add(source.submit(policy, play.turn()).take())
+        return source.score(chosen, play.prompts, play.outcomes(), 12)
 
     one, two = scored(0), scored(1)
     assert ids(one) == ids(two)

@@ -38,37 +38,37 @@ def stage(base, folder, *changes):
     return rl_stage.Stage(base, folder, COIN, "max_new_tokens=60", *changes)
 
 
-def conversations(made):
-    return [json.loads(line)["messages"] for line in (made.out / "samples.jsonl").read_text().splitlines()]
+def conversations(stage):
+    return [json.loads(line)["messages"] for line in (stage.out / "samples.jsonl").read_text().splitlines()]
 
 
 def test_all_ended_samples_are_left_in_order_and_training_is_the_same(base, tmp_path, monkeypatch):
     seen, sampled = [], SampleExport.sampled
 
-    def noted(self, number, made):
-        seen.extend(row for group in made.groups for row in group)
-        return sampled(self, number, made)
+    def noted(self, number, exporting):
+        seen.extend(row for group in exporting.groups for row in group)
+        return sampled(self, number, exporting)
 
     monkeypatch.setattr(SampleExport, "sampled", noted)
-    made = stage(base, tmp_path / "all", ALL)
-    made.run()
+    exporting = stage(base, tmp_path / "all", ALL)
+    exporting.run()
     ended = [row for row in seen if row.completion.finish_reason == "stop"]
     assert 0 < len(ended) < len(seen) == 24, "a test of both kinds"
     expected = [
         [{"role": "user", "content": row.problem.prompt}, {"role": "assistant", "content": row.answer}] for row in ended
     ]
-    assert conversations(made) == expected
+    assert conversations(exporting) == expected
     plain = stage(base, tmp_path / "plain")
     plain.run()
-    assert rl_stage.differences(plain.leaves(), made.leaves()) == [] and not (plain.out / "samples.jsonl").exists()
+    assert rl_stage.differences(plain.leaves(), exporting.leaves()) == [] and not (plain.out / "samples.jsonl").exists()
     right = stage(base, tmp_path / "right", 'hooks=["export-samples"]')
     right.run()
     assert conversations(right) == [], "this policy solves nothing"
 
 
 def test_stopped_and_gone_on_with_it_leaves_the_same(base, tmp_path, monkeypatch):
-    whole = stage(base, tmp_path / "whole", ALL)
-    whole.run()
+    uninterrupted = stage(base, tmp_path / "whole", ALL)
+    uninterrupted.run()
     made = stage(base, tmp_path / "stopped", ALL)
     loop = made.loop()
     update, calls = loop.trainer.update, []
@@ -84,15 +84,18 @@ def test_stopped_and_gone_on_with_it_leaves_the_same(base, tmp_path, monkeypatch
         loop.run()
     assert not (made.out / "samples.jsonl").exists()
     made.run()
-    assert conversations(made) == conversations(whole) and rl_stage.differences(made.leaves(), whole.leaves()) == []
+    assert (
+        conversations(made) == conversations(uninterrupted)
+        and rl_stage.differences(made.leaves(), uninterrupted.leaves()) == []
+    )
 
 
 def test_the_template_of_table_1_is_asked_in_and_exported(base, tmp_path):
-    made = stage(base, tmp_path / "preamble", 'prompt_template="r1-zero"', "rollouts=1", "max_new_tokens=4")
-    loop = made.run()
+    exporting = stage(base, tmp_path / "preamble", 'prompt_template="r1-zero"', "rollouts=1", "max_new_tokens=4")
+    loop = exporting.run()
     problem = loop.generator.tasks[0].problem("train", 0)
     asked = f"{ZERO_PREAMBLE}\nUser: {problem.prompt}\nAssistant:"
-    exported = Tokenizer.load(made.out / "model")
+    exported = Tokenizer.load(exporting.out / "model")
     assert loop.tokenizer.decode(loop.generator.encode(problem)) == asked
     assert exported.decode(question_ids(exported, problem.prompt)) == asked
     plain = stage(base, tmp_path / "plain", "rollouts=1", "max_new_tokens=4")
@@ -132,7 +135,7 @@ def test_a_long_run_s_samples_are_never_in_memory_together(tmp_path):
     export = SampleExport(SimpleNamespace(settings=SimpleNamespace(rollouts=20), ctx=ctx), which="all")
     text = "".join(chr(97 + n % 26) for n in range(2000))
     verdict = tasks.Verdict(True, True, "correct", None)
-    wanted = hashlib.sha256()
+    expected = hashlib.sha256()
     tracemalloc.start()
     for number in range(20):
         rows = [
@@ -140,10 +143,10 @@ def test_a_long_run_s_samples_are_never_in_memory_together(tmp_path):
             for n in range(1000)
         ]
         export.sampled(number, Rollout([rows], 1, 9, 0))
-        wanted.update((tmp_path / "left" / f"{number:06d}.jsonl").read_bytes())
+        expected.update((tmp_path / "left" / f"{number:06d}.jsonl").read_bytes())
     export.finish(tmp_path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     with (tmp_path / "samples.jsonl").open("rb") as file:
-        assert hashlib.file_digest(file, "sha256").digest() == wanted.digest()
+        assert hashlib.file_digest(file, "sha256").digest() == expected.digest()
     assert (tmp_path / "samples.jsonl").stat().st_size > 40e6 and peak < 8e6

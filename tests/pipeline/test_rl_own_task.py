@@ -50,13 +50,13 @@ def test_it_takes_fifteen_lines():
 
 
 def test_the_page_s_files_run_and_show_the_reward(run):
-    folder, _, said = run
+    folder, _, output = run
     values = [json.loads(line)["values"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {
         name: [one[name] for one in values if name in one] for name in ("rl/reward", "rl/score", "rl/heldout_reward")
     }
     assert {name: len(one) for name, one in found.items()} == {"rl/reward": 2, "rl/score": 2, "rl/heldout_reward": 2}
-    assert "reward 0." in said and "your own code" in said and "of difficulty" not in said
+    assert "reward 0." in output and "your own code" in output and "of difficulty" not in output
     lines = [json.loads(line) for line in (folder / "run" / "02-rl" / "rollouts.jsonl").read_text().splitlines()]
     assert {line["prompt"] for line in lines} <= {f"What is 2 * {n}?" for n in range(1, 40, 2)}
     assert (folder / "run" / "02-rl" / "model" / "model.safetensors").is_file()

@@ -53,8 +53,8 @@ def leaves(stage):
 
 def waiting(stage):
     """The numbers of the rollouts waiting in the newest checkpoint, and its tensors."""
-    kept = checkpoint.load(checkpoint.steps(stage.out / "state")[-1])
-    return list(kept.counters["extras"]["rollouts"]), kept.tensors["extras"]
+    state = checkpoint.load(checkpoint.steps(stage.out / "state")[-1])
+    return list(state.counters["extras"]["rollouts"]), state.tensors["extras"]
 
 
 def test_every_rollout_but_the_first_is_as_old_as_the_updates_before_it(whole):
@@ -205,22 +205,22 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
     run = stage.run()
     train = [name for name in drawn if "/train/" in name]
     assert run.summary["steps"] < 6 * 4
-    again = {name for name in train if train.count(name) == 2}
-    assert again and len(train) == 6 * 2 + len(again)
+    repeated = {name for name in train if train.count(name) == 2}
+    assert repeated and len(train) == 6 * 2 + len(repeated)
     # one rollout has two rounds, eight problems in all; one or both had been judged
-    assert len({int(name.split("/")[3]) // 8 for name in again}) == 1, "of one rollout, a second time"
+    assert len({int(name.split("/")[3]) // 8 for name in repeated}) == 1, "of one rollout, a second time"
     assert max(stage.values("rl/staleness")) <= 4 and min(stage.values("rl/staleness")) == 0
 
 
 def test_a_rollout_of_an_earlier_version_that_asks_other_problems_is_sampled_again(base, tmp_path):
-    made, said = rl_stage.Stage(base, tmp_path / "run", *ALL).loop(), []
-    ahead, made.trainer.warn = ahead_of(made), said.append
+    made, output = rl_stage.Stage(base, tmp_path / "run", *ALL).loop(), []
+    ahead, made.trainer.warn = ahead_of(made), output.append
     ahead.finished = {number: made.generator.rollout(number, 12, -1) for number in (1, 2)}
     ahead.before_save(0)
     made.trainer.extras[KEY]["2"]["groups"][0]["problem"] = "general/train/99"
     ahead.restore()
     assert list(ahead.finished) == [1]
-    assert len(said) == 1 and "rollout 2, sampled by an earlier version, asks general/train/99" in said[0]
+    assert len(output) == 1 and "rollout 2, sampled by an earlier version, asks general/train/99" in output[0]
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,13 @@ def logprobs(weights, base, batch):
     """log pi of every trained token at the stage's temperature, computed row by row in float64."""
     model = Transformer(deepseek.load(base / "model").cfg).eval()
     model.load_state_dict(weights)
-    found = []
+    outputs = []
     for tokens, weight in zip(batch.tokens_BT, batch.loss_BT, strict=True):
         with torch.no_grad():
             logits = model(tokens[None, : int(weight.nonzero().max()) + 1])[0].double() / 0.9
         at = weight.nonzero().squeeze(1)
-        found.append(logits.log_softmax(-1)[at - 1, tokens[at]])
-    return torch.cat(found)
+        outputs.append(logits.log_softmax(-1)[at - 1, tokens[at]])
+    return torch.cat(outputs)
 
 
 def test_the_reference_is_the_policy_of_the_last_refresh(trained):
@@ -67,10 +67,10 @@ def test_the_reference_is_the_policy_of_the_last_refresh(trained):
     for step, given in enumerate(batches):
         for batch in given:
             seen = batch.extras["ref_logp_BT"][batch.loss_BT > 0].double()
-            wanted = logprobs(weights[step - step % EVERY], base, batch)
-            assert (seen - wanted).abs().max() < 1e-4, step
+            expected = logprobs(weights[step - step % EVERY], base, batch)
+            assert (seen - expected).abs().max() < 1e-4, step
             for other in {*range(0, step + 1, EVERY)} - {step - step % EVERY}:
-                apart = (logprobs(weights[other], base, batch) - wanted).abs().max()
+                apart = (logprobs(weights[other], base, batch) - expected).abs().max()
                 assert apart > 1e-2, "an older refresh would be seen"
         if step % EVERY:
             assert kl[step] > 1e-5, "the policy has moved away from it"
@@ -99,8 +99,8 @@ def test_every_sample_is_used_once_in_a_rollout(trained):
                     end = int(weight.nonzero().max()) + 1
                     mine[tuple(tokens[:end].tolist()), advantage[end - 1].item()] += 1
         rows = [row for group in rollout.groups for row in group]
-        wanted = Counter(
+        expected = Counter(
             ((*row.prompt_tokens, *row.completion.tokens), torch.tensor(row.advantage).item()) for row in rows
         )
-        assert mine == wanted and max(wanted.values()) == 1
+        assert mine == expected and max(expected.values()) == 1
         assert sizes == [len(rows) // UPDATES] * UPDATES

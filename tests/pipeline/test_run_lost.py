@@ -29,16 +29,16 @@ def test_a_lock_that_is_deleted_admits_nobody(toy):
     toy.wait_for(lambda: lines(toy) >= 1)
     (toy.out / ".lock").unlink()
     toy.wait_for((toy.out / ".lock").exists)
-    status, _, said = toy.run()
-    assert status == 2 and f"is in use by another run (process {process.pid})" in said
+    status, _, output = toy.run()
+    assert status == 2 and f"is in use by another run (process {process.pid})" in output
     (toy.out / ".lock").unlink()
     with open(toy.out / ".lock", "w") as mine:
         fcntl.lockf(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mine.write("123 0")
         mine.flush()
-        _, said = process.communicate(timeout=30)
-        assert process.returncode == 2 and "the lock of this run was deleted, and it ends here" in said
-        assert "in use by another run (process 123)" in said
+        _, output = process.communicate(timeout=30)
+        assert process.returncode == 2 and "the lock of this run was deleted, and it ends here" in output
+        assert "in use by another run (process 123)" in output
 
 
 def test_a_disk_without_locks(tmp_path, monkeypatch):
@@ -56,8 +56,8 @@ def test_a_run_directory_that_vanishes(toy):
     process = toy.start()
     toy.wait_for(lambda: lines(toy) >= 1)
     toy.out.rename(toy.out.with_name("moved"))
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 2 and "has vanished while" in said and "Traceback" not in said
+    _, output = process.communicate(timeout=30)
+    assert process.returncode == 2 and "has vanished while" in output and "Traceback" not in output
     assert not toy.out.exists()
 
 

@@ -59,9 +59,9 @@ def test_a_changed_setting_moves_the_stage_and_its_dependents_aside(toy, capsys)
     old = (toy.out / "02-second" / "model" / "config.json").read_bytes()
     toy.write(second=22)
     assert run(toy) == {"first": "skipped", "second": "done", "compare": "done"}
-    said = capsys.readouterr().err
-    assert "second: steps 20 -> 22" in said and "02-second.stale-1" in said
-    assert 'compare: its input "second" changed' in said and "03-compare.stale-1" in said
+    output = capsys.readouterr().err
+    assert "second: steps 20 -> 22" in output and "02-second.stale-1" in output
+    assert 'compare: its input "second" changed' in output and "03-compare.stale-1" in output
     assert (toy.out / "02-second.stale-1" / "model" / "config.json").read_bytes() == old
     kept = (toy.out / "02-second.stale-1" / "metrics.jsonl").read_text().splitlines()
     assert len(kept) == 20 and [line["step"] for line in toy.lines() if line["stage"] == "second"] == list(range(1, 23))
@@ -181,12 +181,12 @@ def test_a_stage_that_only_moves_keeps_its_output(toy):
 def test_a_directory_of_another_recipe_is_refused(toy):
     run(toy, until="first")
     toy.write(name="other")
-    with pytest.raises(UserError, match='belongs to the recipe "toy", not "other"; choose another folder with --out'):
+    with pytest.raises(UserError, match=r'"toy", not "other".*--out'):
         run(toy)
     toy.out = toy.out.parent / "mine"
     toy.out.mkdir()
     (toy.out / "thesis.doc").write_text("years of work")
-    with pytest.raises(UserError, match=r"not a run directory and not empty \(it holds thesis.doc\)"):
+    with pytest.raises(UserError, match=r"not a run directory .*thesis.doc"):
         run(toy)
     assert (toy.out / "thesis.doc").read_text() == "years of work"
     toy.out = toy.out / "thesis.doc"
@@ -224,7 +224,7 @@ def test_a_full_disk_is_reported_and_the_run_resumes_afterwards(toy):
 def test_a_file_larger_than_the_system_allows_is_reported(tmp_path):
     def write():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        told = pytest.raises(UserError, match=r"file\.json: it would exceed the maximum size of a file.*ulimit -f")
+        told = pytest.raises(UserError, match=r"file\.json: .*maximum size.*ulimit -f")
         with told, explained(tmp_path / "file.json"):
             write_atomic(tmp_path / "file.json", "x" * 2000)
 
@@ -269,14 +269,14 @@ def test_the_first_screen(toy, capsys):
     assert json.loads((toy.out / "plan.json").read_text()) == {
         "seconds": dict.fromkeys(("first", "second", "compare"), 30.0)
     }
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith(f"toy in {toy.out}: 1 of 3 stages to run, about 30s on ") and "CPU core" in said[0]
-    assert [line.split() for line in said[1:4]] == [
+    output = capsys.readouterr().err.splitlines()
+    assert output[0].startswith(f"toy in {toy.out}: 1 of 3 stages to run, about 30s on ") and "CPU core" in output[0]
+    assert [line.split() for line in output[1:4]] == [
         ["1", "first", "about", "30s", "(count)"], ["2", "second", "-", "(count)"], ["3", "compare", "-"]
     ]  # fmt: skip
     run(toy)
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith(f"toy in {toy.out}: 2 of 3 stages to run, about 1m 00s on ")
+    output = capsys.readouterr().err.splitlines()
+    assert output[0].startswith(f"toy in {toy.out}: 2 of 3 stages to run, about 1m 00s on ")
 
 
 def test_the_first_estimate_of_a_stage_stays_and_is_compared_with_what_it_took(toy):
@@ -291,10 +291,10 @@ def test_the_first_estimate_of_a_stage_stays_and_is_compared_with_what_it_took(t
     facts = toy.out / "estimates.json"
     script = Path(__file__).parents[2] / "bench" / "estimates.py"
     command = [sys.executable, script, toy.out, "--json", facts]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     first = json.loads(facts.read_text())[str(toy.out)][0]
     assert first == {"stage": "first", "estimated": 12.5, "took": 10.0, "error": 0.25}
-    assert "12s" in said and "+25%" in said and "within 25 %: 1 of " in said
+    assert "12s" in output and "+25%" in output and "within 25 %: 1 of " in output
 
 
 def test_resolve_runs_for_every_stage_before_anything_is_written(toy, monkeypatch):

@@ -29,8 +29,8 @@ def test_kill_9_again_and_again(toy, undisturbed):
     with open(toy.out / "metrics.jsonl", "ab") as file:
         file.write(b'{"time":1,"stage":"second","st')
     toy.write(pause=0.0)
-    status, stages, said = toy.run()
-    assert status == 0 and f"the last attempt (process {process.pid}) was killed" in said, said
+    status, stages, output = toy.run()
+    assert status == 0 and f"the last attempt (process {process.pid}) was killed" in output, output
     assert stages == {"first": "skipped", "second": "done", "compare": "done"}
     result = toy.result()
     result.pop("recipe.toml"), undisturbed.pop("recipe.toml")
@@ -44,10 +44,10 @@ def test_a_stop_signal_saves_and_says_how_to_continue(toy, undisturbed):
         before = stage_lines(toy, "first")
         toy.wait_for(lambda before=before: stage_lines(toy, "first") >= before + 2)
         process.send_signal(number)
-        _, said = process.communicate(timeout=20)
+        _, output = process.communicate(timeout=20)
         assert process.returncode == 130
-        assert 'stopped in stage "first"; nothing is lost; continue with: bessemer run' in said
-        assert f"--out {toy.out}" in said
+        assert 'stopped in stage "first"; nothing is lost; continue with: bessemer run' in output
+        assert f"--out {toy.out}" in output
     checkpoint = (toy.out / "01-first" / "state" / "checkpoint.json").read_text()
     assert f'"step": {stage_lines(toy, "first")}' in checkpoint  # no finished step was lost
     assert toy.run()[0] == 0
@@ -72,8 +72,8 @@ def test_two_runs_do_not_share_a_directory(toy):
     toy.write(pause=2.0)
     process = toy.start()
     toy.wait_for(lambda: stage_lines(toy, "first") >= 1)
-    status, _, said = toy.run()
-    assert status == 2 and f"in use by another run (process {process.pid})" in said
+    status, _, output = toy.run()
+    assert status == 2 and f"in use by another run (process {process.pid})" in output
     process.kill()
     process.communicate()
     toy.write()

@@ -131,15 +131,15 @@ def test_a_few_conversations_are_learnt_from(done, tmp_path, capfd):
     path.write_text(text.replace("row_length = 96", "row_length = 160"))
     results = stages_run.run(path, out)
     assert results["sft"].summary["steps"] >= 20
-    found, said = losses(out), capfd.readouterr().err
+    found, output = losses(out), capfd.readouterr().err
     assert found[-1] < 0.7 * found[0]
-    assert re.search(r"20 optimizer steps: \d epochs, 1 of \d+ rows a step \(batch_rows is not set: 8 would", said), (
-        said
+    assert re.search(r"20 optimizer steps: \d epochs, 1 of \d+ rows a step \(batch_rows is not set: 8 would", output), (
+        output
     )
-    assert f"loss {found[0]:.3f} at the first step, " in said and "warning: only" not in said
+    assert f"loss {found[0]:.3f} at the first step, " in output and "warning: only" not in output
     stages_run.run(path, out, "sft.epochs=1", "sft.batch_rows=8", "sft.mtp_lambda=0.0")
-    said = capfd.readouterr().err
-    assert "warning: only" in said and "MTP modules: frozen" in said
+    output = capfd.readouterr().err
+    assert "warning: only" in output and "MTP modules: frozen" in output
     before, after = (bessemer.load(out / stage / "model").state_dict() for stage in ("02-pretrain", "03-sft"))
     same = {name.startswith("mtp.") for name, x in after.items() if torch.equal(x, before[name]) and x.dim() > 1}
     assert same == {True}, "matrices that nothing trains do not decay, and all others moved"

@@ -15,9 +15,9 @@ from bessemer.tasks.base import Problem, Verdict
 
 def test_the_published_vector_with_the_population_std():
     """Z.1: rewards (1, 0, 0, 0); the sample std would give (1.5, -0.5, -0.5, -0.5)."""
-    got = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
-    assert got.tolist()[0] == pytest.approx([1.7321, -0.5774, -0.5774, -0.5774], abs=1e-4)
-    assert got.dtype == torch.float32
+    actual = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    assert actual.tolist()[0] == pytest.approx([1.7321, -0.5774, -0.5774, -0.5774], abs=1e-4)
+    assert actual.dtype == torch.float32
 
 
 def test_all_samples_of_a_rollout_together():
@@ -72,9 +72,9 @@ def test_dead_groups_are_counted():
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.1]), min_size=2, max_size=16))
 def test_mean_zero_and_variance_one_or_nothing(rewards):
-    got = group_advantages(torch.tensor([rewards])).double()[0]
-    assert got.mean().abs() < 1e-6
-    variance = got.square().mean()
+    actual = group_advantages(torch.tensor([rewards])).double()[0]
+    assert actual.mean().abs() < 1e-6
+    variance = actual.square().mean()
     assert variance == 0 if len(set(rewards)) == 1 else abs(variance - 1) < 1e-4
 
 

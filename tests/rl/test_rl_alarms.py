@@ -70,11 +70,11 @@ def codes(history):
     ],
 )
 def test_each_rings_alone(code, ends):
-    found = active(made(**ends))
-    assert [alarm.code for alarm in found] == [code]
-    told = str(found[0])
+    alarms = active(made(**ends))
+    assert [alarm.code for alarm in alarms] == [code]
+    told = str(alarms[0])
     assert told.startswith(code.replace("-", " ") + ": ") and "Likely cause: " in told and "What to do: " in told
-    assert any(digit.isdigit() for digit in found[0].message)
+    assert any(digit.isdigit() for digit in alarms[0].message)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -106,17 +106,17 @@ def test_healthy_runs_stay_silent_from_first_to_last(seed):
 def test_the_tiny_recipe_as_it_learnt_stays_silent():
     """As measured, then on to the end that docs/results.md and docs/log.md report: half solved, a third cut off."""
     tracker = AlarmTracker()
-    held = {0: 0.211, 10: 0.398, 20: 0.434, 30: 0.492}
+    heldout = {0: 0.211, 10: 0.398, 20: 0.434, 30: 0.492}
     for number in range(32):
-        if number in held:
-            assert tracker.add(number, {"rl/heldout_pass_at_1": held[number]}) == []
+        if number in heldout:
+            assert tracker.add(number, {"rl/heldout_pass_at_1": heldout[number]}) == []
         values = {f"rl/{name}": column[min(number, 7 + number % 3)] for name, column in MEASURED.items()}
         if number > 9:
             values |= {"rl/truncated": 0.33, "rl/length": 131, "rl/entropy": 0.08, "rl/format": 0.69}
         assert tracker.add(number, values) == []
 
 
-def test_said_once_and_again_only_in_the_report():
+def test_an_alarm_is_raised_once_and_repeated_only_in_the_report():
     tracker, rung = AlarmTracker(), []
     for step, values in enumerate(made(kl=(0.0, 5.0))):
         rung += [(step, alarm.code) for alarm in tracker.add(step, values)]
@@ -134,14 +134,16 @@ def test_a_resumed_tracker_is_where_it_was():
     lines = list(enumerate(made(noise=0.1, **ends)))
     lines[7][1]["rl/kl"] = math.nan
     lines[9][1]["rl/entropy"] = math.inf
-    whole = AlarmTracker()
-    told = [[alarm.code for alarm in whole.add(step, values)] for step, values in lines]
-    assert sum(map(len, told)) > 2
+    uninterrupted = AlarmTracker()
+    codes = [[alarm.code for alarm in uninterrupted.add(step, values)] for step, values in lines]
+    assert sum(map(len, codes)) > 2
     for cut in (1, 8, 20, 39):
-        kept = [(step, {n: v if math.isfinite(v) else None for n, v in values.items()}) for step, values in lines[:cut]]
-        resumed = AlarmTracker(json.loads(json.dumps(kept)))
-        assert [[alarm.code for alarm in resumed.add(step, values)] for step, values in lines[cut:]] == told[cut:]
-        assert resumed.raised == whole.raised and resumed.active == whole.active
+        recorded = [
+            (step, {n: v if math.isfinite(v) else None for n, v in values.items()}) for step, values in lines[:cut]
+        ]
+        resumed = AlarmTracker(json.loads(json.dumps(recorded)))
+        assert [[alarm.code for alarm in resumed.add(step, values)] for step, values in lines[cut:]] == codes[cut:]
+        assert resumed.raised == uninterrupted.raised and resumed.active == uninterrupted.active
 
 
 def test_too_little_is_no_reason():

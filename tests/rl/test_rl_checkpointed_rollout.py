@@ -24,38 +24,38 @@ def groups(engine, tokenizer):
         def encode(problem):
             return render_ids(tokenizer, [{"role": "user", "content": problem.prompt}])[:40]
 
-        found = rollout.sample(
+        sampled = rollout.sample(
             engine, chosen, encode, samples=4, seed=1, max_new_tokens=12, record_routing=record_routing,
             temperature=0.7, top_p=top_p, record_kept=top_p < 1,
         )  # fmt: skip
-        reward("accuracy", ("format", 0.1), ("language", 0.2)).score(found)
-        found[1][1].verdict = replace(found[1][1].verdict, partial=0.3)
-        found[0][1].preference, found[2][3].language, found[1][0].reward = 1 / 3, 0.7, -0.1
-        return found
+        reward("accuracy", ("format", 0.1), ("language", 0.2)).score(sampled)
+        sampled[1][1].verdict = replace(sampled[1][1].verdict, partial=0.3)
+        sampled[0][1].preference, sampled[2][3].language, sampled[1][0].reward = 1 / 3, 0.7, -0.1
+        return sampled
 
     return groups
 
 
 @pytest.mark.parametrize("record_routing", [True, False])
 def test_nothing_is_lost(groups, record_routing, tmp_path):
-    before = groups(record_routing, 0.8 if record_routing else 1.0)
-    packed, tensors = pack(before)
+    original = groups(record_routing, 0.8 if record_routing else 1.0)
+    packed, tensors = pack(original)
     state = checkpoint.State({"extras": tensors}, {"extras": packed})
-    kept = checkpoint.load(checkpoint.save(tmp_path, 1, state))
-    problems = {group[0].problem.id: group[0].problem for group in before}
-    after = unpack(kept.counters["extras"], kept.tensors["extras"], problems)
-    assert after == before, "all but what does not take part in comparisons"
-    completions = [[row.completion for group in groups for row in group] for groups in (before, after)]
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 1, state))
+    problems = {group[0].problem.id: group[0].problem for group in original}
+    restored = unpack(loaded.counters["extras"], loaded.tensors["extras"], problems)
+    assert restored == original, "all but what does not take part in comparisons"
+    completions = [[row.completion for group in groups for row in group] for groups in (original, restored)]
     assert len({len(c.tokens) for c in completions[0]}) > 1
     for one, other in zip(*completions, strict=True):
         assert asdict(one) | {"routing": None, "kept": None} == asdict(other) | {"routing": None, "kept": None}
         if record_routing:
             assert torch.equal(one.routing, other.routing) and one.routing.dtype == other.routing.dtype
-            for mine, theirs in zip(one.kept, other.kept, strict=True):
-                assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype == torch.int32
+            for mine, reference in zip(one.kept, other.kept, strict=True):
+                assert torch.equal(mine, reference) and mine.dtype == reference.dtype == torch.int32
         else:
             assert one.routing is other.routing is one.kept is other.kept is None
-    laid = [rollout.to_batches([row for group in g for row in group], 2, 100, "token") for g in (before, after)]
+    laid = [rollout.to_batches([row for group in g for row in group], 2, 100, "token") for g in (original, restored)]
     for one, other in zip(*laid, strict=True):
         assert all(torch.equal(one.extras[name], other.extras[name]) for name in one.extras)
 

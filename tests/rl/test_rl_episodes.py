@@ -125,10 +125,13 @@ def test_a_call_is_answered_and_the_answer_is_judged(with_marks):
     task = tasks.get("products")
     problem = replace(task.problem("train", 0, language="en"), meta={"value": 12, "numbers": [3, 4]})
     engine = Scripted(with_marks, answer)
-    prompts, [[got, _]] = play(engine, [(task, problem)], samples=2, cap=200, context=500)
-    assert got.verdict.correct and got.failure == "" and got.completion.finish_reason == "stop"
-    assert [(turn.role, turn.text) for turn in got.turns[1:]] == [("tool", "12"), ("assistant", "<answer>12</answer>")]
-    assert sum(turn.tokens for turn in got.turns) == len(got.completion.tokens)
+    prompts, [[actual, _]] = play(engine, [(task, problem)], samples=2, cap=200, context=500)
+    assert actual.verdict.correct and actual.failure == "" and actual.completion.finish_reason == "stop"
+    assert [(turn.role, turn.text) for turn in actual.turns[1:]] == [
+        ("tool", "12"),
+        ("assistant", "<answer>12</answer>"),
+    ]
+    assert sum(turn.tokens for turn in actual.turns) == len(actual.completion.tokens)
     # the ids are those of the conversation rendered as a whole
     messages = [
         {"role": "user", "content": problem.prompt},
@@ -136,9 +139,11 @@ def test_a_call_is_answered_and_the_answer_is_judged(with_marks):
         {"role": "tool", "content": "12", "tool_call_id": "1"},
         {"role": "assistant", "content": "<answer>12</answer>"},
     ]
-    whole = render_ids(with_marks, messages, add_generation_prompt=False)
-    ours = [*prompts[0], *got.completion.tokens]
-    assert [i for i in ours if i != with_marks.encode(" ")[0]] == [i for i in whole if i != with_marks.encode(" ")[0]]
+    expected = render_ids(with_marks, messages, add_generation_prompt=False)
+    ours = [*prompts[0], *actual.completion.tokens]
+    assert [i for i in ours if i != with_marks.encode(" ")[0]] == [
+        i for i in expected if i != with_marks.encode(" ")[0]
+    ]
     assert [len(call[0]) for call in engine.calls] == [1, 2], "a prompt with its samples, then every episode by itself"
 
 
@@ -207,9 +212,9 @@ def test_the_gradient_matches_that_of_the_same_tokens_masked_by_hand(model, toke
     for row in rows:
         ids = torch.tensor([[*row.prompt_tokens, *row.completion.tokens]])
         logp_T = model(ids)[0].log_softmax(-1)
-        for place in row.trained_N.tolist():
-            at = len(row.prompt_tokens) + place
-            ratio = (logp_T[at - 1, ids[0, at]] - row.completion.logprobs[place]).exp()
+        for position in row.trained_N.tolist():
+            at = len(row.prompt_tokens) + position
+            ratio = (logp_T[at - 1, ids[0, at]] - row.completion.logprobs[position]).exp()
             total = total - ratio * row.advantage
     torch.testing.assert_close(loss.total, total, atol=1e-3, rtol=1e-3)
 
@@ -228,9 +233,9 @@ def test_the_bound_of_an_episode_cuts_it_where_its_own_call_would_have(model, to
 
     def completions(cap):
         seeds = [3, 4, 5]
-        found = played(engine, echoes(3), encode, samples=4, seeds=seeds, cap=cap, context=CONTEXT, temperature=1.0,
+        outcome = played(engine, echoes(3), encode, samples=4, seeds=seeds, cap=cap, context=CONTEXT, temperature=1.0,
                        top_p=top_p, batch_rows=64, **options)  # fmt: skip
-        return [one for group in found[1] for one in group]
+        return [one for group in outcome[1] for one in group]
 
     cut = 0
     for long, short in zip(completions(60), completions(9), strict=True):
@@ -352,10 +357,10 @@ def test_plain_tasks_beside_an_environment_are_sampled_as_ever(engine, tokenizer
 
     seeds = rollout.prompt_seeds(1, 3)
     expected = engine.generate([ids(problem) for _, problem in plain], samples=3, seeds=seeds[1:], max_new_tokens=20)
-    prompts, found = played(engine, [*echoes(1), *plain], ids, samples=3, seeds=seeds, cap=20, context=CONTEXT,
+    prompts, outcomes = played(engine, [*echoes(1), *plain], ids, samples=3, seeds=seeds, cap=20, context=CONTEXT,
                             temperature=1.0, top_p=1.0, batch_rows=64)  # fmt: skip
-    tokens = [[[one.tokens for one in group] for group in groups] for groups in (found[1:], expected)]
-    assert tokens[0] == tokens[1] and all(isinstance(one, PlayedEpisode) for one in found[0])
+    tokens = [[[one.tokens for one in group] for group in groups] for groups in (outcomes[1:], expected)]
+    assert tokens[0] == tokens[1] and all(isinstance(one, PlayedEpisode) for one in outcomes[0])
     assert prompts[1:] == [ids(problem) for _, problem in plain]
 
 
@@ -365,9 +370,11 @@ def test_a_checkpoint_holds_the_turns(model, tokenizer, often):
     groups[0][1].failure = "the server died"
     packed, tensors = pack(groups)
     problems = {group[0].problem.id: group[0].problem for group in groups}
-    again = unpack(packed, tensors, problems)
-    assert again == groups and [row.turns for group in again for row in group] == [r.turns for g in groups for r in g]
-    rows, others = ([row for group in which for row in group] for which in (groups, again))
+    restored = unpack(packed, tensors, problems)
+    assert restored == groups and [row.turns for group in restored for row in group] == [
+        r.turns for g in groups for r in g
+    ]
+    rows, others = ([row for group in which for row in group] for which in (groups, restored))
     for one, other in zip(*(rollout.to_batches(which, 2, 300, "token") for which in (rows, others)), strict=True):
         assert torch.equal(one.loss_BT, other.loss_BT)
         assert all(torch.equal(one.extras[name], other.extras[name]) for name in one.extras)

@@ -52,20 +52,20 @@ def test_weights_equal_their_formulas(name, cap):
                 expected.append((min(ratio, cap), ratio > cap))
             else:
                 expected.append((ratio if ratio <= cap else 0.0, ratio > cap))
-    got = weights(name, log_ratio, mask, cap)
-    assert got.weight.tolist() == pytest.approx([weight for weight, _ in expected])
-    assert got.cut.tolist() == [cut for _, cut in expected]
-    assert bool(got.cut.any()) == (cap < 10) and not got.cut.all()
+    actual = weights(name, log_ratio, mask, cap)
+    assert actual.weight.tolist() == pytest.approx([weight for weight, _ in expected])
+    assert actual.cut.tolist() == [cut for _, cut in expected]
+    assert bool(actual.cut.any()) == (cap < 10) and not actual.cut.all()
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)
-def test_equal_policies_weigh_one_and_parted_ones_stay_finite(name):
+def test_equal_policies_weigh_one_and_distant_ones_stay_finite(name):
     log_ratio, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     assert weights(name, log_ratio, mask, 1.0).weight.tolist() == [1.0] * 6
     log_ratio[0], log_ratio[1] = 400.0, -400.0
-    got = weights(name, log_ratio.requires_grad_(), mask, 2.0)
-    assert got.weight.tolist() == [2.0 if name.endswith("truncate") else 0.0] * 3 + [0.0] * 3
-    assert not got.weight.requires_grad
+    actual = weights(name, log_ratio.requires_grad_(), mask, 2.0)
+    assert actual.weight.tolist() == [2.0 if name.endswith("truncate") else 0.0] * 3 + [0.0] * 3
+    assert not actual.weight.requires_grad
 
 
 def trl_block():
@@ -89,15 +89,15 @@ def test_weights_equal_trl_s(cap):
             vllm_importance_sampling_mode=name.replace("-", "_"), vllm_importance_sampling_clip_min=None,
             vllm_importance_sampling_clip_max=cap,
         )  # fmt: skip
-        found = {
+        output = {
             "self": trainer, "torch": torch, "math": math, "mask": mask.long(),
             "old_per_token_logps": sampler + log_ratio, "sampling_per_token_logps": sampler,
         }  # fmt: skip
-        exec(block, found)
-        theirs = found["vllm_importance_sampling_ratio"].expand(5, 6)[mask]
-        got = weights(name, log_ratio, mask, cap)
-        torch.testing.assert_close(got.weight, theirs)
-        assert got.cut.any(), name
+        exec(block, output)
+        reference = output["vllm_importance_sampling_ratio"].expand(5, 6)[mask]
+        actual = weights(name, log_ratio, mask, cap)
+        torch.testing.assert_close(actual.weight, reference)
+        assert actual.cut.any(), name
 
 
 class Table(nn.Module):
@@ -159,11 +159,11 @@ def test_the_corrected_gradient_is_the_policy_gradient(kind):
     """Over every output: exact with sequence weights and no cap, and much nearer than without correction with token
     weights or a cap. Without correction the gradient is that of another sampler's data."""
     policy, sampler = perturbed(kind)
-    wanted = policy_gradient(policy)
+    expected = policy_gradient(policy)
 
     def bias(correction, cap=1e9):
         found = gradient(expected_loss(policy, sampler, correction, cap), policy)
-        return float((found - wanted).norm() / wanted.norm())
+        return float((found - expected).norm() / expected.norm())
 
     assert bias("sequence-truncate") < 1e-6 and bias("sequence-mask") < 1e-6
     assert bias(None) > 0.2

@@ -187,8 +187,8 @@ def test_a_slightly_nondeterministic_server_is_recognised(tmp_path):
     told = iter(range(1000))
     with JudgeServer(lambda prompt: RIGHT, probe=lambda question: f"{question} {next(told) % 2}") as server:
         for start in range(6):
-            made = judge(server, tmp_path)
-            assert made.verdicts(questions(2)) == [True, True] and made.ctx.said == [], start
+            asked_judge = judge(server, tmp_path)
+            assert asked_judge.verdicts(questions(2)) == [True, True] and asked_judge.ctx.said == [], start
     assert len(server.asked) == 2 and len(server.probes) <= 6 * 9
 
 
@@ -201,8 +201,8 @@ def test_malformed_model_lists_are_tolerated(tmp_path):
     with JudgeServer(lambda prompt: RIGHT) as server:
         for models in odd:
             server.models = models
-            made = judge(server, tmp_path)
-            assert made.verdicts(questions(1)) == [True] and made.ctx.said == []
+            asked_judge = judge(server, tmp_path)
+            assert asked_judge.verdicts(questions(1)) == [True] and asked_judge.ctx.said == []
     assert len(server.asked) == 1
 
 
@@ -223,7 +223,7 @@ def test_judgements_before_a_failure_are_kept(tmp_path):
         return RIGHT if len(count) <= 4 else (500, "busy", {})
 
     with JudgeServer(failing, delay=0.02) as server:
-        with pytest.raises(UserError, match=r"failed 4 times: status 500, busy\. What it has judged is kept"):
+        with pytest.raises(UserError, match=r"failed 4 times: status 500, busy"):
             judge(server, tmp_path, concurrency=2).verdicts(questions(30))
         count.clear()
         server.reply = lambda prompt: WRONG
@@ -260,8 +260,8 @@ def test_pauses_obey_retry_after_and_grow(tmp_path, monkeypatch):
     )
 
 
-def test_a_missing_server_is_reported(tmp_path):
-    with pytest.raises(UserError, match=r"the judge at http://127\.0\.0\.1:9/v1 failed 4 times: .*refused"):
+def test_no_server_at_the_address(tmp_path):
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/v1 failed 4 times: .*refused"):
         judge(SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path).verdicts(questions(3))
 
 
@@ -270,11 +270,13 @@ def test_a_refused_request_is_no_verdict_unless_nothing_was_ever_answered(tmp_pa
     with JudgeServer(lambda prompt: too_long if "answer 1\n" in prompt else RIGHT) as server:
         assert judge(server, tmp_path).verdicts(questions(3)) == [True, None, True]
         assert len(server.requests) == 3, "a refusal is final"
-        again = judge(server, tmp_path)  # as after a kill: what was answered is stored, the refused one asked again
-        assert again.verdicts(questions(3)) == [True, None, True] and again.verdicts(questions(3)[1:2]) == [None]
+        restarted = judge(server, tmp_path)  # as after a kill: what was answered is stored, the refused one asked again
+        assert restarted.verdicts(questions(3)) == [True, None, True] and restarted.verdicts(questions(3)[1:2]) == [
+            None
+        ]
         answering = judge(server, tmp_path / "other")
         assert answering.verdicts(questions(1)) == [True] and answering.verdicts(questions(3)[1:2]) == [None]
-        with pytest.raises(UserError, match=r"refused all 1 requests: status 400, .*maximum context length"):
+        with pytest.raises(UserError, match=r"refused all 1 .*status 400, .*context length"):
             judge(server, tmp_path).verdicts(questions(3)[1:2])
 
 
@@ -291,10 +293,10 @@ def test_a_malformed_chat_completion_gives_no_verdict(tmp_path, body):
 
 
 def test_odd_content_is_stored_and_read(tmp_path):
-    said = {0: None, 1: "\ud800\x00\nVerdict: correct", 2: "'); drop table replies; --\nVerdict: incorrect"}
+    output = {0: None, 1: "\ud800\x00\nVerdict: correct", 2: "'); drop table replies; --\nVerdict: incorrect"}
 
     def odd(prompt):
-        content = said[int(re.search("answer ([0-9])\n", prompt)[1])]
+        content = output[int(re.search("answer ([0-9])\n", prompt)[1])]
         return 200, json.dumps({"choices": [{"message": {"content": content}}]}), {}
 
     with JudgeServer(odd) as server:
@@ -337,17 +339,17 @@ def test_a_redirect_does_not_carry_the_key_away(tmp_path, monkeypatch, status):
 @pytest.mark.parametrize("key", ["", "two\nlines", "schlüssel"])
 def test_an_invalid_key_is_named_but_not_shown(tmp_path, monkeypatch, key):
     monkeypatch.setenv("JUDGE_KEY", key)
-    with pytest.raises(UserError, match=r"JUDGE_KEY of judge\.api_key_env holds no key") as caught:
+    with pytest.raises(UserError, match=r"JUDGE_KEY .*judge\.api_key_env") as caught:
         judge(SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path, api_key_env="JUDGE_KEY")
     assert not key or key not in str(caught.value)
 
 
 def test_a_stop_keeps_replies_in_flight(tmp_path):
     with JudgeServer(lambda prompt: RIGHT, delay=0.2) as server:
-        made = judge(server, tmp_path, concurrency=4)
-        made.ctx.stop = True
+        asked_judge = judge(server, tmp_path, concurrency=4)
+        asked_judge.ctx.stop = True
         with pytest.raises(Interrupted):
-            made.verdicts(questions(40))
+            asked_judge.verdicts(questions(40))
         paid = len(server.asked)
         assert 4 <= paid < 40
         assert judge(server, tmp_path).verdicts(questions(40)) == [True] * 40
@@ -357,7 +359,7 @@ def test_a_stop_keeps_replies_in_flight(tmp_path):
 def test_an_endless_reply_is_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LARGEST_REPLY", 1000)
     with JudgeServer(lambda prompt: "x" * 5000) as server:
-        with pytest.raises(UserError, match=r"failed 2 times: .*too long or too slow"):
+        with pytest.raises(UserError, match=r"failed 2 times: .*too long"):
             judge(server, tmp_path, retries=1).verdicts(questions(1))
         server.delay = 1.0
         with pytest.raises(UserError, match="failed 1 times: timed out"):

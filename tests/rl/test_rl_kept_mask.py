@@ -109,7 +109,7 @@ def test_a_correction_weighs_policies_on_the_same_tokens(make_model, rows):
     assert values["rl/correction_weight"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_how_many_were_kept_is_a_metric(model, tokenizer, rows):
+def test_the_number_of_kept_tokens_is_a_metric(model, tokenizer, rows):
     counts = torch.cat([row.completion.kept.count_T for row in rows]).float()
     assert text_metrics(map(counts_of, rows))["rl/kept_tokens"] == pytest.approx(float(counts.mean()))
     assert "rl/kept_tokens" not in text_metrics(map(counts_of, sampled(model, tokenizer)))

@@ -123,7 +123,7 @@ def test_the_clip_cuts_exactly_where_it_should(ratio, advantage, low, high):
     assert surrogate == pytest.approx(min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage))
 
 
-def test_policies_that_parted_stay_finite_and_are_pulled_back():
+def test_distant_policies_stay_finite_and_are_pulled_back():
     logp = torch.tensor([-0.1, -500.0, -0.1], requires_grad=True)
     terms = grpo_terms(
         logp, torch.tensor([-500.0, -0.1, -0.1]), torch.tensor([-0.1, -0.1, -500.0]), -torch.ones(3), 0.2, 0.2
@@ -163,9 +163,9 @@ def test_surrogates_against_their_formulas(name, start):
     output = 7 + 3 * torch.arange(9)[:, None].expand(9, 2)  # output numbers need not be 0, 1, 2, ...
     tokens = (x.flatten()[order] for x in (logp, old, REWARD[:, None].expand(9, 2), output))
     terms = loss_of(name)(*tokens)
-    got = (weight.flatten()[order] * terms.value).sum()
-    assert float(got.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
-    assert apart(gradient(got, logits), gradient(expected, logits)) < 1e-12
+    actual = (weight.flatten()[order] * terms.value).sum()
+    assert float(actual.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    assert apart(gradient(actual, logits), gradient(expected, logits)) < 1e-12
     assert bool(terms.clipped.any()) == (start != 4 and name != "reinforce")
 
 
@@ -262,8 +262,8 @@ def outputs_of(sampler):
     rows = []
     for letters, worth in zip(STOPPING, REWARD.tolist(), strict=False):
         logp = [float(sampler.log_softmax(-1)[c, a]) for c, a in zip((0, 1 + letters[0]), letters, strict=False)]
-        made = completion(letters, "", logp)
-        rows.append(ScoredSample(Problem("p", "", "en"), [0], made, Verdict(True, True, "", None), worth, worth))
+        sampled = completion(letters, "", logp)
+        rows.append(ScoredSample(Problem("p", "", "en"), [0], sampled, Verdict(True, True, "", None), worth, worth))
     return rows
 
 
@@ -288,8 +288,8 @@ def test_every_surrogate_and_normalisation_against_enumeration(start, name, norm
                 context = 0 if t == 1 else 1 + tokens[1]
                 batch.extras["ref_logp_BT"][b, t] = reference.log_softmax(-1)[context, tokens[t]]
         losses.append(objective(model, batch))
-    got = sum(loss.total for loss in losses) / sum(loss.tokens for loss in losses)
-    got.backward()
+    actual = sum(loss.total for loss in losses) / sum(loss.tokens for loss in losses)
+    actual.backward()
     total, divisor = 0.0, 0.0
     logp, old, ref = (t.log_softmax(-1) for t in (logits, sampler, reference))
     for letters, worth in zip(STOPPING, REWARD, strict=False):
@@ -300,7 +300,7 @@ def test_every_surrogate_and_normalisation_against_enumeration(start, name, norm
         total = total - probability * (values.mean() if normalise == "sequence" else values.sum())
         divisor += {"sequence": probability, "token": probability * length, "constant": 20}[normalise]
     expected = total / divisor
-    assert got.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     assert apart(model.logits.grad.double(), gradient(expected, logits)) < 1e-5
 
 
@@ -331,7 +331,7 @@ def test_a_constant_divisor_counts_outputs_and_metrics_stay_means_over_tokens():
     assert means([GRPO(constant=50)(model, batch)], 9 * 50) == {"train/logp_gap_max": 0.0}
 
 
-def test_a_divergence_that_is_not_measured_is_no_zero():
+def test_a_divergence_that_is_not_measured_is_absent():
     batch, model = enumerated(table(4), table(5), 1.0), Table(table(6))
     measured, silent = (GRPO(kl=kl) for kl in (0.05, 0.0))
     for objective in (measured, silent):
@@ -345,10 +345,10 @@ def test_reference_logprobs_against_the_full_softmax(model, temperature):
     tokens = torch.randint(3, model.cfg.vocab_size, (3, 11), generator=generator)
     loss = torch.zeros(3, 11)
     loss[0, 4:9], loss[1, 1:], loss[2, 10] = 0.2, 1.0, 0.5
-    got = reference_logprobs(model.eval(), Batch(tokens, loss), temperature)
+    actual = reference_logprobs(model.eval(), Batch(tokens, loss), temperature)
     with torch.no_grad():
         full = (model(tokens).double() / temperature).log_softmax(-1)
     for b, t in itertools.product(range(3), range(11)):
         expected = float(full[b, t - 1, tokens[b, t]]) if loss[b, t] else 0.0
-        assert float(got[b, t]) == pytest.approx(expected, abs=1e-5)
-    assert not got.requires_grad
+        assert float(actual[b, t]) == pytest.approx(expected, abs=1e-5)
+    assert not actual.requires_grad

@@ -8,7 +8,7 @@ from bessemer.addons.r1.off_policy_mask import off_policy_mask
 from bessemer.rl.algorithms.grpo import grpo
 
 
-def test_only_bad_samples_that_the_policy_left_are_masked():
+def test_only_bad_outputs_that_the_policy_has_left_are_masked():
     generator = torch.Generator().manual_seed(3)
     output_N = torch.tensor([0, 0, 2, 2, 2, 5, 7, 7])  # rows without a trained token have no number here
     advantage_N = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0, 1.0, -1.0, -1.0])
@@ -16,13 +16,13 @@ def test_only_bad_samples_that_the_policy_left_are_masked():
     old_N = -torch.rand(8, generator=generator, dtype=torch.float64)
     logp_N = (old_N - left_N).requires_grad_()
     masked_N = torch.tensor([True, True, False, False, False, False, True, True])
-    made, plain = (loss(logp_N, old_N, advantage_N, output_N) for loss in (off_policy_mask, grpo))
-    assert not made.value[masked_N].any() and torch.equal(made.value[~masked_N], plain.value[~masked_N])
-    assert made.clipped[masked_N].all() and torch.equal(made.clipped[~masked_N], plain.clipped[~masked_N])
-    (gradient,) = torch.autograd.grad(made.value.sum(), logp_N)
+    masked, plain = (loss(logp_N, old_N, advantage_N, output_N) for loss in (off_policy_mask, grpo))
+    assert not masked.value[masked_N].any() and torch.equal(masked.value[~masked_N], plain.value[~masked_N])
+    assert masked.clipped[masked_N].all() and torch.equal(masked.clipped[~masked_N], plain.clipped[~masked_N])
+    (gradient,) = torch.autograd.grad(masked.value.sum(), logp_N)
     assert not gradient[masked_N].any() and gradient[~masked_N].any()
-    kept = off_policy_mask(logp_N, old_N, advantage_N, output_N, limit=0.2)
-    assert torch.equal(kept.value, plain.value), "no output is that far away"
+    stricter = off_policy_mask(logp_N, old_N, advantage_N, output_N, limit=0.2)
+    assert torch.equal(stricter.value, plain.value), "no output is that far away"
 
 
 def test_a_recipe_finds_it_by_its_name():

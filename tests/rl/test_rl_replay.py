@@ -40,11 +40,11 @@ def sampled(tokenizer):
 
 def gaps(model, rows, see=lambda batch: batch):
     """|log pi - log pi_sampler| of every trained token."""
-    found = []
+    values = []
     for batch in rollout.to_batches(rows, PAD, 10_000, "token"):
         gap = policy_logprobs(model, see(batch), 1.0) - batch.extras["old_logp_BT"]
-        found.append(gap[batch.loss_BT > 0].abs())
-    return torch.cat(found)
+        values.append(gap[batch.loss_BT > 0].abs())
+    return torch.cat(values)
 
 
 def without(batch):
@@ -64,7 +64,7 @@ def disturbed(model, size=0.02):
 @pytest.mark.parametrize("max_tokens", [50, 10_000])
 def test_a_batch_holds_what_every_fed_token_chose(sampled, model, max_tokens):
     rows = sampled(model)
-    found = 0
+    count = 0
     for batch in rollout.to_batches(rows, PAD, max_tokens, "token"):
         choice = batch.extras["choice_BTLK"]
         assert choice.dtype == torch.int16 and choice.shape == (*batch.tokens_BT.shape, LAYERS, K)
@@ -73,8 +73,8 @@ def test_a_batch_holds_what_every_fed_token_chose(sampled, model, max_tokens):
             fed = len(mine_tokens(row)) - 1
             assert torch.equal(mine[:fed], row.completion.routing.short())
             assert bool((mine[fed:] == -1).all()), "the last token was never fed; padding never was"
-            found += 1
-    assert found == len(rows)
+            count += 1
+    assert count == len(rows)
 
 
 def mine_tokens(row):

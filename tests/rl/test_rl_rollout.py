@@ -19,8 +19,8 @@ PAD = 2
 
 def row(prompt, answer, advantage=0.0, logprobs=None):
     logprobs = [-0.5] * len(answer) if logprobs is None else logprobs
-    made = completion(answer, "", logprobs, "stop", len(prompt))
-    return ScoredSample(TASKS[0].problem("train", 0), prompt, made, Verdict(True, True, "", None), 1.0, advantage)
+    answered = completion(answer, "", logprobs, "stop", len(prompt))
+    return ScoredSample(TASKS[0].problem("train", 0), prompt, answered, Verdict(True, True, "", None), 1.0, advantage)
 
 
 def some_rows(count=17, seed=0):
@@ -38,43 +38,43 @@ def some_rows(count=17, seed=0):
 
 
 def test_problems_take_the_tasks_in_turn_and_follow_from_their_number():
-    got = rollout.problems_of(TASKS, "train", 5, 6, seed=3)
-    assert [(task.name, problem.id) for task, problem in got] == [
+    actual = rollout.problems_of(TASKS, "train", 5, 6, seed=3)
+    assert [(task.name, problem.id) for task, problem in actual] == [
         (TASKS[n % 2].name, TASKS[n % 2].problem("train", n // 2, 3).id) for n in range(5, 11)
     ]
-    assert got == rollout.problems_of(TASKS, "train", 5, 6, seed=3)
-    assert got[2:] == rollout.problems_of(TASKS, "train", 7, 4, seed=3), "rollouts are windows of one endless list"
-    assert [p.prompt for _, p in got] != [p.prompt for _, p in rollout.problems_of(TASKS, "train", 5, 6, seed=4)]
-    assert all("/train/" in problem.id for _, problem in got)
+    assert actual == rollout.problems_of(TASKS, "train", 5, 6, seed=3)
+    assert actual[2:] == rollout.problems_of(TASKS, "train", 7, 4, seed=3), "rollouts are windows of one endless list"
+    assert [p.prompt for _, p in actual] != [p.prompt for _, p in rollout.problems_of(TASKS, "train", 5, 6, seed=4)]
+    assert all("/train/" in problem.id for _, problem in actual)
     assert all("/test/" in problem.id for _, problem in rollout.problems_of(TASKS, "test", 0, 2, seed=3))
 
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
 def test_a_batch_holds_every_token_where_it_belongs(normalise):
     rows = some_rows()
-    found = []
+    lines = []
     for batch in rollout.to_batches(rows, PAD, 60, normalise):
         for b in range(batch.n_rows):
-            found.append([values[b].tolist() for values in (batch.tokens_BT, batch.loss_BT, *batch.extras.values())])
+            lines.append([values[b].tolist() for values in (batch.tokens_BT, batch.loss_BT, *batch.extras.values())])
             assert list(batch.extras) == ["advantage_BT", "old_logp_BT"]
     expected = []
-    for one in rows:
-        before, after = len(one.prompt_tokens), len(one.completion.tokens)
-        weight = 1 / after if normalise == "sequence" else 1.0
+    for sample in rows:
+        n_prompt, n_answer = len(sample.prompt_tokens), len(sample.completion.tokens)
+        weight = 1 / n_answer if normalise == "sequence" else 1.0
         expected.append((
-            [*one.prompt_tokens, *one.completion.tokens],
-            [0.0] * before + [weight] * after,
-            [0.0] * before + [one.advantage] * after,
-            [*([0.0] * before), *one.completion.logprobs],
+            [*sample.prompt_tokens, *sample.completion.tokens],
+            [0.0] * n_prompt + [weight] * n_answer,
+            [0.0] * n_prompt + [sample.advantage] * n_answer,
+            [*([0.0] * n_prompt), *sample.completion.logprobs],
         ))  # fmt: skip
-    for line in found:
+    for line in lines:
         match = [
             want for want in expected if line[0][: len(want[0])] == want[0] and set(line[0][len(want[0]) :]) <= {PAD}
         ]
         assert len(match) == 1
         length = len(match[0][0])
-        for got, want in zip(line[1:], match[0][1:], strict=True):
-            assert got[:length] == pytest.approx(want) and not any(got[length:]), "padding carries nothing"
+        for actual, want in zip(line[1:], match[0][1:], strict=True):
+            assert actual[:length] == pytest.approx(want) and not any(actual[length:]), "padding carries nothing"
         expected.remove(match[0])
     assert not expected, "every row once"
 

@@ -49,7 +49,7 @@ def test_credit_has_a_curve_of_its_own():
     assert (found["rl/accuracy"], found["rl/score"]) == (0.5, 0.95)
 
 
-def test_what_a_reward_model_judged_is_not_counted_as_wrong():
+def test_samples_of_a_reward_model_do_not_count_as_wrong():
     rows = [sampled("", correct=True), sampled(""), sampled("", preference=0.25), sampled("", preference=0.75)]
     found = rollout_metrics([rows])
     assert found["rl/accuracy"] == 0.5 and found["rl/preference"] == 0.5

@@ -16,7 +16,7 @@ def test_a_base_that_solves_something_may_start():
     assert start_gate({"accuracy": 0.2, "accuracy_k": 0.5}, 0.02).passed
 
 
-def test_a_hopeless_one_is_refused_with_advice():
+def test_a_hopeless_base_is_refused_with_advice():
     decision = start_gate(GOOD | {"accuracy": 0.01, "accuracy_k": 0.03}, 0.02)
     assert not decision.passed
     assert "below minimum_pass 2.0%: RL has nothing to amplify. Pre-train longer" in decision.message
@@ -37,7 +37,7 @@ def test_the_advice_follows_from_how_it_fails(change, advice):
     assert able.passed and len(able.warnings) == 1 and advice in able.warnings[0]
 
 
-def test_what_may_start_but_will_learn_little_is_warned():
+def test_a_base_that_will_learn_little_gets_a_warning():
     few = start_gate(GOOD | {"accuracy": 0.03, "accuracy_k": 0.06, "formatted": 0.25}, 0.02)
     assert few.passed and len(few.warnings) == 1 and "nearly all groups will be all wrong" in few.warnings[0]
     done = start_gate(GOOD | {"accuracy": 0.97, "accuracy_k": 1.0}, 0.02)

@@ -44,7 +44,7 @@ def test_the_paper_s_ten_words_and_the_chinese_one(text, count):
     assert measured(sampled(text))["rl/reflective_words"] == count
 
 
-def test_inside_a_countdown_trace():
+def test_words_are_counted_inside_a_countdown_trace():
     meta = {"numbers": [3, 7, 6], "target": 27}
     right = "<think>(3*7)+6=21+6=27:27 yes</think><answer>(3*7)+6</answer>"
     wrong = "<think>(3*7)-6=21-6=15:27 low\n(3*6)+7=18+7=26:27 low</think><answer>(3*6)+7</answer>"

@@ -185,11 +185,11 @@ def gradients(model, embedding, head):
 
 
 def agree(peer_model, model):
-    theirs = gradients(peer_model, peer_model.get_input_embeddings(), peer_model.get_output_embeddings())
+    reference = gradients(peer_model, peer_model.get_input_embeddings(), peer_model.get_output_embeddings())
     ours = gradients(model, model.embed, model.head)
-    for got, expected in zip(ours, theirs, strict=True):
+    for actual, expected in zip(ours, reference, strict=True):
         assert float(expected.norm()) > 1e-3
-        assert float((got - expected).norm() / expected.norm()) < 1e-5
+        assert float((actual - expected).norm() / expected.norm()) < 1e-5
 
 
 def our_loss(objective, model, batch):
@@ -203,14 +203,14 @@ def our_loss(objective, model, batch):
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_are_trl_s(policy, peer, name, beta):
-    theirs, ours, normalise = CASES[name]
+    reference, ours, normalise = CASES[name]
     objective = GRPO(kl=beta, **ours)
     sampled = Rollout(policy.eval(), objective.temperature)
-    trainer = peer(beta=beta, **theirs)
+    trainer = peer(beta=beta, **reference)
     expected = trainer.compute_loss(trainer.model, sampled.theirs(range(4)))
     expected.backward()
-    got, metrics = our_loss(objective, policy.train(), sampled.ours(normalise))
-    assert got == pytest.approx(expected.item(), abs=1e-6)
+    actual, metrics = our_loss(objective, policy.train(), sampled.ours(normalise))
+    assert actual == pytest.approx(expected.item(), abs=1e-6)
     agree(trainer.model, policy)
     logged = {key: values[-1] for key, values in trainer._metrics["train"].items()}
     assert metrics["clip_share"] > 0, "the clip binds somewhere"
@@ -223,13 +223,13 @@ def test_loss_and_gradient_are_trl_s(policy, peer, name, beta):
 
 def test_two_micro_batches_are_trl_s_accumulated_step(policy, peer):
     """DAPO divides by the tokens of the whole step on both sides, however the step is cut."""
-    theirs, ours, _ = CASES["dapo"]
+    reference, ours, _ = CASES["dapo"]
     sampled = Rollout(policy.eval(), 1.0)
-    trainer = peer(gradient_accumulation_steps=2, steps_per_generation=2, **theirs)
+    trainer = peer(gradient_accumulation_steps=2, steps_per_generation=2, **reference)
     losses = [trainer.compute_loss(trainer.model, sampled.theirs(rows)) for rows in ((0, 1), (2, 3))]
     sum(losses).backward()
-    got, _ = our_loss(GRPO(kl=0.0, **ours), policy.train(), sampled.ours("token"))
-    assert got == pytest.approx(float(sum(losses).detach()), abs=1e-6)
+    actual, _ = our_loss(GRPO(kl=0.0, **ours), policy.train(), sampled.ours("token"))
+    assert actual == pytest.approx(float(sum(losses).detach()), abs=1e-6)
     agree(trainer.model, policy)
 
 

@@ -114,7 +114,7 @@ def test_both_normalisations_against_a_loop(rows, make_model, normalise):
     objective = GRPO(loss_of(), 0.05, 0.9)
     batches = with_reference(rollout.to_batches(rows, PAD, 60, normalise), reference, 0.9)
     losses = [objective(policy, batch) for batch in batches]
-    got = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
+    actual = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
     per_output, clipped, tokens = [], 0, 0
     for row in rows:
         ids = torch.tensor([[*row.prompt_tokens, *row.completion.tokens]])
@@ -135,7 +135,7 @@ def test_both_normalisations_against_a_loop(rows, make_model, normalise):
     else:
         expected = sum(map(sum, per_output)) / tokens
     assert 0 < clipped < tokens
-    assert got == pytest.approx(-expected, rel=1e-5)
+    assert actual == pytest.approx(-expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -150,8 +150,8 @@ def test_sampler_and_trainer_agree_on_the_first_update(engine, model, tokenizer,
     ]
     batches = rollout.to_batches(rows, tokenizer.pad_id, 10_000, "token")
     for batch in batches:
-        got = reference_logprobs(model, batch, temperature)
-        assert (got - batch.extras["old_logp_BT"]).abs().max() < 1e-5
+        actual = reference_logprobs(model, batch, temperature)
+        assert (actual - batch.extras["old_logp_BT"]).abs().max() < 1e-5
     logged = trainer(model, GRPO(loss_of(), 0.0, temperature)).update(batches)
     assert logged["train/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert logged["train/logp_gap"] < 1e-5 and logged["train/clip_share"] == 0.0 and "train/kl" not in logged

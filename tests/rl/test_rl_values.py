@@ -36,14 +36,14 @@ def gae_by_definition(rewards, value, length, lam, gamma):
 @pytest.mark.parametrize("lam", [1.0, 0.95, 0.5, 0.0])
 def test_gae_against_its_double_sum(lam, gamma):
     length, value, reward = torch.tensor([1, 7, 12, 3]), random(4, 12), random(4, 12, seed=1)
-    got = critics.gae(reward, value, length, lam, gamma)
+    actual = critics.gae(reward, value, length, lam, gamma)
     for r, n in enumerate(length.tolist()):
         expected = gae_by_definition(reward[r].tolist(), value[r].tolist(), n, lam, gamma)
-        assert got[r, :n].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
-        assert not got[r, n:].any(), "nothing behind the end"
+        assert actual[r, :n].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        assert not actual[r, n:].any(), "nothing behind the end"
 
 
-def test_lambda_one_is_what_came_minus_what_was_expected_and_zero_is_one_step():
+def test_gae_with_lambda_one_is_return_minus_value_and_with_zero_one_step():
     value, reward = random(1, 5), random(1, seed=1)
     length = torch.tensor([5])
     last = at_the_end(reward, length, 5)
@@ -72,9 +72,9 @@ def test_text_after_an_end_does_not_matter():
 def test_the_clipped_value_loss(value, old, wanted, error, slope, clipped):
     value, old, wanted = (torch.tensor([x], dtype=torch.float64) for x in (value, old, wanted))
     value.requires_grad_()
-    got, cut = critics.value_errors(value, old, wanted, 0.2)
-    got.sum().backward()
-    assert got.item() == pytest.approx(error) and value.grad.item() == pytest.approx(slope) and cut.item() == clipped
+    actual, cut = critics.value_errors(value, old, wanted, 0.2)
+    actual.sum().backward()
+    assert actual.item() == pytest.approx(error) and value.grad.item() == pytest.approx(slope) and cut.item() == clipped
 
 
 def row(prompt, answer, value=0.0, wanted=0.0):
@@ -101,13 +101,13 @@ def test_a_value_is_read_before_its_token(model):
     critic = critics.critic_of(model).eval()
     torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(1))
     (batch,) = rollout.to_batches([row([4, 5], [7, 8, 9]), row([6], [3, 3])], PAD, 100, "token")
-    got = critics.values(critic, batch)
+    actual = critics.values(critic, batch)
     hidden = critic.norm(critic.hidden(batch.tokens_BT)) @ critic.score.weight.T
-    assert torch.allclose(got, torch.cat((hidden[0, 1:4, 0], hidden[1, 0:2, 0])), atol=1e-6)
+    assert torch.allclose(actual, torch.cat((hidden[0, 1:4, 0], hidden[1, 0:2, 0])), atol=1e-6)
     batch.tokens_BT[0, 4] = 11
-    assert torch.allclose(critics.values(critic, batch), got, atol=1e-6)
+    assert torch.allclose(critics.values(critic, batch), actual, atol=1e-6)
     batch.tokens_BT[0, 3] = 11
-    assert (critics.values(critic, batch) - got).abs()[2] > 0.01
+    assert (critics.values(critic, batch) - actual).abs()[2] > 0.01
 
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
@@ -118,7 +118,7 @@ def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
     rows = [row([4, 5], [7, 8, 9], -1.0, 1.0), row([6], [3], -0.2, 0.5), row([6, 9, 9], [3, 4, 5, 6, 7], 1.0, -1.0)]
     losses = [critics.ValueLoss(0.2)(critic, batch) for batch in rollout.to_batches(rows, PAD, 16, normalise)]
     assert len(losses) == 3
-    got = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
+    actual = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
     per_output = []
     for one in rows:
         ids = torch.tensor([[*one.prompt_tokens, *one.completion.tokens]])
@@ -128,7 +128,7 @@ def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
         near = old + (value - old).clamp(-0.2, 0.2)
         per_output.append(0.5 * torch.maximum((value - wanted) ** 2, (near - wanted) ** 2))
     expected = torch.stack([x.mean() for x in per_output]) if normalise == "sequence" else torch.cat(per_output)
-    assert got == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert actual == pytest.approx(float(expected.mean()), rel=1e-5)
     assert sum(float(loss.metrics["clip_share"]) for loss in losses) > 0
 
 
@@ -155,10 +155,10 @@ def test_a_critic_learns_what_each_first_token_is_worth(model):
         for one, mine in zip(rows, seen().tolist(), strict=True):
             one.per_token["value"] = mine
         run.update(rollout.to_batches(rows, PAD, 100, "token"))
-    got = seen()
-    assert got[0, 1:].tolist() == pytest.approx([1.0, 1.0], abs=0.1)
-    assert got[1, 1:].tolist() == pytest.approx([0.0, 0.0], abs=0.1)
-    assert got[:, 0].tolist() == pytest.approx([0.5, 0.5], abs=0.1)
+    actual = seen()
+    assert actual[0, 1:].tolist() == pytest.approx([1.0, 1.0], abs=0.1)
+    assert actual[1, 1:].tolist() == pytest.approx([0.0, 0.0], abs=0.1)
+    assert actual[:, 0].tolist() == pytest.approx([0.5, 0.5], abs=0.1)
 
 
 def test_the_batch_type_is_checked_for_the_new_extras():

@@ -30,14 +30,14 @@ def groups(rng, leak=False, right=0.2, copies=0.0, waits=0.1, words=20, formed=0
             correct = copied or rng.random() < right * 2 * hard
             answer = str(value if correct else value + rng.randint(1, 9))
             count = max(3, round(rng.gauss(words, words / 3)))
-            said = rng.choices(["so", "then", "now", "add", "we", "see"], k=count)
+            output = rng.choices(["so", "then", "now", "add", "we", "see"], k=count)
             if rng.random() < waits:
-                said[rng.randrange(count)] = "wait"
+                output[rng.randrange(count)] = "wait"
             formatted = rng.random() < formed
             text = (
-                f"<think>{' '.join(said)}</think><answer>{answer}</answer>"
+                f"<think>{' '.join(output)}</think><answer>{answer}</answer>"
                 if formatted
-                else f"{' '.join(said)} {answer}"
+                else f"{' '.join(output)} {answer}"
             )
             answered = completion(range(count), text, [0.0] * count, "stop", 5)
             verdict = Verdict(correct, formatted, "correct" if correct else "wrong-value", answer)

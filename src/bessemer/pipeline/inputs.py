@@ -75,17 +75,17 @@ def _hashes(name: str) -> dict[str, str]:
     return dict(zip(names, fingerprints.sha256_of_all(files), strict=True))
 
 
-def changed(record: dict[str, Any] | None, now: Files) -> str:
+def changed(record: dict[str, Any] | None, files: Files) -> str:
     """How files differ from a stage's record, e.g. "notes.txt changed since the run of 2026-11-26 10:02"; "" if they do
     not, or if the record holds none."""
     recorded: Files = (record or {}).get("files", {})
     differ = []
-    for name in recorded.keys() & now.keys():
-        for file in sorted(recorded[name].keys() | now[name].keys()):
-            before, after = recorded[name].get(file), now[name].get(file)
-            if before != after:
-                what = "is gone" if after is None else "is new" if before is None else "changed"
-                differ.append(f"{Path(name) / file if file else name} {what}")
+    for name in recorded.keys() & files.keys():
+        for file in sorted(recorded[name].keys() | files[name].keys()):
+            old_hash, new_hash = recorded[name].get(file), files[name].get(file)
+            if old_hash != new_hash:
+                change = "is gone" if new_hash is None else "is new" if old_hash is None else "changed"
+                differ.append(f"{Path(name) / file if file else name} {change}")
     if not differ:
         return ""
     more = f" and {len(differ) - 2} more" if len(differ) > 2 else ""

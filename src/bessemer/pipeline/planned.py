@@ -35,8 +35,8 @@ class Planned:
     def done(self) -> bool:
         """Whether the folder holds the complete output of this very stage."""
         done = read_done(self.folder)
-        made = done is not None and done["fingerprint"] == digest(self.identity)
-        return made and not outside.changed(read_json(self.folder / "stage.json"), self.files)
+        same = done is not None and done["fingerprint"] == digest(self.identity)
+        return same and not outside.changed(read_json(self.folder / "stage.json"), self.files)
 
     def stale(self) -> str:
         """Why this stage did not make what the folder holds; "" if it did."""

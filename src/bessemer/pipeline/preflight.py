@@ -44,9 +44,9 @@ def examine(recipe: Recipe, cache: Path, names: Collection[str]) -> list[Examine
 def check(recipe: Recipe, cache: Path, names: Collection[str]) -> None:
     """UserError with every fault of the stages `names`."""
     stages = defaultdict[str, list[str]](list)
-    for one in examine(recipe, cache, names):
-        for fault in one.faults:
-            stages[fault.removeprefix(_where(one.name))].append(one.name)
+    for stage in examine(recipe, cache, names):
+        for fault in stage.faults:
+            stages[fault.removeprefix(_where(stage.name))].append(stage.name)
     if stages:
         named = (fault if _named(fault) else _where(*names) + fault for fault, names in stages.items())
         raise UserError("\n".join(named))
@@ -100,46 +100,46 @@ def _examine(config: StageConfig, recipe: Recipe, cache: Path) -> Examined:
         except UserError as fault:
             faults[str(fault)] = None
     # resolve may have found the same fault without knowing the key
-    examined.faults = [one for one in faults if not any(other.endswith(f": {one}") for other in faults)]
+    examined.faults = [one for one in faults if not any(longer.endswith(f": {one}") for longer in faults)]
     return examined
 
 
 def describe(stages: list[Examined]) -> str:
     """Text for a terminal: the stages with their times and with what was found."""
     lines = []
-    for number, one in enumerate(stages, start=1):
-        kind = f" ({one.kind})" if one.kind != one.name else ""
-        time = "" if one.seconds is None else f", about {show_seconds(one.seconds)}"
-        lines += [f"{number:>2} {one.name}{kind}{time}", *(f"     {line}" for line in one.found)]
-    timed = [one.seconds for one in stages if one.seconds is not None]
+    for number, stage in enumerate(stages, start=1):
+        kind = f" ({stage.kind})" if stage.kind != stage.name else ""
+        time = "" if stage.seconds is None else f", about {show_seconds(stage.seconds)}"
+        lines += [f"{number:>2} {stage.name}{kind}{time}", *(f"     {line}" for line in stage.found)]
+    timed = [stage.seconds for stage in stages if stage.seconds is not None]
     return "\n".join([*lines, *([f"in all about {show_seconds(sum(timed))}"] if timed else [])])
 
 
 def list_faults(stages: list[Examined]) -> str:
     """Text for a terminal: the faults, each with the stages that have it; "" if there are none."""
     faults = defaultdict[str, list[str]](list)
-    for one in stages:
-        for fault in one.faults:
-            faults[fault.removeprefix(_where(one.name))].append(one.name)
+    for stage in stages:
+        for fault in stage.faults:
+            faults[fault.removeprefix(_where(stage.name))].append(stage.name)
     listed = [f"{', '.join(names)}: {fault}" for fault, names in faults.items()]
     return "\n".join(["missing, or does not fit:", *listed]) if listed else ""
 
 
 def task_probes(
-    names: Collection[str], asked: float, key: str = "tasks", make: Callable[[str], tasks.Task] = tasks.get
+    names: Collection[str], n_asked: float, key: str = "tasks", make: Callable[[str], tasks.Task] = tasks.get
 ) -> Iterator[Probe]:
     """Probes the tasks that a stage trains on, listed under `key`; the stage asks `asked` problems in all."""
     for name in dict.fromkeys(names):
 
         def probe(name: str = name) -> str | None:
             task = make(name)
-            size, share = task.size("train"), asked * list(names).count(name) / len(names)
+            size, share = task.size("train"), n_asked * list(names).count(name) / len(names)
             if size == 0:
                 raise UserError(f"{name} has no problem to train on; add lines, or leave out @test")
             if size is None or ":" not in name:
                 return None
-            each = f"{share / size:,.{int(share % size > 0)}f}"  # 4, 3.3 or 1,000
-            return f"{name}: {size:,} problems, {share:,.0f} asked for, each {each} times"
+            times = f"{share / size:,.{int(share % size > 0)}f}"  # 4, 3.3 or 1,000
+            return f"{name}: {size:,} problems, {share:,.0f} asked for, each {times} times"
 
         yield of_key(key, probe)
 

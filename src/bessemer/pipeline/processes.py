@@ -39,15 +39,15 @@ class Processes:
 
 
 def start(
-    recipe: Recipe, root: Path, asked: int | None = None, check: Callable[[int], None] = lambda n: None
+    recipe: Recipe, root: Path, n_processes: int | None = None, check: Callable[[int], None] = lambda n: None
 ) -> Processes:
     """The processes of a run: as many as `asked` for, as the recipe's layout says, or as this machine's GPUs suggest.
     If others must be started first, this process starts them and exits with their status. `check` raises UserError if
     the run cannot do with that many."""
     many = plugins.hook("start-ranks")
     if many is not None:
-        return many(recipe, root, asked, check=check)
-    if (n := max(asked or 1, recipe.layout.fewest)) > 1:
+        return many(recipe, root, n_processes, check=check)
+    if (n := max(n_processes or 1, recipe.layout.fewest)) > 1:
         raise UserError(
             f"{n} processes train together only with the add-on for distributed training, which is not installed; "
             "leave --processes and [layout] out"

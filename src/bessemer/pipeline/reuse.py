@@ -28,7 +28,7 @@ class Donor:
 
     def folder(self, name: str) -> Path | None:
         """The folder of the stage `name`."""
-        return {theirs: path for _, theirs, path in stage_folders(self.root)}.get(name)
+        return {stage: path for _, stage, path in stage_folders(self.root)}.get(name)
 
     def give_revisions(self, root: Path) -> None:
         """Copies the hub commits that this run has pinned to the run in `root`, if that has none."""

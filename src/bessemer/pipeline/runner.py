@@ -265,9 +265,9 @@ def _leave(item: Planned, damaged: dict[str, str], rundir: RunDir, metrics: Metr
     it goes on from there, which writes them again; else it is moved aside and starts over."""
     why = next(iter(damaged.values()))
     models = all(name == "done.json" or name.split("/")[0] in ("model", "model-ema") for name in damaged)
-    if models and (whole := checkpoint.newest_whole(item.folder / "state")) is not None:
+    if models and (newest := checkpoint.newest_whole(item.folder / "state")) is not None:
         (item.folder / "done.json").unlink()
-        progress.say(f"{item.name}: {why}; it is written again from the checkpoint {whole.name}")
+        progress.say(f"{item.name}: {why}; it is written again from the checkpoint {newest.name}")
         return
     aside = rundir.set_aside(item.folder, item.name, metrics)
     progress.say(f"{item.name}: {why}; the old one is moved to {aside} and the stage runs again")

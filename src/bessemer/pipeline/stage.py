@@ -144,5 +144,5 @@ def run_stage(config: StageConfig, ctx: StageContext) -> dict[str, Any]:
 def find_kind(kind: str) -> type[Stage[Any]]:
     """The stage class of a kind: one of the core, an entry point of the group `bessemer.stages`, or code
     of the user's own. UserError if it cannot be loaded."""
-    found: type[Stage[Any]] = plugins.find("stages", kind, derives=Stage)
-    return found
+    stage_class: type[Stage[Any]] = plugins.find("stages", kind, derives=Stage)
+    return stage_class

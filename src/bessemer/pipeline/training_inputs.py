@@ -45,8 +45,8 @@ def check_stages(config: PretrainConfig, recipe: Recipe) -> None:
     if corpus.kind != "corpus":
         raise UserError(f'{where}: corpus = "{corpus.name}" is of kind {corpus.kind}; name a stage of kind corpus')
     if source is None or not source.makes_model:
-        given = "is missing" if source is None else f'is "{source.name}" of kind {source.kind}'
-        raise UserError(f"{where} has a corpus, so from must name a stage with a model, but it {given}")
+        actual = "is missing" if source is None else f'is "{source.name}" of kind {source.kind}'
+        raise UserError(f"{where} has a corpus, so from must name a stage with a model, but it {actual}")
     if config.model:
         raise UserError(f'{where} continues from the model of "{source.name}", whose sizes are fixed; leave model out')
     if isinstance(corpus, CorpusConfig):

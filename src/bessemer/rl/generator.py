@@ -38,12 +38,12 @@ def candidates(
 ) -> tuple[Problems, Problems]:
     """What a round of rollout `number` may ask: (prompts of `general`, in the first round from its first rollout on;
     `pool` candidates for every problem of `families`). No two rounds of a run share any."""
-    total, place = settings.prompts_per_rollout, number * settings.max_resamples + round
+    total, index = settings.prompts_per_rollout, number * settings.max_resamples + round
     of_general = settings.general.prompts if settings.general and number >= settings.general.start else 0
     first = settings.first_problem
     return (
         rollout.problems_of(general, "train", first + number * of_general, 0 if round else of_general, seed),
-        rollout.problems_of(families, "train", first + place * total * pool, (total - of_general) * pool, seed),
+        rollout.problems_of(families, "train", first + index * total * pool, (total - of_general) * pool, seed),
     )
 
 
@@ -79,7 +79,7 @@ class RolloutGenerator:
         general = settings.general_tasks
         self.tasks, self.general = mixture(settings, settings.tasks), mixture(settings, general)
         self.pool = pool_of(settings)
-        self.options = {name: value for one in components for name, value in one.options.items()}
+        self.options = {name: value for component in components for name, value in component.options.items()}
         self.reward = Reward.of_config(settings)
 
     def rollout(self, number: int, cap: int, step: int) -> Rollout:
@@ -90,14 +90,14 @@ class RolloutGenerator:
             try:
                 pending = turns.send(pending.take())
             except StopIteration as end:
-                made: Rollout = end.value
-                return made
+                finished: Rollout = end.value
+                return finished
 
     def turns(self, number: int, cap: int, step: int) -> Generator[PendingSamples, Completions, Rollout]:
         """The same, for a caller that does not wait: yields what is being sampled, and is sent the samples. All rounds,
         and all turns of their episodes, use the policy of the start."""
         settings, policy, select = self.settings, self.sampler.policy(), self.selector()
-        asked = 0
+        n_problems = 0
         general: list[Group] = []
         alive: list[Group] = []
         dead: list[Group] = []
@@ -111,16 +111,16 @@ class RolloutGenerator:
             while (turn := play.turn()) is not None:
                 play.add((yield self.submit(policy, turn)))
             groups = self.score(problems, play.prompts, play.outcomes(), step, seed)
-            asked += len(groups)
+            n_problems += len(groups)
             if settings.max_resamples == 1:  # every group is trained on, in the order of the problems
-                return Rollout(groups, asked, cap, step)
+                return Rollout(groups, n_problems, cap, step)
             general += groups[: len(of_general)]
             for group in groups[len(of_general) :]:
                 (dead if _equal_rewards(group) else alive).append(group)
-            wanted = settings.prompts_per_rollout - len(general)
-            if len(alive) >= wanted:
+            needed = settings.prompts_per_rollout - len(general)
+            if len(alive) >= needed:
                 break
-        return Rollout(general + (alive + dead)[:wanted], asked, cap, step)
+        return Rollout(general + (alive + dead)[:needed], n_problems, cap, step)
 
     def candidates(self, number: int, round: int) -> tuple[Problems, Problems]:
         return candidates(self.settings, self.general, self.tasks, self.seed, number, round, self.pool)
@@ -128,11 +128,11 @@ class RolloutGenerator:
     def candidates_by_id(self, number: int) -> dict[str, tasks.Problem]:
         """Every problem that rollout `number` may sample."""
         rounds = [self.candidates(number, round) for round in range(self.settings.max_resamples)]
-        return {problem.id: problem for general, others in rounds for _, problem in general + others}
+        return {problem.id: problem for general, plain in rounds for _, problem in general + plain}
 
     def selector(self) -> Select | None:
         """What chooses the problems of a rollout that starts now."""
-        return next((chosen for one in self.components if (chosen := one.selector()) is not None), None)
+        return next((chosen for component in self.components if (chosen := component.selector()) is not None), None)
 
     def play(self, problems: Problems, seed: int, cap: int) -> Turns:
         """The completions or episodes of a round, before anything is generated."""
@@ -164,7 +164,9 @@ class RolloutGenerator:
         """Verifies the samples and sets their rewards: verdicts are each rank's own, reward models are rank 0's.
         `step` and `seed` as in `Reward.score`."""
         opening, needs_format = self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
-        holders = None if self.carrier is None else self.carrier.holders([one for group in outcomes for one in group])
+        holders = (
+            None if self.carrier is None else self.carrier.holders([outcome for group in outcomes for outcome in group])
+        )
         groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share, holders)
         rows = [row for group in groups for row in group]
 

@@ -88,13 +88,13 @@ def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: fl
     problems whose answers earn different rewards counts, too. With a `minimum_pass` of 0 every model passes, with
     warnings.
     """
-    one, some, k = _share(row, "accuracy") or 0.0, _share(row, "accuracy_k") or 0.0, row.get("k", "k")
-    measured = f"the model solves {one:.1%} of held-out problems (pass@{k} {some:.1%})"
+    solved, solved_once, k = _share(row, "accuracy") or 0.0, _share(row, "accuracy_k") or 0.0, row.get("k", "k")
+    measured = f"the model solves {solved:.1%} of held-out problems (pass@{k} {solved_once:.1%})"
     contrast = _share(row, "contrast") if row.get("graded") else None
     if contrast is not None:
         measured += f", and answers to {contrast:.1%} of them earn different rewards"
     faults = _faults(row)
-    if max(one, contrast or 0.0) < minimum_pass:
+    if max(solved, contrast or 0.0) < minimum_pass:
         parts = [
             *faults,
             "pre-train longer, raise the share of the task's documents, or choose an easier task",
@@ -104,17 +104,19 @@ def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: fl
         message = f"{measured}, below minimum_pass {minimum_pass:.1%}: RL has nothing to amplify. {advice}"
         return GateDecision(False, message)
     warnings = list(faults)
-    if some < FEW_ALIVE and contrast is None:
+    if solved_once < FEW_ALIVE and contrast is None:
         warnings.append(
-            f"only {some:.0%} of the problems are solved in any of {k} tries, so nearly all groups will be all wrong: "
-            "take more samples per problem, or mix in easier problems"
+            f"only {solved_once:.0%} of the problems are solved in any of {k} tries, so nearly all groups will be all "
+            "wrong: take more samples per problem, or mix in easier problems"
         )
-    if one > SOLVED:
-        warnings.append(f"{one:.0%} are solved already, so nearly all groups will be all right: choose harder problems")
-    form = _share(row, "formatted")
-    if format_reward > 0 and form is not None and form < SOLVED and form > FORM_ONLY * one:
+    if solved > SOLVED:
         warnings.append(
-            f"{form:.0%} of the answers are well-formed and {one:.1%} right: with the term format "
+            f"{solved:.0%} are solved already, so nearly all groups will be all right: choose harder problems"
+        )
+    form = _share(row, "formatted")
+    if format_reward > 0 and form is not None and form < SOLVED and form > FORM_ONLY * solved:
+        warnings.append(
+            f"{form:.0%} of the answers are well-formed and {solved:.1%} right: with the term format "
             f"weighted {format_reward:g} the form alone may be learnt; lower the weight"
         )
     return GateDecision(True, measured, tuple(warnings))

@@ -199,11 +199,11 @@ class Loop:
                 if n == number:
                     self.trainer.save()
                     self.trainer.finish()
-                made = self._rollout(n)
+                result = self._rollout(n)
                 self._before_save(n + 1)
                 self.ctx.progress.advance(1)
                 if n >= number:
-                    yield made
+                    yield result
                 if self.ctx.stop:
                     self.ctx.interrupt()
         finally:

@@ -35,21 +35,21 @@ SAMPLES = 4
 def update_means(prefix: str, names: Sequence[str], updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over a rollout's updates. One that was skipped has no values and does not count as zeros; a metric
     that no update has is left out."""
-    found = means([f"train/{name}" for name in names], updates)
-    return {f"{prefix}/{name.removeprefix('train/')}": value for name, value in found.items()}
+    averages = means([f"train/{name}" for name in names], updates)
+    return {f"{prefix}/{name.removeprefix('train/')}": value for name, value in averages.items()}
 
 
 def means(names: Iterable[str], updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """`update_means` under the metrics' own names."""
-    found = {name: [update[name] for update in updates if name in update] for name in names}
-    return {name: float(np.mean(values)) for name, values in found.items() if values}
+    present = {name: [update[name] for update in updates if name in update] for name in names}
+    return {name: float(np.mean(values)) for name, values in present.items() if values}
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Means over all samples of a rollout; accuracy, and the score of tasks with partial credit, over the samples with
     a verifier, if any."""
-    asked = [row for group in groups for row in group]
-    rows = [row for row in asked if not row.failure]
+    samples = [row for group in groups for row in group]
+    rows = [row for row in samples if not row.failure]
     preferences = [row.preference for row in rows if row.preference is not None]
     verified = [row for row in rows if row.preference is None] or rows
     values = {
@@ -67,7 +67,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     if episodes := [row.turns for row in rows if row.turns is not None]:
         values["rl/turns"] = _mean(sum(role == rollout.MODEL for role, _, _ in turns) for turns in episodes)
         values["rl/observed"] = _mean(sum(n for role, n, _ in turns if role != rollout.MODEL) for turns in episodes)
-        values["rl/episodes_failed"] = len(asked) - len(rows)
+        values["rl/episodes_failed"] = len(samples) - len(rows)
     return values
 
 
@@ -152,16 +152,16 @@ class Evaluator:
         values["rl/heldout_language"] = mean["language_consistency"]
         if mean["graded"]:
             values["rl/heldout_score"] = mean["score"]
-        each = ""
+        by_task = ""
         if len(rows) > 1:
             values |= {f"rl/heldout/{name}": row["accuracy"] for name, row in rows.items()}
-            each = " (" + ", ".join(f"{name} {row['accuracy']:.3f}" for name, row in rows.items()) + ")"
+            by_task = " (" + ", ".join(f"{name} {row['accuracy']:.3f}" for name, row in rows.items()) + ")"
         self.write(values)
         done = -(-trainer.rows // (settings.prompts_per_rollout * settings.samples))
         asked = f"{sum(row['n'] for row in main):.0f} problems x {SAMPLES}"
         self.ctx.say(
             f"rollout {done} of {settings.rollouts}, step {trainer.step}: held-out ({asked}): "
-            f"reward {mean['reward']:.3f}, accuracy {mean['accuracy']:.3f}{each}"
+            f"reward {mean['reward']:.3f}, accuracy {mean['accuracy']:.3f}{by_task}"
             + (f", score {mean['score']:.3f}" if mean["graded"] else "")
             + (f", in any form pass@1 {mean['pass_at_1']:.3f}" if settings.accuracy_needs_format else "")
             + f", pass@4 {mean['pass_at_k']:.3f}, maj@4 {mean['maj_at_k']:.3f}, length {mean['mean_length']:.0f}"

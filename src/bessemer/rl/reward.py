@@ -209,11 +209,11 @@ class Reward:
 
 def _term(name: str) -> tuple[Callable[..., Any], bool]:
     """(the function, whether it takes one sample at a time)."""
-    found = plugins.find("rewards", name)
+    member = plugins.find("rewards", name)
     single = False
-    if callable(found):
+    if callable(member):
         try:
-            kinds = [parameter.kind for parameter in inspect.signature(found).parameters.values()]
+            kinds = [parameter.kind for parameter in inspect.signature(member).parameters.values()]
             single = inspect.Parameter.VAR_POSITIONAL in kinds or (_POSITIONAL.issuperset(kinds[:3]) and len(kinds) > 2)
         except ValueError:  # a function of C has no signature
             single = True

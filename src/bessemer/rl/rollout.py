@@ -111,9 +111,9 @@ def problems_of(
     names = [task.name for task in tasks]
     problems = []
     for n in range(first, first + count):
-        turn, place = divmod(n, len(tasks))
-        index = turn * names.count(names[place]) + names[:place].count(names[place])
-        task = tasks[place]
+        turn, position = divmod(n, len(tasks))
+        index = turn * names.count(names[position]) + names[:position].count(names[position])
+        task = tasks[position]
         problems.append((task, task.problem(split if isinstance(split, str) else split(task), index, seed)))
     return problems
 
@@ -162,8 +162,8 @@ def verify(
     pairs = [
         (task, problem, outcome) for (task, problem), group in zip(problems, outcomes, strict=True) for outcome in group
     ]
-    plain = [(task, problem, begun + one.text) for task, problem, one in pairs if isinstance(one, Completion)]
-    found = iter(judge_all(plain, share, holders))
+    plain = [(task, problem, begun + answer.text) for task, problem, answer in pairs if isinstance(answer, Completion)]
+    judged = iter(judge_all(plain, share, holders))
     groups = []
     for (_, problem), prompt, group in zip(problems, prompts, outcomes, strict=True):
         rows = []
@@ -173,7 +173,7 @@ def verify(
                 language = consistency(begun + completion.text, problem.language)
             else:
                 episode, completion = None, outcome
-                verdict, language = next(found)
+                verdict, language = next(judged)
             if needs_format:
                 verdict = in_form(verdict, begun)
             row = ScoredSample(problem, prompt, completion, verdict, language=language, begun=begun)
@@ -189,8 +189,8 @@ def in_form(verdict: Verdict, begun: str) -> Verdict:
     summary = verdict.summary and not begun
     if summary and (verdict.sound or verdict.partial):
         verdict = replace(verdict, reason=TEXT_AROUND)
-    kept = verdict.formatted and not summary
-    partial = verdict.partial if kept or verdict.partial is None else 0.0
+    formatted = verdict.formatted and not summary
+    partial = verdict.partial if formatted or verdict.partial is None else 0.0
     return replace(verdict, correct=verdict.sound and not summary, partial=partial)
 
 

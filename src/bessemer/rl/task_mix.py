@@ -23,12 +23,12 @@ def task_of(settings: RLConfig, name: str) -> Task:
     if not options:
         return tasks.get(name)
     where = f'stage "{settings.name}": task_options."{name}"'
-    known = [*OPTIONS, *tasks.get(name).option_names()]
+    names = [*OPTIONS, *tasks.get(name).option_names()]
     for key in options:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
+        if key not in names:
+            near = get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"{where} has no setting {key!r}; {hint}Known: {', '.join(known)}")
+            raise UserError(f"{where} has no setting {key!r}; {hint}Known: {', '.join(names)}")
     options.pop("share", None)
     _check_kinds(options, where)
     try:
@@ -39,21 +39,21 @@ def task_of(settings: RLConfig, name: str) -> Task:
 
 def mixture(settings: RLConfig, names: Sequence[str]) -> list[Task]:
     """The tasks in the order of their turns."""
-    made = {name: task_of(settings, name) for name in dict.fromkeys(names)}
-    return [made[name] for name in round_of(settings, names)]
+    by_name = {name: task_of(settings, name) for name in dict.fromkeys(names)}
+    return [by_name[name] for name in round_of(settings, names)]
 
 
 def round_of(settings: RLConfig, names: Sequence[str]) -> list[str]:
     """A round of turns: each of `names` has as many as its share says, spread evenly."""
     shares = [share_of(settings, name) for name in names]
-    return [names[place] for place in turns([share // gcd(*shares) for share in shares])]
+    return [names[position] for position in turns([share // gcd(*shares) for share in shares])]
 
 
 def turns(shares: Sequence[int]) -> list[int]:
     """A round in which place n has shares[n] turns, as far apart as they can be; equal shares: 0, 1, 2, ..."""
     due, order = [0] * len(shares), []
     for _ in range(sum(shares)):
-        due = [one + share for one, share in zip(due, shares, strict=True)]
+        due = [credit + share for credit, share in zip(due, shares, strict=True)]
         order.append(due.index(max(due)))
         due[order[-1]] -= sum(shares)
     return order
@@ -71,14 +71,14 @@ def share_of(settings: RLConfig, name: str) -> int:
 
 def check(settings: RLConfig) -> None:
     """UserError for options of a task that the stage does not name, or without effect there."""
-    asked = settings.tasks + settings.general_tasks
-    named = [*dict.fromkeys(asked + settings.heldout.tasks)]
+    trained = settings.tasks + settings.general_tasks
+    named = [*dict.fromkeys(trained + settings.heldout.tasks)]
     for name, options in settings.task_options.items():
         where = f'stage "{settings.name}": task_options."{name}"'
         if name not in named:
             raise UserError(f"{where} is of no task that the stage names; it names {', '.join(named)}")
         share_of(settings, name)
-        if "share" in options and name not in asked:
+        if "share" in options and name not in trained:
             raise UserError(f"{where}.share has no effect on a task that is only evaluated; leave it out")
         if options.get("plain_answers") and settings.accuracy_needs_format:
             raise UserError(
@@ -88,7 +88,7 @@ def check(settings: RLConfig) -> None:
 
 def _check_kinds(options: Mapping[str, Any], where: str) -> None:
     languages, phrasing = options.get("languages", ["en"]), options.get("phrasing", "seen")
-    if not isinstance(languages, list) or not languages or not all(isinstance(one, str) for one in languages):
+    if not isinstance(languages, list) or not languages or not all(isinstance(language, str) for language in languages):
         raise UserError(f'{where}.languages is {languages!r}; write a list, such as ["en"]')
     if not isinstance(phrasing, str):
         raise UserError(f'{where}.phrasing is {phrasing!r}; write "seen" or "held-out"')

@@ -67,22 +67,22 @@ class Carrier:
         """The pipeline of each rank."""
 
     def holders(self, completions: Sequence[Completion]) -> list[int]:
-        return [rank_of(one, self.ranks.me) for one in completions]
+        return [rank_of(completion, self.ranks.me) for completion in completions]
 
     def batches(
         self, rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]], pad_id: int, normalise: str
     ) -> list[Batch]:
         """This rank's micro-batches of a mini-batch of `rows` in `parts` (`rollout.split_by_length`). The rows that
         they need are filled."""
-        place = {id(row): number for number, row in enumerate(rows)}
+        index_of = {id(row): number for number, row in enumerate(rows)}
         own = {id(row) for row in rows if rank_of(row.completion, self.ranks.me) == self.ranks.me}
         of_pipeline = [self._needed(parts, pipeline) for pipeline in range(self.among.n_pipelines)]
         for rank, pipeline in enumerate(self.pipelines):
-            mine: dict[int, Completion] = {}
+            to_send: dict[int, Completion] = {}
             if rank != self.ranks.me:
-                asked = [row for row in of_pipeline[pipeline] if id(row) in own]
-                mine = {place[id(row)]: replace(row.completion, text="") for row in asked}
-            for sent in self.ranks.gather(mine, rank, "samples of the mini-batch"):
+                needed = [row for row in of_pipeline[pipeline] if id(row) in own]
+                to_send = {index_of[id(row)]: replace(row.completion, text="") for row in needed}
+            for sent in self.ranks.gather(to_send, rank, "samples of the mini-batch"):
                 for index, completion in sent.items():
                     rows[index].completion = completion
         batches = []

@@ -101,9 +101,9 @@ class SampleAhead(Component):
                 if key.startswith(prefix)
             }
             problems = self.loop.generator.candidates_by_id(number)
-            if other := {group["problem"] for group in stored["groups"]} - problems.keys():
+            if unknown := {group["problem"] for group in stored["groups"]} - problems.keys():
                 self.trainer.warn(
-                    f"rollout {number}, sampled by an earlier version, asks {min(other)}, which is not among its "
+                    f"rollout {number}, sampled by an earlier version, asks {min(unknown)}, which is not among its "
                     "problems now; it is sampled again"
                 )
                 continue

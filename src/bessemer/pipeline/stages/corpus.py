@@ -63,10 +63,10 @@ class Corpus(Stage[CorpusConfig]):
                 )
             elif source in config.mix:
                 raise UserError(f'stage "{config.name}": mix is for documents of tasks, which "{source}" is not')
-        other = None if config.tokenizer is None else recipe.stage(config.tokenizer)
-        if other is not None and other.kind != "corpus" and not other.makes_model:
+        owner = None if config.tokenizer is None else recipe.stage(config.tokenizer)
+        if owner is not None and owner.kind != "corpus" and not owner.makes_model:
             raise UserError(
-                f'stage "{config.name}": tokenizer = "{config.tokenizer}" is of kind {other.kind}, which has none; '
+                f'stage "{config.name}": tokenizer = "{config.tokenizer}" is of kind {owner.kind}, which has none; '
                 "name a corpus, or a stage that makes a model"
             )
         for source in config.mix:
@@ -166,11 +166,11 @@ class Corpus(Stage[CorpusConfig]):
         """The first characters of every source, for the tokenizer."""
 
         def first(name: str) -> list[str]:
-            texts, left = [], config.vocab_sample
+            texts, budget = [], config.vocab_sample
             for document in self._documents(config, name, ctx):
                 texts.append(document.text)
-                left -= len(document.text)
-                if left <= 0:
+                budget -= len(document.text)
+                if budget <= 0:
                     break
             return texts
 
@@ -190,26 +190,26 @@ def _task(config: CorpusConfig, source: str, cache: Path | None = None) -> tasks
     name, mix = config.parts[source].removeprefix(TASK), config.mix.get(source, {})
     if name.startswith(NEEDLE):
         return _needles("needle-pages")(name.removeprefix(NEEDLE), config.heldout, cache, **mix)
-    if taken := {"languages", "phrasing"} & set(mix):
-        raise UserError(f'stage "{config.name}": mix sets shares of documents, not {" or ".join(sorted(taken))}')
+    if clash := {"languages", "phrasing"} & set(mix):
+        raise UserError(f'stage "{config.name}": mix sets shares of documents, not {" or ".join(sorted(clash))}')
     return tasks.get(name, **mix)
 
 
 def _needles(hook: str) -> Callable[..., tasks.Task]:
-    if (found := plugins.hook(hook)) is None:
+    if (make := plugins.hook(hook)) is None:
         raise UserError(
             f"parts of {NEEDLE} come with the add-on of evaluations, which is not installed; leave them out"
         )
-    return found
+    return make
 
 
 def _shards(config: CorpusConfig) -> Any:
     """The add-on that reads parts which are shards already; None without such parts."""
     if not any(spec.startswith(SHARDS) for spec in config.parts.values()):
         return None
-    if (found := plugins.hook("shards")) is None:
+    if (shards := plugins.hook("shards")) is None:
         raise UserError(f"parts of {SHARDS} come with the add-on of data sets, which is not installed; leave them out")
-    return found
+    return shards
 
 
 def _counts(built: corpus.PackedCorpus) -> dict[str, Any]:

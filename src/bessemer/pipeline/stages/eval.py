@@ -82,45 +82,45 @@ class Eval(Stage[EvalConfig]):
         rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
         ctx.rewind(-1 if not rows else len(rows))
         grid = [
-            (model, task, temperature, before)
+            (model, task, temperature, shots)
             for model in config.models
             for task in _tasks(config)
             for temperature in config.temperatures
-            for before in _preambles(config)
+            for shots in _preambles(config)
         ]
         ctx.progress.total(len(grid), "rows", done=len(rows))
         contamination: Contamination | None = plugins.hook("contamination")
-        found = {} if contamination is None else {"contamination": contamination.search(config, ctx, _problems(config))}
+        extra = {} if contamination is None else {"contamination": contamination.search(config, ctx, _problems(config))}
         engine: Engine | None = None
         loaded = ""
-        for model, task, temperature, before in grid[len(rows) :]:
+        for model, task, temperature, shots in grid[len(rows) :]:
             if engine is None or model != loaded:
                 engine, loaded = None, model  # memory may not hold two models
                 engine = engine_of(ctx.inputs[model] / "model", ctx, precision=config.precision)
             engine.tokenizer.use_template(config.prompt_template)
             room = engine.model.cfg.max_seq_len - config.max_new_tokens
             row = scoring.evaluate(
-                engine, before.encoder(engine.tokenizer, task, room, ctx.cache), task,
+                engine, shots.encoder(engine.tokenizer, task, room, ctx.cache), task,
                 problems=_size(config, task), samples=config.samples, k=config.k, temperature=temperature,
                 top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
                 context=engine.model.cfg.max_seq_len,
             )  # fmt: skip
-            rows.append({"model": model, **row, **before.facts()})
+            rows.append({"model": model, **row, **shots.facts()})
             tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"
-            tag += f"/{before.facts().get('shots', 0)}-shot" if len(config.shots) > 1 else ""
+            tag += f"/{shots.facts().get('shots', 0)}-shot" if len(config.shots) > 1 else ""
             # The line first: if a kill loses the row, its line is dropped, and a row that is kept always has its line.
-            shown = [key for key in (*scoring.FIGURES, "readable") if key in row]
-            ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in shown})
+            columns = [key for key in (*scoring.FIGURES, "readable") if key in row]
+            ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in columns})
             write_atomic(path, json.dumps(rows))
             ctx.progress.advance(1, f"{model} {task.name} {row['language']}: pass@1 {row['pass_at_1']:.3f}")
             if ctx.stop:
                 ctx.interrupt()
-        write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows, **found}, indent=1))
+        write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows, **extra}, indent=1))
         if contamination is not None:
-            ctx.say(contamination.summary(found["contamination"]))
+            ctx.say(contamination.summary(extra["contamination"]))
         for line in _about_cuts(rows, config):
             ctx.say(line)
-        hit = {"contaminated": found["contamination"]["hit"]} if found else {}
+        hit = {"contaminated": extra["contamination"]["hit"]} if extra else {}
         return {"rows": len(rows)} | hit
 
 
@@ -182,8 +182,8 @@ def _preambles(config: EvalConfig) -> list[Preamble]:
 
 def _shown(config: EvalConfig, name: str) -> None:
     """UserError for a task that cannot be asked with examples."""
-    for before in _preambles(config):
-        before.check(tasks.get(name))
+    for shots in _preambles(config):
+        shots.check(tasks.get(name))
 
 
 def _problems(config: EvalConfig) -> list[tasks.Problem]:
@@ -205,11 +205,11 @@ def _tasks(config: EvalConfig) -> Iterator[tasks.Task]:
 
 def ancestors(recipe: Recipe, names: Sequence[str]) -> list[StageConfig]:
     """The stages that `names` come from, including themselves, in the order of the recipe."""
-    included, left = set(), list(names)
-    while left:
-        name = left.pop()
+    included, queue = set(), list(names)
+    while queue:
+        name = queue.pop()
         if name not in included:
             included.add(name)
             stage = recipe.stage(name)
-            left += [other for key, other in stage_refs(stage) if key != "from" or stage.starts_from]
+            queue += [source for key, source in stage_refs(stage) if key != "from" or stage.starts_from]
     return [stage for stage in recipe.stages if stage.name in included]

@@ -106,10 +106,10 @@ class Pretrain(Stage[_Config]):
         heldout = (
             (1 + (config.corpus is not None) + between) * parts * HELDOUT_ROWS * length * (2 if config.ema_decay else 1)
         )
-        shown = 1 + (config.tokens // config.sample_every if config.sample_every else 0)
+        n_shown = 1 + (config.tokens // config.sample_every if config.sample_every else 0)
         return [
             StageWork(
-                config.name, trained=config.tokens, read=heldout, sampled=shown * len(config.prompts) * SAMPLED,
+                config.name, trained=config.tokens, read=heldout, sampled=n_shown * len(config.prompts) * SAMPLED,
                 length=length, bytes=TRAINED,
             )
         ]  # fmt: skip
@@ -125,9 +125,9 @@ class Pretrain(Stage[_Config]):
         assert ctx.source is not None, "check_stages has checked it"
         cfg = setup.model_config(ctx.recipe, config.model)
         corpus = ctx.recipe.stage(config.source or "")
-        other = corpus.tokenizer if isinstance(corpus, CorpusConfig) else None
-        hint = f'; to train the model of "{other}" further: from = "{other}", corpus = "{corpus.name}"'
-        is_model = other is not None and ctx.recipe.stage(other).makes_model
+        owner = corpus.tokenizer if isinstance(corpus, CorpusConfig) else None
+        hint = f'; to train the model of "{owner}" further: from = "{owner}", corpus = "{corpus.name}"'
+        is_model = owner is not None and ctx.recipe.stage(owner).makes_model
         ctx.say("the weights are random" + (hint if is_model else ""))
         seed = ctx.seed if config.weights_seed is None else config.weights_seed
         return Start(ctx.source, None, cfg, lambda: ctx.runtime.fresh(cfg, seed))
@@ -161,8 +161,8 @@ class Pretrain(Stage[_Config]):
         setup.recompute(model, ctx.recipe.layout, ctx.say)
         compiler, compiled, layers = plugins.hook("compile"), False, ctx.runtime.layers(model)
         if config.compile == "on" and (compiler is None or not model.layers):
-            what = "is for models of the DeepSeek V3 family" if compiler else "needs the add-on accelerate"
-            raise UserError(f'stage "{ctx.name}": compile = "on" {what}; leave it out')
+            reason = "is for models of the DeepSeek V3 family" if compiler else "needs the add-on accelerate"
+            raise UserError(f'stage "{ctx.name}": compile = "on" {reason}; leave it out')
         if compiler and layers and config.fp8 == "off":
             flops = model.training_flops(feed.row_length, model.cfg.n_mtp > 0) or 0.0
             compiled = compiler(config.compile, layers, config.tokens * flops, ctx.say)
@@ -249,8 +249,8 @@ class Feed:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("once")
             self._curriculum = Curriculum(plan, opened, weights, ctx.seed, config.epoch_caps)
-        for one in caught[:1]:
-            ctx.say(str(one.message))
+        for warning in caught[:1]:
+            ctx.say(str(warning.message))
         self._say(ctx, weights)
         self._tokens: Callable[[], int] = lambda: 0
 
@@ -261,8 +261,8 @@ class Feed:
             ctx.say(f"rows of {stretch.length} tokens from {show_tokens(stretch.first_token)} tokens on")
         for name, tokens in self._curriculum.ended.items():
             cap = self.config.epoch_caps[name]
-            what = f"{name} has been read {cap:g} times at {show_tokens(tokens)} tokens, its cap"
-            ctx.say(f"{what}; the other parts take its share from there on")
+            limit = f"{name} has been read {cap:g} times at {show_tokens(tokens)} tokens, its cap"
+            ctx.say(f"{limit}; the other parts take its share from there on")
 
     def follow(self, trainer: Trainer) -> None:
         """Takes the position in the run from `trainer`."""

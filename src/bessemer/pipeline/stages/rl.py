@@ -82,12 +82,12 @@ class RL(Stage[RLConfig]):
         return sampler_of(config).facts(config)
 
     def probes(self, config: RLConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
-        asked = config.rollouts * config.prompts_per_rollout
+        n_asked = config.rollouts * config.prompts_per_rollout
         prompts, general = config.general, 0
         if prompts is not None:
             general = max(0, config.rollouts - prompts.start) * prompts.prompts
         of_general = prompts.tasks if prompts else []
-        for key, named, count in (("tasks", config.tasks, asked - general), ("general.tasks", of_general, general)):
+        for key, named, count in (("tasks", config.tasks, n_asked - general), ("general.tasks", of_general, general)):
             names = task_mix.round_of(config, named)
             yield from preflight.task_probes(names, count, key, partial(task_mix.task_of, config))
         longest = max(config.max_new_tokens.values)
@@ -108,8 +108,8 @@ class RL(Stage[RLConfig]):
         trained = written + config.rollouts * rows * PROMPT
         every = config.heldout.every
         evaluated = [0, *(n + 1 for n in range(config.rollouts) if (n + 1) % every == 0 or n + 1 == config.rollouts)]
-        asked = heldout_answers(config)
-        heldout = sum(answers(asked, caps[min(number, config.rollouts - 1)]) for number in evaluated)
+        n_answers = heldout_answers(config)
+        heldout = sum(answers(n_answers, caps[min(number, config.rollouts - 1)]) for number in evaluated)
         work = StageWork(
             config.name, trained=trained, read=trained * (config.kl.weight > 0),
             sampled=written * config.max_resamples + heldout, bytes=TRAINED,
@@ -123,8 +123,8 @@ class RL(Stage[RLConfig]):
         named, pool = (config.general_tasks, config.tasks), pool_of(config)
         general, families = (task_mix.mixture(config, names) for names in named)
         for number, round in product(range(config.rollouts), range(config.max_resamples)):
-            asked = candidates(config, general, families, recipe.seed_of(config), number, round, pool)
-            yield from (problem for _, problem in chain(*asked))
+            round_problems = candidates(config, general, families, recipe.seed_of(config), number, round, pool)
+            yield from (problem for _, problem in chain(*round_problems))
 
     def run(self, config: RLConfig, ctx: StageContext) -> dict[str, Any]:
         return Loop(config, ctx, load_reward_models(config, ctx.inputs)).run()

@@ -60,10 +60,10 @@ class SFT(Stage[SFTConfig]):
         if not tokens:
             return super().work(config, recipe)
         epochs = config.epochs or sft_rows.EPOCHS[0]
-        shown = epochs * len(config.prompts) * 100
+        n_shown = epochs * len(config.prompts) * 100
         return [
             StageWork(
-                config.name, trained=epochs * tokens, sampled=shown, length=config.row_length,
+                config.name, trained=epochs * tokens, sampled=n_shown, length=config.row_length,
                 bytes=TRAINED,
             )
         ]  # fmt: skip
@@ -115,8 +115,8 @@ class SFT(Stage[SFTConfig]):
 
 
 def _conversations(config: SFTConfig, ctx: StageContext) -> Iterator[Document]:
-    made = [ctx.inputs[name].absolute() / files.CONVERSATIONS for name in config.samples]
-    specs = [*config.data, *map(str, made)]
+    exported = [ctx.inputs[name].absolute() / files.CONVERSATIONS for name in config.samples]
+    specs = [*config.data, *map(str, exported)]
     return itertools.chain.from_iterable(sources.documents(spec, ctx.cache, domain=spec) for spec in specs)
 
 
@@ -133,14 +133,16 @@ def _steps(config: SFTConfig, n_rows: int, epochs: int, batch: float) -> str:
     n = math.ceil(epochs * n_rows / batch)
     steps = f"{n} optimizer step{'s' if n > 1 else ''}"
     size = f"{config.batch_examples} conversations" if config.batch_examples else f"{batch:g} of {n_rows} rows"
-    what = f"{steps}: {epochs} epoch{'s' if epochs > 1 else ''}, {size} a step"
+    summary = f"{steps}: {epochs} epoch{'s' if epochs > 1 else ''}, {size} a step"
     if not (config.batch_rows or config.batch_examples) and batch < sft_rows.BATCH_ROWS:
-        what += f" (batch_rows is not set: {sft_rows.BATCH_ROWS} would make fewer than {sft_rows.STEPS} steps)"
+        summary += f" (batch_rows is not set: {sft_rows.BATCH_ROWS} would make fewer than {sft_rows.STEPS} steps)"
     elif config.epochs is None:
-        what += " (epochs are not set and follow from the data)"
+        summary += " (epochs are not set and follow from the data)"
     if n >= FEW_STEPS:
-        return what
-    return f"warning: only {what}; the model will hardly change: add conversations, or raise epochs or lower batch_rows"
+        return summary
+    return (
+        f"warning: only {summary}; the model will hardly change: add conversations, or raise epochs or lower batch_rows"
+    )
 
 
 def _files(path: Path) -> list[Path]:

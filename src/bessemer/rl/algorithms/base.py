@@ -76,23 +76,23 @@ def _checked(name: str, loss: Callable[..., Any], member: object) -> Loss:
     own = not plugins.is_built_in("losses", name)
 
     def call(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, output_N: Tensor) -> Surrogate:
-        made = loss(logp_N, old_logp_N, advantage_N, output_N)
-        if isinstance(made, Tensor):
-            made = Surrogate(made, torch.zeros_like(logp_N), exp(logp_N.detach() - old_logp_N))
+        surrogate = loss(logp_N, old_logp_N, advantage_N, output_N)
+        if isinstance(surrogate, Tensor):
+            surrogate = Surrogate(surrogate, torch.zeros_like(logp_N), exp(logp_N.detach() - old_logp_N))
         if own:
-            _check_values(name, member, made, logp_N)
-        return made
+            _check_values(name, member, surrogate, logp_N)
+        return surrogate
 
     return call
 
 
-def _check_values(name: str, member: object, made: object, logp_N: Tensor) -> None:
-    if not isinstance(made, Surrogate) or made.value.shape != logp_N.shape:
-        what = tuple(made.value.shape) if isinstance(made, Surrogate) else type(made).__name__
-        wrong = f"returned {what} for {len(logp_N)} tokens"
-    elif not made.value.isfinite().all():
+def _check_values(name: str, member: object, result: object, logp_N: Tensor) -> None:
+    if not isinstance(result, Surrogate) or result.value.shape != logp_N.shape:
+        returned = tuple(result.value.shape) if isinstance(result, Surrogate) else type(result).__name__
+        wrong = f"returned {returned} for {len(logp_N)} tokens"
+    elif not result.value.isfinite().all():
         wrong = "returned a value that is not finite"
-    elif not made.value.requires_grad and logp_N.requires_grad:
+    elif not result.value.requires_grad and logp_N.requires_grad:
         wrong = "returned values without a gradient"
     else:
         return
@@ -108,8 +108,8 @@ class FunctionAdvantage(Advantage):
 
     def assign(self, groups: Sequence[Group]) -> Metrics:
         reward_PG = rewards(groups)
-        made = self.member(reward_PG, groups, **self.settings)
-        values = made.tolist() if isinstance(made, Tensor) else made
+        result = self.member(reward_PG, groups, **self.settings)
+        values = result.tolist() if isinstance(result, Tensor) else result
         try:
             for group, of_group in zip(groups, values, strict=True):
                 for sample, value in zip(group, of_group, strict=True):
