@@ -61,7 +61,7 @@ def test_a_killed_worker_is_named_and_the_other_jobs_are_done(tmp_path):
     assert facts_of(jobs[0]) is None
 
 
-def test_a_mistake_in_a_worker_comes_back_as_one(tmp_path):
+def test_user_error_in_a_worker_reaches_the_caller(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("{\n")
     source = Source("s", str(path), "english", "english", bad="refuse")
@@ -105,8 +105,8 @@ def test_workers_end_with_their_parent(tmp_path):
 
 
 def _children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in found.read_text().split()] if found.exists() else []
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
 
 
 def _runs(pid: int) -> bool:

@@ -30,11 +30,11 @@ def test_ten_words_of_a_question_or_a_solution_are_a_hit(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": prose(9, 2), "answer": "#### 1"}) + "\n")
     index = Index(eval_texts([f"gsm8k:{tmp_path}"], 10), 10)
     ten = "sold clips to 48 of her friends in April and"
-    found = _hits(
+    hits = _hits(
         index, f"{prose(1)} {ten} {prose(2)}", f"{prose(1)} sold clips to 48 of her friends in April {prose(2)}",
         "SOLD CLIPS (to 48 of her friends), in April: AND", "she sold 48 + 24 = 72 clips in these", prose(9, 2),
     )  # fmt: skip
-    assert set(found) == {0, 2, 3}  # nine words are no hit, and training questions are not searched for
+    assert set(hits) == {0, 2, 3}  # nine words are no hit, and training questions are not searched for
     whole = Index(eval_texts([f"gsm8k:{tmp_path / 'test.jsonl'}@test"], 10), 10)
     assert set(_hits(whole, "she sold 48 + 24 = 72 clips in these")) == {0}, "the solutions of a whole file too"
 
@@ -55,8 +55,8 @@ def test_solutions_are_found_in_every_file_that_a_task_reads(tmp_path, form, nam
     else:  # JSON may hold U+2028 and U+0085 as they are; neither ends a line
         record = FORMS[form] | {"note": "one\u2028two\x85three"}
         path.write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
-    found = eval_texts([f"{form}:{tmp_path if name == 'test.parquet' else tmp_path / name}"], 10)
-    assert set(_hits(Index(found, 10), QUESTION, SOLUTION)) == {0, 1}
+    texts = eval_texts([f"{form}:{tmp_path if name == 'test.parquet' else tmp_path / name}"], 10)
+    assert set(_hits(Index(texts, 10), QUESTION, SOLUTION)) == {0, 1}
 
 
 def test_held_out_lines_count_in_any_language_and_with_tools_but_training_lines_and_tests_do_not(tmp_path):
@@ -69,7 +69,7 @@ def test_held_out_lines_count_in_any_language_and_with_tools_but_training_lines_
         assert set(_hits(index, QUESTION, SOLUTION, prose(3, 2))) == {0}
 
 
-def test_a_run_of_figures_is_no_sign():
+def test_numbers_alone_are_not_contamination():
     index = Index(
         [EvalText("q", "48 / 2 = 24 and 48 + 24 = 72 so 72 - 5 = 67 is what we get in the end of it", False)], 10
     )
@@ -103,13 +103,11 @@ def test_problems_too_short_to_be_searched_for_are_not_counted(tmp_path):
         1,
     ]
     assert searched_for(eval_texts(["general"], 50)) < 100
-    with pytest.raises(
-        UserError, match=r"no question of env:http://127\.0\.0\.1:3 has 5 words, so nothing would be searched"
-    ):
+    with pytest.raises(UserError, match=r"env:http://127\.0\.0\.1:3 has 5 words"):
         eval_texts(["countdown", "env:http://127.0.0.1:3"], 5)
 
 
-def test_what_several_questions_share_is_wording():
+def test_wording_shared_by_questions_is_not_a_hit():
     shared = "read the following story about the old farmer and then answer this question in one word"
     index = Index(
         [EvalText("a", f"{shared} {prose(1, 1)}", False), EvalText("b", f"{shared} {prose(2, 1)}", False)], 10
@@ -118,7 +116,7 @@ def test_what_several_questions_share_is_wording():
     assert _hits(index, prose(2, 1)) == {0: "b"}
 
 
-def test_a_generated_question_must_be_there_whole_and_its_numbers_must_end():
+def test_generated_questions_match_only_as_a_whole():
     index = Index([EvalText("g", "Use the numbers 3 7 25 and 50 each once to make 81 + 3", True)], 10)
     assert _hits(index, "x. Use the numbers 3, 7, 25 and 50 each once, to make 81 + 3. Now go") == {0: "g"}
     assert not _hits(index, "Use the numbers 3 7 25 and 50 each once to make 82 + 3")
@@ -126,7 +124,7 @@ def test_a_generated_question_must_be_there_whole_and_its_numbers_must_end():
     assert not _hits(index, "Use the numbers 3 7 25 and 50 each once to make", "81 + 3")
 
 
-def test_held_out_problems_of_a_task_are_found_and_training_pages_are_not():
+def test_held_out_problems_are_hits_and_training_documents_are_not():
     index = Index(eval_texts(["countdown"], 50), 10)
     task = tasks.get("countdown")
     tests = [task.problem("test", i, 0, language).prompt for i in range(50) for language in task.all_languages]

@@ -21,6 +21,6 @@ from bessemer.addons.curate.filters import UNKNOWN, language
     ],
 )
 def test_language(text, expected):
-    found, sure = language(text)
-    assert found == expected
+    code, sure = language(text)
+    assert code == expected
     assert 0 < sure <= 1

@@ -30,9 +30,9 @@ def test_clusters_match_those_of_union_find(pairs):
         parent[max(a, b)] = min(a, b)
     for first in (0, (1 << 32) - 20, 1 << 40):  # numbers of 32 bits, of more, and both
         array = np.array(pairs, np.uint64).reshape(-1, 2) + np.uint64(first)
-        found, leaders = clusters(iter([array[::2], array[1::2], array[:3]]))
-        assert found.tolist() == sorted({x + first for pair in pairs for x in pair})
-        assert leaders.tolist() == [root(int(x) - first) + first for x in found]
+        members, leaders = clusters(iter([array[::2], array[1::2], array[:3]]))
+        assert members.tolist() == sorted({x + first for pair in pairs for x in pair})
+        assert leaders.tolist() == [root(int(x) - first) + first for x in members]
 
 
 def _sorted_entries(monkeypatch, n_bins: int) -> int:
@@ -92,11 +92,11 @@ def signed(tmp_path):
 
 def _pairs(units, memory: int, bands: list[int]) -> set:
     total = sum(unit.documents for unit in units)
-    found = [match(units, which, DEDUP.threshold) for which in bins(total, bands, memory)]
-    return {tuple(pair) for pair in np.concatenate(found).tolist()}
+    matches = [match(units, which, DEDUP.threshold) for which in bins(total, bands, memory)]
+    return {tuple(pair) for pair in np.concatenate(matches).tolist()}
 
 
-def test_what_is_found_does_not_depend_on_memory(signed):
+def test_matches_do_not_depend_on_memory(signed):
     units, _ = signed
     bands = [EXACT, *range(DEDUP.bands)]
     assert len(bins(103, bands, 200)) > 30 * len(bands)
@@ -114,8 +114,8 @@ def test_copies_match_those_of_comparing_everything(signed):
         if texts[a] and texts[b] and (signatures[a] == signatures[b]).mean() >= DEDUP.threshold
     ]
     _, expected = clusters(iter([np.array(alike, np.uint64)]))
-    _, found = clusters(iter([np.array(sorted(_pairs(units, 1 << 20, list(range(DEDUP.bands)))), np.uint64)]))
-    assert found.tolist() == expected.tolist()
+    _, leaders = clusters(iter([np.array(sorted(_pairs(units, 1 << 20, list(range(DEDUP.bands)))), np.uint64)]))
+    assert leaders.tolist() == expected.tolist()
     assert len(set(expected.tolist())) < len(expected)
     exact = _pairs(units, 1 << 20, [EXACT])
     assert exact == {(normal.index(text), i) for i, text in enumerate(normal) if normal.index(text) != i}

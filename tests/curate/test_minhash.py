@@ -11,12 +11,12 @@ SHAPE = SignatureShape()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def _jaccard(left: str, right: str, n: int = 5) -> float:
+def _jaccard(first: str, second: str, n: int = 5) -> float:
     def runs(text: str) -> set:
-        found = text.split()
-        return {tuple(found[i : i + n]) for i in range(len(found) - n + 1)}
+        words = text.split()
+        return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
-    return len(runs(left) & runs(right)) / len(runs(left) | runs(right))
+    return len(runs(first) & runs(second)) / len(runs(first) | runs(second))
 
 
 def signatures(texts):
@@ -24,10 +24,10 @@ def signatures(texts):
 
 
 def _changed(text: str, words: int, draw: random.Random) -> str:
-    found = text.split()
-    for at in draw.sample(range(len(found)), words):
-        found[at] = "".join(draw.choices(LETTERS, k=12))
-    return " ".join(found)
+    pieces = text.split()
+    for at in draw.sample(range(len(pieces)), words):
+        pieces[at] = "".join(draw.choices(LETTERS, k=12))
+    return " ".join(pieces)
 
 
 def test_equal_places_estimate_the_jaccard_similarity():
@@ -36,9 +36,9 @@ def test_equal_places_estimate_the_jaccard_similarity():
     errors, truths = [], []
     for _ in range(200):
         text = " ".join(draw.choices(vocabulary, k=200))
-        other = _changed(text, draw.randint(1, 25), draw)
-        signs, _ = signatures([text, other])
-        truths.append(_jaccard(text, other))
+        changed = _changed(text, draw.randint(1, 25), draw)
+        signs, _ = signatures([text, changed])
+        truths.append(_jaccard(text, changed))
         errors.append((signs[0] == signs[1]).mean() - truths[-1])
     spread = np.sqrt(np.mean([j * (1 - j) for j in truths]) / SHAPE.permutations)
     assert abs(np.mean(errors)) < 4 * spread / np.sqrt(200)

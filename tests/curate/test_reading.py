@@ -44,11 +44,14 @@ def _source(spec: Path, **more) -> Source:
 def _read(spec: Path, unit: int = 1 << 20, **more) -> tuple[list[str], Counter]:
     """(texts, faults by reason) of all units."""
     source = _source(spec, **more)
-    found = [
-        one for u in origins.units(source, unit, None)[0] for piece in u.pieces for one in texts(piece, source, None)
+    documents = [
+        document
+        for u in origins.units(source, unit, None)[0]
+        for piece in u.pieces
+        for document in texts(piece, source, None)
     ]
-    return [one.text for one in found if isinstance(one, RawText)], Counter(
-        one.reason for one in found if isinstance(one, ReadError)
+    return [document.text for document in documents if isinstance(document, RawText)], Counter(
+        document.reason for document in documents if isinstance(document, ReadError)
     )
 
 
@@ -66,21 +69,21 @@ def _warc(path: Path, pages: list[bytes], gzipped: bool) -> Path:
 
 
 def test_every_form_gives_the_same_texts(tmp_path):
-    want = [prose(i, 3) for i in range(5)]
-    plain = jsonl(tmp_path / "a.jsonl", want)
+    expected = [prose(i, 3) for i in range(5)]
+    plain = jsonl(tmp_path / "a.jsonl", expected)
     txt = tmp_path / "b.txt"
-    txt.write_text("\n\n\n".join(want) + "\n")
-    pyarrow.parquet.write_table(pyarrow.table({"text": want}), tmp_path / "c.parquet", row_group_size=2)
+    txt.write_text("\n\n\n".join(expected) + "\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": expected}), tmp_path / "c.parquet", row_group_size=2)
     for path in (plain, txt):
         path.with_suffix(path.suffix + ".gz").write_bytes(gzip.compress(path.read_bytes()))
         with pyarrow.output_stream(str(path) + ".zst", compression="zstd") as file:
             file.write(path.read_bytes())
     for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "b.txt", "b.txt.gz", "b.txt.zst", "c.parquet"):
-        assert _read(tmp_path / name) == (want, Counter()), name
-    assert _read(tmp_path / "*.jsonl*") == (want * 3, Counter())
-    found, ignored = origins.units(_source(tmp_path), 1 << 20, None)
-    assert (len(found), ignored) == (1, 0)
-    assert len(found[0].pieces) == 7
+        assert _read(tmp_path / name) == (expected, Counter()), name
+    assert _read(tmp_path / "*.jsonl*") == (expected * 3, Counter())
+    listed, ignored = origins.units(_source(tmp_path), 1 << 20, None)
+    assert (len(listed), ignored) == (1, 0)
+    assert len(listed[0].pieces) == 7
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL"])
@@ -93,9 +96,9 @@ def test_another_key_and_conversations(tmp_path):
     path = tmp_path / "a.jsonl"
     chat = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]}
     path.write_text(json.dumps({"body": "One."}) + "\n" + json.dumps(chat) + "\n")
-    found, faults = _read(path, text_key="body")
-    assert found[0] == "One."
-    assert "Hello?" in found[1]
+    texts_read, faults = _read(path, text_key="body")
+    assert texts_read[0] == "One."
+    assert "Hello?" in texts_read[1]
     assert not faults
 
 
@@ -103,62 +106,62 @@ def test_another_key_and_conversations(tmp_path):
     st.lists(st.text(alphabet="ab é你\n", min_size=1, max_size=12).filter(str.strip), max_size=12), st.integers(1, 40)
 )
 @settings(deadline=None, max_examples=60)
-def test_cut_anywhere_files_give_the_same_texts(tmp_path_factory, many, unit):
+def test_cut_anywhere_files_give_the_same_texts(tmp_path_factory, contents, unit):
     folder = tmp_path_factory.mktemp("cut")
-    path = jsonl(folder / "a.jsonl", many)
+    path = jsonl(folder / "a.jsonl", contents)
     txt = folder / "b.txt"
-    txt.write_text("\n \n".join(many), "utf-8")
+    txt.write_text("\n \n".join(contents), "utf-8")
     if path.stat().st_size:
-        assert _read(path, unit) == (many, Counter())
+        assert _read(path, unit) == (contents, Counter())
     if txt.stat().st_size:
         assert _read(txt, unit) == _read(txt, 1 << 20)
 
 
 def test_row_groups_of_a_parquet_file_are_units(tmp_path):
-    want = [prose(i, 3) for i in range(9)]
-    pyarrow.parquet.write_table(pyarrow.table({"text": want}), tmp_path / "c.parquet", row_group_size=2)
+    expected = [prose(i, 3) for i in range(9)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": expected}), tmp_path / "c.parquet", row_group_size=2)
     assert len(origins.units(_source(tmp_path / "c.parquet"), 1000, None)[0]) > 2
-    assert _read(tmp_path / "c.parquet", 1000) == (want, Counter())
+    assert _read(tmp_path / "c.parquet", 1000) == (expected, Counter())
 
 
 def test_names_and_patterns_start_at_the_recipe(tmp_path, monkeypatch):
-    beside, here = tmp_path / "recipes", tmp_path / "here"
-    for folder in (beside / "raw", here / "raw"):
+    beside, current = tmp_path / "recipes", tmp_path / "here"
+    for folder in (beside / "raw", current / "raw"):
         folder.mkdir(parents=True)
         (folder / "a.txt").write_text(folder.parent.name)
-    (here / "only.txt").write_text("here")
-    monkeypatch.chdir(here)
-    for spec, wanted in (("raw/a.txt", "recipes"), ("raw/*.txt", "recipes"), ("raw", "recipes"), ("only.txt", "here"),
+    (current / "only.txt").write_text("here")
+    monkeypatch.chdir(current)
+    for spec, expected in (("raw/a.txt", "recipes"), ("raw/*.txt", "recipes"), ("raw", "recipes"), ("only.txt", "here"),
                          ("on*.txt", "here")):  # fmt: skip
         with places.of_recipe(beside):
             ((unit,), _) = origins.units(_source(Path(spec)), 1000, None)
-        assert Path(unit.pieces[0].path).read_text() == wanted
-    with places.of_recipe(here):
+        assert Path(unit.pieces[0].path).read_text() == expected
+    with places.of_recipe(current):
         assert origins.units(_source(Path("raw/*.txt")), 1000, None)[0][0].pieces[0].path == "raw/a.txt"
 
 
 def test_a_data_set_is_read_file_by_file(tmp_path, monkeypatch):
     """The library takes a folder owner/name under the working directory to be the data set of that name."""
     pytest.importorskip("datasets")
-    want = [prose(i, 2) for i in range(6)]
+    expected = [prose(i, 2) for i in range(6)]
     (tmp_path / "owner" / "name").mkdir(parents=True)
     for number in range(3):
-        some = want[2 * number : 2 * number + 2]
+        some = expected[2 * number : 2 * number + 2]
         pyarrow.parquet.write_table(pyarrow.table({"text": some}), tmp_path / f"owner/name/train-{number}.parquet")
     monkeypatch.chdir(tmp_path)
     source = _source(Path("x"), retries=0)
     source = dataclasses.replace(source, spec="hf://owner/name")
     units = origins.units(source, 1 << 20, None)[0]
     assert len(units) == 3
-    found = [one.text for unit in units for one in texts(unit.pieces[0], source, None)]
-    assert sorted(found) == sorted(want)
+    actual = [document.text for unit in units for document in texts(unit.pieces[0], source, None)]
+    assert sorted(actual) == sorted(expected)
     (tmp_path / "owner" / "name" / "train-1.parquet").write_bytes(b"PAR1")
     with pytest.raises(SourceGone, match="cannot be read"):
         list(texts(units[1].pieces[0], source, None))
 
 
 def test_a_build_keeps_the_commit_of_a_data_set_and_tells_its_workers(tmp_path, monkeypatch):
-    datasets, asked = pytest.importorskip("datasets"), []
+    datasets, requests = pytest.importorskip("datasets"), []
 
     class Rows(list):
         num_shards = 2
@@ -167,32 +170,32 @@ def test_a_build_keeps_the_commit_of_a_data_set_and_tells_its_workers(tmp_path, 
             return self
 
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda *name, revision=None, **_: asked.append((name, revision)) or Rows()
+        datasets, "load_dataset", lambda *name, revision=None, **_: requests.append((name, revision)) or Rows()
     )
     source = dataclasses.replace(_source(Path("x"), retries=0), spec="hf://own/name/en#test")
     with hub_server.serving(monkeypatch) as server:
         first = server.commit({"a": b"1"})
         for _ in range(2):
             with places.of_recipe(None, tmp_path / "revisions.json"):
-                found = origins.units(source, 1 << 20, None)[0]
-            assert [unit.pieces[0].path for unit in found] == [f"hf://own/name@{first}/en#test"] * 2
-            list(texts(found[0].pieces[0], source, None))  # as in another process
+                listed = origins.units(source, 1 << 20, None)[0]
+            assert [unit.pieces[0].path for unit in listed] == [f"hf://own/name@{first}/en#test"] * 2
+            list(texts(listed[0].pieces[0], source, None))  # as in another process
             server.commit({"a": b"2"})
-    assert asked == [(("own/name", "en"), first)] * 4
+    assert requests == [(("own/name", "en"), first)] * 4
 
 
-def test_what_is_wrong_with_a_record_is_named(tmp_path):
+def test_bad_records_are_named(tmp_path):
     good = json.dumps({"text": "Good."}).encode()
     lines = [good, b"", b"{broken", b"[1]", b'{"other": 1}', b'{"text": "  "}', b'{"text": null}', b'{"text": 3}',
              b'{"text": "\\ud800"}', b"[" * 100_000, b'{"text": "' + b"x" * 300 + b'"}', good]  # fmt: skip
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
-    found, faults = _read(path, longest=200)
-    assert found == ["Good.", "Good."]
+    documents, faults = _read(path, longest=200)
+    assert documents == ["Good.", "Good."]
     assert faults == {"empty": 3, "broken-record": 5, "too-long": 2}
 
 
-def test_a_line_of_a_gigabyte_is_left_out_in_little_memory(tmp_path):
+def test_gigabyte_line_is_skipped_in_little_memory(tmp_path):
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:  # mostly a hole, so that it takes little disk space
         file.write(b'{"text": "before"}\n')
@@ -229,57 +232,57 @@ def test_encodings_are_detected_and_counted(tmp_path):
     assert decode(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\xff") is None
 
 
-def test_a_charset_that_decodes_nothing_is_no_declaration():
+def test_wrong_charset_declaration_is_ignored():
     page = b'<meta charset="undefined">caf\xe9'  # that codec refuses everything, even bytes of ASCII
     assert decode(page, declared=True) == decode(page)
     assert web._declared(b"\xe9", "undefined") is None and web._declared(b"\xe9", "latin-1") == ("é", "latin-1")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.warc", "a.warc.gz"])
-def test_what_is_cut_short_or_altered_is_named_and_what_came_before_is_kept(tmp_path, name):
-    want = [prose(i, 40) for i in range(60)]
+def test_truncated_or_altered_files_keep_earlier_documents(tmp_path, name):
+    expected = [prose(i, 40) for i in range(60)]
     path = tmp_path / name
     if name == "a.parquet":
-        pyarrow.parquet.write_table(pyarrow.table({"text": want}), path)
+        pyarrow.parquet.write_table(pyarrow.table({"text": expected}), path)
     elif ".warc" in name:
-        _warc(path, [_page(text).encode() for text in want[:6]], name.endswith(".gz"))
+        _warc(path, [_page(text).encode() for text in expected[:6]], name.endswith(".gz"))
     else:
-        data = jsonl(tmp_path / "whole.jsonl", want).read_bytes()
+        data = jsonl(tmp_path / "whole.jsonl", expected).read_bytes()
         if name.endswith(".gz"):
             path.write_bytes(gzip.compress(data))
         else:
             with pyarrow.output_stream(str(path), compression="zstd") as file:
                 file.write(data)
-    whole, faults = _read(path)
+    complete, faults = _read(path)
     assert not faults
-    assert len(whole) == (6 if ".warc" in name else 60)
+    assert len(complete) == (6 if ".warc" in name else 60)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 3 // 5])
-    found, faults = _read(path)
+    actual, faults = _read(path)
     assert faults["broken-file"] == 1
-    assert len(found) < len(whole)
-    assert found[:-1] == whole[: max(0, len(found) - 1)]
+    assert len(actual) < len(complete)
+    assert actual[:-1] == complete[: max(0, len(actual) - 1)]
     if name.endswith((".warc", ".warc.gz")):
-        assert found
+        assert actual
     path.write_bytes(data[:30] + bytes(200) + data[230:])
-    found, faults = _read(path)
-    assert sum(faults.values()) or len(found) < len(whole) or found != whole
+    actual, faults = _read(path)
+    assert sum(faults.values()) or len(actual) < len(complete) or actual != complete
 
 
 def test_pages_give_their_main_text(tmp_path):
     text = prose(4, 12)
     _warc(tmp_path / "a.warc.gz", [_page(text).encode(), b"", b"<html></html>", b"x" * 40_000], True)
-    found, faults = _read(tmp_path / "a.warc.gz", longest=30_000)
+    documents, faults = _read(tmp_path / "a.warc.gz", longest=30_000)
     assert faults == {"empty": 1, "no-text": 1, "too-long": 1}
-    assert text[:60] in found[0]
-    assert "Menu" not in found[0]
-    assert "rights" not in found[0]
+    assert text[:60] in documents[0]
+    assert "Menu" not in documents[0]
+    assert "rights" not in documents[0]
     declared = _page("Le café est fermé à cause de la grève. " * 8).replace("<head>", '<head><meta charset="latin-1">')
     (tmp_path / "b.html").write_bytes(declared.encode("latin-1"))
     assert "Le café est fermé" in _read(tmp_path / "b.html")[0][0]
 
 
-def test_plain_texts_of_an_archive_are_whole_or_left_out(tmp_path):
+def test_plain_texts_of_an_archive_are_complete_or_dropped(tmp_path):
     path = tmp_path / "a.warc.wet.gz"
     with path.open("wb") as file:
         writer = WARCWriter(file)
@@ -303,7 +306,7 @@ def _planned(path: Path, **more):
     return origins.units(source, 1 << 20, None)[0][0]
 
 
-def test_a_source_that_disappears_is_tried_again(tmp_path):
+def test_vanished_source_is_retried(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ["One.", "Two."])
     data, facts = path.read_bytes(), path.stat()
     unit = _planned(path, bad="refuse", retries=8, pause=0.02)
@@ -323,7 +326,7 @@ def test_a_source_that_disappears_is_tried_again(tmp_path):
     timer.join()
 
 
-def test_a_source_that_is_gone_for_good_is_refused_or_counted(tmp_path):
+def test_lost_source_is_refused_or_counted(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ["One.", "Two."])
     refused, skipped = _planned(path, bad="refuse", retries=1), _planned(path, retries=1)
     path.unlink()
@@ -336,7 +339,7 @@ def test_a_source_that_is_gone_for_good_is_refused_or_counted(tmp_path):
     assert not facts["complete"]
 
 
-def test_a_file_that_is_written_to_meanwhile_is_noticed(tmp_path):
+def test_file_changed_during_reading_is_noticed(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ["One.", "Two."])
     unit = _planned(path)
     reading = texts(unit.pieces[0], unit.source, None)
@@ -347,7 +350,7 @@ def test_a_file_that_is_written_to_meanwhile_is_noticed(tmp_path):
         list(reading)
 
 
-def test_bad_things_are_refused_where_the_recipe_says_so(tmp_path):
+def test_bad_records_are_refused_where_the_recipe_says_so(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "Good."}\n{"text": \n')
     out = tmp_path / "out"

@@ -14,20 +14,20 @@ texts = st.text(alphabet=SHARED, max_size=60)
 @given(st.lists(texts, max_size=6))
 @settings(deadline=None, max_examples=200)
 def test_words_match_those_of_readable_answers(many):
-    found = words(many)
+    block = words(many)
     expected = [(number, word) for number, text in enumerate(many) for word in readable.words(text)]
-    assert found.texts_W.tolist() == [number for number, _ in expected]
-    assert found.lengths_W.tolist() == [len(word) for _, word in expected]
+    assert block.texts_W.tolist() == [number for number, _ in expected]
+    assert block.lengths_W.tolist() == [len(word) for _, word in expected]
     number_of: dict[str, int] = {}
-    for (_, word), number in zip(expected, found.hashes_W.tolist(), strict=True):
+    for (_, word), number in zip(expected, block.hashes_W.tolist(), strict=True):
         assert number_of.setdefault(word, number) == number
     assert len(set(number_of.values())) == len(number_of)
 
 
 def test_a_word_has_one_number_wherever_it_stands():
     alone = words(["lantern"]).hashes_W[0]
-    found = words(["x" * 1000 + " a lantern", "Lantern, again: lantern"])
-    assert (found.hashes_W == alone).sum() == 3
+    block = words(["x" * 1000 + " a lantern", "Lantern, again: lantern"])
+    assert (block.hashes_W == alone).sum() == 3
 
 
 def test_other_scripts_are_words_too():

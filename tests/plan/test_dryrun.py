@@ -23,28 +23,28 @@ TINY = V3.with_name("tiny.toml")
 
 
 def test_v3_on_2048_ranks():
-    found = dry_run.of_recipe(Recipe.load(V3), device_name="h800")
-    assert found.layout.world == 2048 and found.fits
-    assert [(point["micro"], point["schedule"]) for point in found.ramp] == [
+    run = dry_run.of_recipe(Recipe.load(V3), device_name="h800")
+    assert run.layout.world == 2048 and run.fits
+    assert [(point["micro"], point["schedule"]) for point in run.ramp] == [
         (24, "1f1b"),
         (32, "dualpipe"),
         (120, "dualpipe"),
     ]
-    assert list(found.ranks) == [0, 1024, 1920]
-    assert found.ranks[0] == found.ranks[1920], "DualPipe's ends hold the same two stages"
-    said = dry_run.describe(found)
-    assert "pipeline 15, copy 1: 1984 to 2047" in said and "fits on H800" in said
+    assert list(run.ranks) == [0, 1024, 1920]
+    assert run.ranks[0] == run.ranks[1920], "DualPipe's ends hold the same two stages"
+    output = dry_run.describe(run)
+    assert "pipeline 15, copy 1: 1984 to 2047" in output and "fits on H800" in output
     assert not dry_run.of_recipe(Recipe.load(V3), device_name="RTX4090").fits
 
 
-def test_v3_toml_is_the_paper_s_run():
+def test_v3_recipe_matches_the_paper():
     """Every item of V3's pre-training in the conformance table is as published; only the needle test is not."""
     recipe = Recipe.load(V3)
     v3 = [row for row in rows(recipe) if row["section"].startswith(("V3 2", "V3 3", "V3 4"))]
     assert [row["item"].split()[0] for row in v3 if row["state"] != "as published"] == ["Needle"]
     lr = recipe.stage("pretrain").lr
-    wanted = [2.2e-4, 1.21e-4, 2.2e-5, 7.3e-6]  # V3 4.2
-    assert [lr(x) for x in (28.1e9, 12.15e12, 14.5e12, 14.7e12)] == pytest.approx(wanted, rel=1e-12)
+    expected = [2.2e-4, 1.21e-4, 2.2e-5, 7.3e-6]  # V3 4.2
+    assert [lr(x) for x in (28.1e9, 12.15e12, 14.5e12, 14.7e12)] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def test_v3_toml_is_the_paper_s_run():
         (["layout.cp=3"], None, ["rows of 4096 tokens cannot be split into 6 equal chunks", "4098"]),
     ],
 )
-def test_impossible_settings_are_refused(overrides, world, words):
+def test_impossible_layouts_are_refused(overrides, world, words):
     with pytest.raises(UserError) as caught:
         dry_run.of_recipe(Recipe.load(V3, overrides), world)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_rows_cut_over_ranks():
+def test_context_parallelism_divides_rows_and_optimizer_state():
     """cp 4: the same weights, a quarter of the optimizer's share, and a quarter of a row."""
     plain, cut = (
         dry_run.of_recipe(Recipe.load(V3, ["layout.dp=2", f"layout.cp={cp}", "pretrain.fp8=off"]), device_name="h800")
@@ -76,13 +76,13 @@ def test_rows_cut_over_ranks():
     assert "4096 ranks" not in dry_run.describe(plain) and "pipeline 0, copy 1, piece 3: " in dry_run.describe(cut)
 
 
-def test_the_planner_prices_it():
+def test_planner_prices_context_parallelism():
     config = plan_config.of_recipe(Recipe.load(V3, ["layout.cp=2"]), None, 4096)
     cfg = preset("v3")
-    made = plan_config.setup(config, cfg, parse_cluster("4096xH800"))
-    whole = plan_config.setup(replace(config, cp=1), cfg, parse_cluster("2048xH800"))
-    assert made.layout.cp == made.cp == 2 and made.tokens == whole.tokens // 2
-    assert made.step_tokens == whole.step_tokens and step_time(made).seconds > 0.5 * step_time(whole).seconds
+    cut = plan_config.setup(config, cfg, parse_cluster("4096xH800"))
+    uncut = plan_config.setup(replace(config, cp=1), cfg, parse_cluster("2048xH800"))
+    assert cut.layout.cp == cut.cp == 2 and cut.tokens == uncut.tokens // 2
+    assert cut.step_tokens == uncut.step_tokens and step_time(cut).seconds > 0.5 * step_time(uncut).seconds
     best = search(cfg, replace(config, pp=8, ep=64, schedule="1f1b", micro_rows=1), parse_cluster("2048xH800"))
     layout = best.candidates[0].setup.layout
     assert (layout.cp, layout.dp, best.candidates[0].facts()["cp"]) == (2, 2, 2)

@@ -21,8 +21,8 @@ H200, H800 = device("H200"), device("H800")
 def faults(name, on, *overrides, world=None):
     recipe = Recipe.load(RECIPES / f"{name}.toml", overrides)
     needs = stage_memory.of_stages(recipe, world, on)
-    found = {stage: stage_memory.fault(recipe, need, on) for stage, need in needs.items()}
-    return needs, {stage: text for stage, text in found.items() if text}
+    texts = {stage: stage_memory.fault(recipe, need, on) for stage, need in needs.items()}
+    return needs, {stage: text for stage, text in texts.items() if text}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def guessed(monkeypatch):
     monkeypatch.setattr(pace, "WORTH", 1e99)
 
 
-def test_a_stage_that_cannot_fit_is_reported_first_and_last(call, tmp_path, monkeypatch):
+def test_stage_that_cannot_fit_is_reported_first_and_last(call, tmp_path, monkeypatch):
     """671B parameters on this machine: counted, not allocated."""
     monkeypatch.chdir(tmp_path)
     status, out, _ = call("run", "tiny", "--set", "model.preset=v3", "--dry-run")
@@ -45,13 +45,13 @@ def test_a_stage_that_cannot_fit_is_reported_first_and_last(call, tmp_path, monk
     assert status == 2 and 'stage "pretrain" needs' in err and not (tmp_path / "runs").exists()
 
 
-def test_processes_here_share_this_machine(call, tmp_path, monkeypatch):
+def test_local_processes_share_memory(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = call("run", "tiny", "--set", "model.preset=v3", "--dry-run", "--processes", "2")
     assert status == 2 and "for all of them together" in out and "in all about" in out
 
 
-def test_what_would_take_for_ever_is_a_fault(call, tmp_path, monkeypatch):
+def test_stage_that_would_take_years_is_a_fault(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = call("run", "tiny", "--set", "pretrain.tokens=1e15", "--dry-run", "--json")
     stages = {stage["name"]: stage for stage in json.loads(out)["stages"]}
@@ -60,7 +60,7 @@ def test_what_would_take_for_ever_is_a_fault(call, tmp_path, monkeypatch):
     assert not stages["zero"]["faults"]
 
 
-def test_a_recipe_that_fits_says_its_time_and_memory(call, tmp_path, monkeypatch):
+def test_recipe_that_fits_prints_time_and_memory(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = call("run", "tiny", "--dry-run")
     assert status == 0 and out.rstrip().endswith("no fault found") and "missing" not in out
@@ -70,29 +70,31 @@ def test_a_recipe_that_fits_says_its_time_and_memory(call, tmp_path, monkeypatch
 
 def test_rl_of_v2_lite_on_four_h200():
     """The recipe's own machine holds its fine-tuning and not its RL: whole copies of 15.7B parameters, three times."""
-    needs, found = faults("node", H200)
-    assert found.keys() == {"zero", "dev2", "r1"} and "smallest [layout] that fits: pp = 1, ep = " in found["zero"]
+    needs, refused = faults("node", H200)
+    assert refused.keys() == {"zero", "dev2", "r1"} and "smallest [layout] that fits: pp = 1, ep = " in refused["zero"]
     assert needs["zero"].bytes["copies"] == 3 * 2 * main_params(preset("v2-lite"))
     assert 180 < needs["zero"].total / GIB < 200 and needs["dev1"].total < needs["zero"].total / 1.9
-    _, alone = faults("node", H200, *(f"{one}.{key}" for one in found for key in ("kl.weight=0", "micro_tokens=4096")))
+    _, alone = faults(
+        "node", H200, *(f"{stage}.{key}" for stage in refused for key in ("kl.weight=0", "micro_tokens=4096"))
+    )
     assert not alone, "without a reference it fits"
 
 
-def test_the_paper_s_recipe_on_no_layout_and_on_the_paper_s():
+def test_r1_paper_on_one_process_and_on_1024_ranks():
     """671B: one process, then 1,024 ranks, where RL's copies, sampling on one card and the student remain."""
-    _, one = faults("r1-paper", H800)
-    assert {"zero", "dev1", "cold-start", "distilled", "r1"} <= one.keys()
-    needs, many = faults("r1-paper", H800, "layout.pp=16", "layout.ep=64", "layout.dp=1")
-    assert "no layout helps" in many["zero"] and needs["zero"].bytes["copies"] > 3000 * GIB
-    assert "one process" in many["cold-start"] and needs["zero"].ranks == 1024
+    _, unsplit = faults("r1-paper", H800)
+    assert {"zero", "dev1", "cold-start", "distilled", "r1"} <= unsplit.keys()
+    needs, split = faults("r1-paper", H800, "layout.pp=16", "layout.ep=64", "layout.dp=1")
+    assert "no layout helps" in split["zero"] and needs["zero"].bytes["copies"] > 3000 * GIB
+    assert "one process" in split["cold-start"] and needs["zero"].ranks == 1024
     recipe = Recipe.load(RECIPES / "r1-paper.toml", ["layout.pp=16", "layout.ep=64", "layout.dp=1"])
     refused = {stage.name for stage in recipe.stages if stage_memory.refused_layout(recipe, stage)}
     assert refused == {"distilled"}, "Qwen is of another family, and nothing splits it"
 
 
-def test_v3_s_pre_training_fits_its_ranks_and_a_long_row_does_not():
-    needs, found = faults("v3", H800)
-    assert found.keys() == {"extend-32k", "extend-128k"} and "[layout] recompute, or cp" in found["extend-32k"]
+def test_v3_pretraining_fits_and_long_rows_do_not():
+    needs, refused = faults("v3", H800)
+    assert refused.keys() == {"extend-32k", "extend-128k"} and "[layout] recompute, or cp" in refused["extend-32k"]
     assert 60 < needs["pretrain"].total / GIB < H800.room / GIB
     assert needs["extend-128k"].bytes["activations"] == pytest.approx(
         4 * needs["extend-32k"].bytes["activations"], rel=0.01
@@ -102,10 +104,10 @@ def test_v3_s_pre_training_fits_its_ranks_and_a_long_row_does_not():
     assert "extend-32k" not in cut
 
 
-def test_what_fits_the_ranks_that_a_run_starts_is_no_fault(call, tmp_path, monkeypatch):
+def test_memory_is_checked_for_the_ranks_that_a_run_starts(call, tmp_path, monkeypatch):
     """Eight GPUs share masters and moments of V2-Lite, which one does not hold."""
-    _, one = faults("tiny", H200, "model.preset=v2-lite", world=1)
-    assert "pretrain" in one
+    _, alone = faults("tiny", H200, "model.preset=v2-lite", world=1)
+    assert "pretrain" in alone
     eight = Gpus(8, 8, None)
     monkeypatch.setattr(many, "find_gpus", lambda: eight)
 
@@ -117,13 +119,13 @@ def test_what_fits_the_ranks_that_a_run_starts_is_no_fault(call, tmp_path, monke
         many.start(Recipe.load(RECIPES / "tiny.toml"), tmp_path, check=check)
     monkeypatch.chdir(tmp_path)
     status, out, _ = call("run", "tiny", "--dry-run", "--json")
-    found = {stage["name"]: stage["found"] for stage in json.loads(out)["stages"]}
-    assert status == 0 and any(" a rank: " in line for line in found["pretrain"])
+    lines = {stage["name"]: stage["found"] for stage in json.loads(out)["stages"]}
+    assert status == 0 and any(" a rank: " in line for line in lines["pretrain"])
     assert call("run", "tiny", "--set", "model.preset=v3")[0] == 2 and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("model", ["tiny-random/deepseek-v3", "someone/tiny-random-llama-405b"])
-def test_a_run_is_not_refused_for_the_name_of_a_model(model, tmp_path):
+def test_guessed_model_size_refuses_no_run(model, tmp_path):
     """Before its files are here, nothing but [model] or its name tells its size."""
     (tmp_path / "own.toml").write_text(
         f'name = "own"\nmodel.preset = "v3"\n[[stage]]\nname = "base"\nkind = "import"\nmodel = "hub:{model}"\n'
@@ -135,7 +137,7 @@ def test_a_run_is_not_refused_for_the_name_of_a_model(model, tmp_path):
     feasible.check(recipe, tmp_path / "run", None, 1)
 
 
-def test_ranks_of_other_machines_are_not_compared_with_this_one(call, tmp_path, monkeypatch):
+def test_world_alone_is_not_compared_with_this_machine(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = call("run", RECIPES / "v3.toml", "--dry-run", "--world", "2048")
     assert (

@@ -49,11 +49,11 @@ def test_bytes_of_context_parallelism():
 
 def test_split_layers_do_the_same_work():
     """All ranks of a tensor- or context-parallel group together do as many FLOPs as one rank without it."""
-    whole = layer_kernels.attend(LLAMA, 8192, 8192, False, gated=False) + layer_kernels.dense(LLAMA, 8192, False)
+    unsplit = layer_kernels.attend(LLAMA, 8192, 8192, False, gated=False) + layer_kernels.dense(LLAMA, 8192, False)
     for tp, cp in ((4, 1), (1, 4), (2, 4)):
         own = 8192 // (tp * cp)
         part = layer_kernels.attend(LLAMA, own, 8192, False, False, tp, cp) + layer_kernels.dense(LLAMA, own, False, tp)
-        assert tp * cp * part.flops == pytest.approx(whole.flops)
+        assert tp * cp * part.flops == pytest.approx(unsplit.flops)
     for tp, cp in ((2, 1), (1, 2), (2, 2)):
         split = replace(PLAIN, tp=tp, cp=cp, micro=16 * tp * cp)
         assert split.step_tokens == PLAIN.step_tokens and split.piece == 8 // (tp * cp)
@@ -68,13 +68,13 @@ def test_interleaving_divides_the_bubble():
     assert bubbles[1] < bubbles[0] < step_time(PLAIN).parts["bubble"]
 
 
-def test_whole_layers_made_again():
+def test_recomputing_whole_layers():
     """Backward repeats the forward, messages included."""
     for setup in (V3, replace(PLAIN, tp=4)):
         dense = not setup.shape.experts
-        plain, again = layer_times(setup, dense, 0), layer_times(replace(setup, recompute=("layer",)), dense, 0)
-        assert again.input == pytest.approx(plain.input + plain.forward)
-        assert (again.forward, again.weight) == (plain.forward, plain.weight)
+        plain, recomputed = layer_times(setup, dense, 0), layer_times(replace(setup, recompute=("layer",)), dense, 0)
+        assert recomputed.input == pytest.approx(plain.input + plain.forward)
+        assert (recomputed.forward, recomputed.weight) == (plain.forward, plain.weight)
 
 
 def test_slower_rates_take_longer_in_proportion():

@@ -69,9 +69,9 @@ def test_kernels_do_the_flops_of_the_model():
         layers += [kernels.attend(SHAPE, tokens, length, fp8) + sparse] * 58
         total = sum(phase.flops for phase in layers) + kernels.head(SHAPE, tokens).flops
         core = sum(op.flops for op in layers[0].input if op.length) / 5  # FlashAttention recomputes scores: 5 for 4
-        again = sum(2 * n * k for name, n, k in SHAPE.linears() if "up" in name) * 61 * tokens if fp8 else 0
-        wanted_flops = accounting.flops_per_token(V3, length).training * tokens + 61 * core + again
-        assert total == pytest.approx(wanted_flops, rel=1e-5)
+        recomputed = sum(2 * n * k for name, n, k in SHAPE.linears() if "up" in name) * 61 * tokens if fp8 else 0
+        expected_flops = accounting.flops_per_token(V3, length).training * tokens + 61 * core + recomputed
+        assert total == pytest.approx(expected_flops, rel=1e-5)
 
 
 def test_fits_go_through_their_points():
@@ -98,7 +98,7 @@ def test_a_kernel_is_bound_by_what_is_slower():
     assert on.collective(1e9, 1, 8) == 0 and on.collective(1e9, 16, 8) > on.collective(1e9, 8, 8)
 
 
-def test_tokens_go_to_the_nodes_that_the_gate_allows():
+def test_destinations_follow_the_gate_s_node_limit():
     limited, free = (
         training_setup.destinations(SHAPE, 64, 8),
         training_setup.destinations(replace(SHAPE, limited=8), 64, 8),
@@ -106,8 +106,8 @@ def test_tokens_go_to_the_nodes_that_the_gate_allows():
     assert limited.nodes <= 4 < free.nodes
     assert free.nodes == pytest.approx(8 * (1 - (7 / 8) ** 8), rel=0.02)  # 8 draws among 8 nodes
     assert 7 < limited.ranks < 8
-    one = training_setup.destinations(replace(SHAPE, limited=8), 1, 8)
-    assert one == training_setup.Destinations(1.0, 1.0)
+    alone = training_setup.destinations(replace(SHAPE, limited=8), 1, 8)
+    assert alone == training_setup.Destinations(1.0, 1.0)
 
 
 def test_a_load_trace(tmp_path):
@@ -115,7 +115,7 @@ def test_a_load_trace(tmp_path):
     path.write_text(json.dumps({"3": [4, 0, 2, 2], "4": [1, 1, 1, 1]}))
     assert training_setup.imbalance(path, 4, 4) == pytest.approx((2 + 1) / 2)
     assert training_setup.imbalance(path, 2, 4) == 1.0
-    with pytest.raises(UserError, match="expected a list of 8 loads per layer"):
+    with pytest.raises(UserError, match="8 loads per layer"):
         training_setup.imbalance(path, 2, 8)  # of another network
     for text in ("{}", "[[1, 2, 3]]", "nonsense", "[[0, 0]]", '[{"0": 1}]', '[["a"]]'):
         path.write_text(text)
@@ -123,7 +123,7 @@ def test_a_load_trace(tmp_path):
             training_setup.imbalance(path, 2, 2)
 
 
-def test_pairs_hide_what_is_shorter():
+def test_overlapped_pair_takes_the_longer_of_compute_and_communication():
     short = LayerTimes((1, 2, 1), (1, 1, 1), 0.5, 0.5, 0.5, 0.5)
     assert layer_time.pair([short] * 4, [short] * 4) == pytest.approx(4 * short.compute)
     long = LayerTimes((1, 1, 1), (1, 1, 1), 5, 5, 5, 5)
@@ -142,7 +142,7 @@ def test_stages_of_equal_time():
     assert [len(layers) for layers in cuts(OWN, 16)] == [4] * 15 + [1]
     assert [len(layers) for layers in cuts(replace(OWN, even=True), 16)][:4] == [3, 4, 4, 4]
     brute = Setup(ModelShape.of(preset("tiny")), Layout(2, 1, 1), device("H100"), "1f1b", 4, length=256)
-    found = cuts(brute, 2)
+    parts = cuts(brute, 2)
 
     def slowest(split):
         times = [layer_times(brute, i < 1, 0) for i in range(4)]
@@ -153,18 +153,18 @@ def test_stages_of_equal_time():
         last += sums[-1]
         return max(sum(sums[:split]), sum(sums[split:]) + last)
 
-    assert slowest(len(found[0])) == pytest.approx(min(slowest(split) for split in (1, 2, 3)))
+    assert slowest(len(parts[0])) == pytest.approx(min(slowest(split) for split in (1, 2, 3)))
 
 
 def test_a_step_is_its_parts():
-    found = step_time(OWN)
-    assert sum(found.parts.values()) == pytest.approx(found.seconds)
-    pairs = sum(isinstance(one, Pair) for steps in found.table.steps for one in steps)
+    step = step_time(OWN)
+    assert sum(step.parts.values()) == pytest.approx(step.seconds)
+    pairs = sum(isinstance(action, Pair) for steps in step.table.steps for action in steps)
     layer = layer_times(OWN, False, efficiency()["exchange"]["units"])
-    assert found.parts["pairs"] * 16 / pairs == pytest.approx(layer_time.pair([layer] * 4, [layer] * 4), rel=0.05)
+    assert step.parts["pairs"] * 16 / pairs == pytest.approx(layer_time.pair([layer] * 4, [layer] * 4), rel=0.05)
     slower = step_time(replace(OWN, imbalance=1.2))
-    assert slower.seconds > 1.03 * found.seconds
-    assert step_time(replace(OWN, schedule="1f1b")).seconds > 1.15 * found.seconds
+    assert slower.seconds > 1.03 * step.seconds
+    assert step_time(replace(OWN, schedule="1f1b")).seconds > 1.15 * step.seconds
 
 
 def test_the_published_run():
@@ -175,30 +175,32 @@ def test_the_published_run():
     assert plan.fits and plan.highest > 0.8 * plan.setup.device.room
     assert plan.mfu(989.4) == pytest.approx(plan.rate * 250.457e9 / 989.4e12, rel=1e-3)
     without = ideas(plan)
-    assert all(one["factor"] > 1 for name, one in without.items() if not name.startswith("MTP"))
+    assert all(idea["factor"] > 1 for name, idea in without.items() if not name.startswith("MTP"))
     assert without["node limit of the routing"]["factor"] < without["FP8"]["factor"]
     read = [read_toml(name) for name in ("hardware.toml", "efficiency.toml", "published.toml")]
     assert not any(number in json.dumps(read) for number in ("2664", "2788", "19.926", "13.95"))
 
 
-def test_search_finds_what_fits_and_says_why_others_do_not():
-    want = plan_config.parse(["batch=15360 seq=4096 tokens=1T"])
-    found = search(V3, want, parse_cluster("2048xH800"))
-    assert all(one.bytes <= one.setup.device.room for one in found.candidates)
-    assert found.candidates == sorted(found.candidates, key=lambda one: -one.rate)
+def test_search_finds_layouts_that_fit_and_explains_rejections():
+    options = plan_config.parse(["batch=15360 seq=4096 tokens=1T"])
+    result = search(V3, options, parse_cluster("2048xH800"))
+    assert all(candidate.bytes <= candidate.setup.device.room for candidate in result.candidates)
+    assert result.candidates == sorted(result.candidates, key=lambda candidate: -candidate.rate)
     published_rate = OWN.step_tokens / step_time(OWN).seconds / 2048
-    assert found.candidates[0].rate >= 0.999 * published_rate, "it finds the published layout or a better one"
-    assert found.considered > 1000 and "needs more memory than a H800 has" in found.rejected
-    with pytest.raises(UserError, match=r"no layout of 8 H100 can hold this run \(the smallest needs \d+ GiB\)"):
-        search(V3, want, parse_cluster("8xH100"))
+    assert result.candidates[0].rate >= 0.999 * published_rate, "it finds the published layout or a better one"
+    assert result.considered > 1000 and "needs more memory than a H800 has" in result.rejected
+    with pytest.raises(UserError, match=r"8 H100.*smallest needs \d+ GiB"):
+        search(V3, options, parse_cluster("8xH100"))
 
 
 def test_settings_by_hand():
-    want = plan_config.parse(["layout.pp=8 layout.ep=32", "precision=bf16", "batch=8192 tokens=2.5T recompute=attend"])
-    made = plan_config.setup(want.over(plan_config.published("v3")), V3, parse_cluster("2048xH800"))
-    assert (made.layout, made.fp8, made.recompute) == (Layout(8, 8, 32), False, ("attend",))
-    assert made.micro == 8192 // 256 and want.tokens == 2.5e12
-    small = replace(want, batch=((0.0, 400.0),), micro_rows=4)
+    options = plan_config.parse(
+        ["layout.pp=8 layout.ep=32", "precision=bf16", "batch=8192 tokens=2.5T recompute=attend"]
+    )
+    by_hand = plan_config.setup(options.over(plan_config.published("v3")), V3, parse_cluster("2048xH800"))
+    assert (by_hand.layout, by_hand.fp8, by_hand.recompute) == (Layout(8, 8, 32), False, ("attend",))
+    assert by_hand.micro == 8192 // 256 and options.tokens == 2.5e12
+    small = replace(options, batch=((0.0, 400.0),), micro_rows=4)
     few = plan_config.setup(small, V3, parse_cluster("2048xH800"))
     assert (few.rows, few.micro) == (1, 1), "a step takes smaller micro-batches if its batch has no whole one"
     assert plan_config.parse(["model.n_mtp=0"]).model == {"n_mtp": 0}
@@ -221,19 +223,19 @@ def test_settings_by_hand():
             plan_config.parse([wrong])
     with pytest.raises(UserError, match="expected a finite number"):
         plan_config.parse(["tokens=inf"])
-    with pytest.raises(UserError, match="rows of 4096 tokens cannot be split into 6 equal chunks"):
+    with pytest.raises(UserError, match=r"4096 tokens.*6 equal chunks"):
         plan_config.setup(replace(small, cp=3, pp=1, ep=1, seq=4096), V3, parse_cluster("2046xH800"))
 
 
-def test_attention_pads_values_for_packed_rows_and_for_cards_without_cudnns():
+def test_values_are_padded_for_packed_rows_and_without_cudnn():
     """Heads of values and outputs are as wide as those of keys, and one output is kept without its padding."""
     cfg = preset("v2-lite")
 
     def kept(cluster, *options):
-        want = plan_config.parse(["precision=bf16 layout.ep=1 layout.pp=1", *options])
-        made = plan_config.setup(want, cfg, parse_cluster(cluster))
-        assert made.rows * made.length == cfg.max_seq_len
-        return setup_memory(cfg, made, schedule("1f1b", 1, 1))[0]["activations"]
+        config = plan_config.parse(["precision=bf16 layout.ep=1 layout.pp=1", *options])
+        planned = plan_config.setup(config, cfg, parse_cluster(cluster))
+        assert planned.rows * planned.length == cfg.max_seq_len
+        return setup_memory(cfg, planned, schedule("1f1b", 1, 1))[0]["activations"]
 
     plain = kept("1xH200")
     more = cfg.max_seq_len * cfg.n_layers * cfg.n_heads * (2 * (192 - 128) + 128) * 2
@@ -251,7 +253,7 @@ def test_attention_pads_values_for_packed_rows_and_for_cards_without_cudnns():
 
 def test_devices_and_clusters():
     assert parse_cluster("2,048 x h800").size == 2048 and parse_cluster("8xB200").device.fp8 == 4500
-    assert all(one.sources and one.memory > 0 for one in devices().values())
+    assert all(card.sources and card.memory > 0 for card in devices().values())
     for wrong in ("H800", "0xH800", "8xH8000", "-3xH100", "x"):
         with pytest.raises(UserError):
             parse_cluster(wrong)
@@ -263,8 +265,8 @@ def test_decoding_is_bound_by_the_cache_of_long_contexts():
     def seconds(**changes):
         return decode(Deployment(SHAPE, device("H800"), 144, 96, 4989, 32, **changes)).seconds
 
-    short, whole = seconds(), decode(Deployment(SHAPE, device("H800"), 144, 96, 65536, 32))
-    assert whole.seconds > 2 * short and whole.cache_gib > 10 * 96 * 4989 * 70272 / 2**30
+    short, long = seconds(), decode(Deployment(SHAPE, device("H800"), 144, 96, 65536, 32))
+    assert long.seconds > 2 * short and long.cache_gib > 10 * 96 * 4989 * 70272 / 2**30
     alone = decode(Deployment(SHAPE.without_mla(), device("H800"), 144, 96, 4989, 32))
     assert alone.seconds > 3 * short
 
@@ -293,17 +295,19 @@ def test_plan_on_the_command_line(call, tmp_path):
     assert facts["usd"] == pytest.approx(2 * facts["gpu_hours"]) and len(facts["memory_gib_per_rank"]) == 16
     html = page.read_text()
     assert "<svg" in html and "Content-Security-Policy" in html and "script-src" in html
-    said = call("v3", "--cluster", "2048xH800", "--set", "precision=bf16", "seq=4096").out
-    assert "BF16" in said and "do not fit" not in said.split("without one of its ideas")[0]
+    output = call("v3", "--cluster", "2048xH800", "--set", "precision=bf16", "seq=4096").out
+    assert "BF16" in output and "do not fit" not in output.split("without one of its ideas")[0]
     small = call("v3", "--cluster", "512xH800").out
     assert "layouts considered" in small, "the published layout is of another cluster"
 
 
 def test_a_recipe_on_a_cluster(call, tmp_path):
     facts = json.loads(call(ROOT / "recipes/tiny.toml", "--cluster", "2xH100", "--json").out)
-    said = call(ROOT / "recipes/tiny.toml", "--cluster", "1xH100", "--set", "precision=bf16").out
+    output = call(ROOT / "recipes/tiny.toml", "--cluster", "1xH100", "--set", "precision=bf16").out
     assert (
-        "40 rollouts of 256 answers" in said and "served from units of" in said and "1,024" not in said.splitlines()[0]
+        "40 rollouts of 256 answers" in output
+        and "served from units of" in output
+        and "1,024" not in output.splitlines()[0]
     )
     stages = {stage["stage"]: stage for stage in facts["stages"]}
     assert facts["tokens"] == 6_000_000 and facts["considered"] > 10 and list(stages) == ["pretrain", "zero", "eval"]
@@ -362,20 +366,20 @@ def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
     """R1's own sampler used drafts, so only the audit of its published cost counts drafts."""
     plan, recipe = plan_run(V3, OWN, 1e12, lambda tokens: 15360), Recipe.load(ROOT / "recipes/tiny.toml")
     zero = recipe.stage("zero")
-    given = (SHAPE, OWN.device, plan.gpus, zero.prompts_per_rollout * zero.samples, 300, plan.rate, 64)
+    arguments = (SHAPE, OWN.device, plan.gpus, zero.prompts_per_rollout * zero.samples, 300, plan.rate, 64)
     (cost,) = (cost for cost in stage_costs(plan, recipe) if cost.rollout)
-    ours, drafted = rollout_time(*given, fp8=False), rollout_time(*given, ACCEPTED, fp8=False)
-    assert cost.rollout.sampling == ours.sampling > 1.3 * drafted.sampling
-    assert ours.sampling > 1.1 * rollout_time(*given).sampling, "the engine samples in BF16, V3's in FP8"
+    plain, drafted = rollout_time(*arguments, fp8=False), rollout_time(*arguments, ACCEPTED, fp8=False)
+    assert cost.rollout.sampling == plain.sampling > 1.3 * drafted.sampling
+    assert plain.sampling > 1.1 * rollout_time(*arguments).sampling, "the engine samples in BF16, V3's in FP8"
 
 
-def test_more_answers_than_fit_at_once_take_proportionally_longer():
-    one, many = (rollout_time(SHAPE, OWN.device, 8, n * 8 * TOGETHER, 8192, 1e4, 8).sampling for n in (1, 101))
+def test_sampling_time_grows_with_batches_of_answers():
+    once, hundredfold = (rollout_time(SHAPE, OWN.device, 8, n * 8 * TOGETHER, 8192, 1e4, 8).sampling for n in (1, 101))
     step = decode(Deployment(SHAPE, OWN.device, 8, TOGETHER, MEAN * 8192)).seconds
-    assert many - one == pytest.approx(100 * step * MEAN * 8192)
+    assert hundredfold - once == pytest.approx(100 * step * MEAN * 8192)
 
 
-def test_a_critic_costs_another_network_s_updates_and_values():
+def test_critic_adds_updates_and_a_value_pass():
     """3 passes of each network's update, two of log-probabilities, one of values: 9 instead of 5."""
     plan = plan_run(V3, OWN, 1e12, lambda tokens: 15360)
     costs = [

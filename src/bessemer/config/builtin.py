@@ -31,22 +31,24 @@ def find_recipe(name: str | Path, data: bool = False) -> Path:
     package, by its name alone; or that of a run, named by its directory or by its name under runs/. UserError: there is
     none, or the name could mean a file here, too."""
     text = os.fspath(name)
-    known = builtin_recipes(data)
+    recipes = builtin_recipes(data)
     if text.startswith(PREFIX):
         inside = text.removeprefix(PREFIX)
-        if inside not in known:
-            raise UserError(f'no built-in recipe "{inside}"; {nearest(inside, list(known))}')
-        return known[inside]
+        if inside not in recipes:
+            raise UserError(f'no built-in recipe "{inside}"; {nearest(inside, list(recipes))}')
+        return recipes[inside]
     path = Path(text)
-    if text not in known:
+    if text not in recipes:
         if not data and (run := run_of(text)) is not None:
             return run / RECIPE
         if path.suffix or path.exists() or len(path.parts) > 1:
             return path  # reading it raises the error, if there is one
-        raise UserError(f'no recipe "{text}": {nearest(text, list(known))} (or the path of a file, such as my.toml)')
-    if here := [file for file in (path, path.with_suffix(".toml")) if file.is_file()]:
-        raise UserError(f"{text} is a built-in recipe, and {here[0]} lies here: write ./{here[0]} or {PREFIX}{text}")
-    return known[text]
+        raise UserError(f'no recipe "{text}": {nearest(text, list(recipes))} (or the path of a file, such as my.toml)')
+    if present := [file for file in (path, path.with_suffix(".toml")) if file.is_file()]:
+        raise UserError(
+            f"{text} is a built-in recipe, and {present[0]} lies here: write ./{present[0]} or {PREFIX}{text}"
+        )
+    return recipes[text]
 
 
 RECIPE = "recipe.toml"
@@ -62,10 +64,10 @@ def check_run_format(run: Path) -> None:
     if not (run / RECIPE).is_file() or not any(run.glob("[0-9]*-*/stage.json")):
         return
     with open(run / RECIPE, encoding="utf-8", errors="replace") as file:
-        known = re.fullmatch(FORMAT_LINE.format(r"(\S+)", r"(\d+)"), file.readline())
-    if known is not None and int(known[2]) == RUN_FORMAT:
+        stated = re.fullmatch(FORMAT_LINE.format(r"(\S+)", r"(\d+)"), file.readline())
+    if stated is not None and int(stated[2]) == RUN_FORMAT:
         return
-    version = f"Bessemer {known[1]} (run format {known[2]})" if known else "an earlier version of Bessemer"
+    version = f"Bessemer {stated[1]} (run format {stated[2]})" if stated else "an earlier version of Bessemer"
     raise UserError(
         f"{run} was made by {version}, and this version (run format {RUN_FORMAT}) cannot continue it. Start anew with: "
         f"bessemer run RECIPE.toml --out {run}-new. The models in {run} still load, also as the start of a new run "

@@ -29,12 +29,12 @@ CORE: dict[str, type[StageConfig]] = {
 def stage_tables() -> dict[str, type[StageConfig]]:
     """The table of every kind that is installed."""
     tables = CORE | plugins.table("tables")
-    found = {name: table for name, table in tables.items() if issubclass(table, StageConfig)}
+    stages = {name: table for name, table in tables.items() if issubclass(table, StageConfig)}
     for kind in plugins.names("stages"):
-        if kind not in found:  # only then is the code loaded that runs it
+        if kind not in stages:  # only then is the code loaded that runs it
             with suppress(plugins.RemovedAddOn):
-                found[kind] = plugins.find("stages", kind).table
-    return dict(sorted(found.items()))
+                stages[kind] = plugins.find("stages", kind).table
+    return dict(sorted(stages.items()))
 
 
 def recipe_tables() -> dict[str, type[ConfigTable]]:
@@ -48,13 +48,13 @@ def stage_config(kind: object, where: str) -> type[StageConfig]:
         return CORE[kind]
     tables = plugins.names("tables")
     if not isinstance(kind, str) or (":" not in kind and kind not in (*tables, *plugins.names("stages"))):
-        known = nearest(str(kind), list(stage_tables()))
-        raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {known}")
+        hint = nearest(str(kind), list(stage_tables()))
+        raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {hint}")
     try:
-        found = plugins.find("tables", kind) if kind in tables else plugins.find("stages", kind)
+        plugin = plugins.find("tables", kind) if kind in tables else plugins.find("stages", kind)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    table = found if kind in tables else getattr(found, "table", None)
+    table = plugin if kind in tables else getattr(plugin, "table", None)
     if not isinstance(table, type) or not issubclass(table, StageConfig):
         raise UserError(f'{where}: "{kind}" is no stage; derive it from Stage[...] with the class of its table')
     return table

@@ -55,11 +55,11 @@ _current = _Places()
 def of_recipe(folder: str | Path | None, revisions: Path | None = None) -> Iterator[None]:
     """Inside, names are those of a recipe in `folder`, whose run pins addresses on the hub in the file `revisions`."""
     global _current
-    before, _current = _current, _Places(None if folder is None else Path(folder), revisions)
+    previous, _current = _current, _Places(None if folder is None else Path(folder), revisions)
     try:
         yield
     finally:
-        _current = before
+        _current = previous
 
 
 def located(name: str | Path) -> Path:
@@ -77,7 +77,7 @@ def matching(pattern: str) -> list[Path]:
     """The files of a pattern such as data/**/*.txt, looked for like a name."""
     folders = [Path()] if _current.folder is None else [_current.folder, Path()]
     every = (sorted(map(Path, glob.glob(str(folder / pattern), recursive=True))) for folder in folders)
-    return next(filter(None, ([_short(path) for path in found if path.is_file()] for found in every)), [])
+    return next(filter(None, ([_short(path) for path in paths if path.is_file()] for paths in every)), [])
 
 
 def _short(path: Path) -> Path:

@@ -152,12 +152,12 @@ class Recipe(Head):
         layout = validate(LayoutConfig, data.get("layout", {}), where, ": [layout]", set_by)
         head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where, set_by=arguments)
         if not NAME.fullmatch(head.name):
-            place = arguments.get("name", where)
-            raise UserError(f'{place}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
+            label = arguments.get("name", where)
+            raise UserError(f'{label}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
         writers = [stage.name for stage in stages if stage.makes_model]
         if head.main is not None and head.main not in writers:
-            place = arguments.get("main", where)
-            raise UserError(f'{place}: main = "{head.main}" is no stage with a model; {nearest(head.main, writers)}')
+            label = arguments.get("main", where)
+            raise UserError(f'{label}: main = "{head.main}" is no stage with a model; {nearest(head.main, writers)}')
         recipe = cls.model_construct(**dict(head), layout=layout, stages=stages)
         recipe._arguments = arguments
         return recipe
@@ -202,18 +202,18 @@ def _inherit_keys(tables: list[dict[str, Any]], where: str) -> list[dict[str, An
     complete = []
     for table in tables:
         if "like" in table:
-            other = table["like"]
-            if not isinstance(other, str) or other not in done:
-                named = json.dumps(other, default=str)
+            parent = table["like"]
+            if not isinstance(parent, str) or parent not in done:
+                named = json.dumps(parent, default=str)
                 raise UserError(
                     f'{where}: [[stage]] "{table["name"]}": like = {named} is not an earlier stage; '
-                    f"{nearest(str(other), list(done))}"
+                    f"{nearest(str(parent), list(done))}"
                 )
             own = {key: value for key, value in table.items() if key != "like"}
             form = None
             with suppress(UserError):  # an unknown kind is reported later
-                form = stage_config(own.get("kind", done[other].get("kind")), where)
-            table = _merged(done[other], own, form)
+                form = stage_config(own.get("kind", done[parent].get("kind")), where)
+            table = _merged(done[parent], own, form)
         complete.append(table)
         done[str(table["name"])] = table
     return complete
@@ -229,28 +229,30 @@ def _merged(inherited: dict[str, Any], own: dict[str, Any], form: type[ConfigTab
     merged = {**inherited, **own}
     for key in own.keys() & inherited.keys():
         inner = table_of(field := field_of(form, key))
-        before, value = (spelled_out(field, table[key]) for table in (inherited, own))
-        if not isinstance(value, dict) or not isinstance(before, dict):
+        base, value = (spelled_out(field, table[key]) for table in (inherited, own))
+        if not isinstance(value, dict) or not isinstance(base, dict):
             continue
         changes = isinstance(value, _Changes)
         if inner is not None and issubclass(inner, PluginTable) and not changes and inner.named in value:
-            inner = inner if value[inner.named] == before.get(inner.named) else None
+            inner = inner if value[inner.named] == base.get(inner.named) else None
         if inner is not None or changes:
-            merged[key] = _merged(before, value, inner)
+            merged[key] = _merged(base, value, inner)
     return merged
 
 
 def _set_by(prefix: str, arguments: dict[str, str]) -> dict[str, str]:
     """Top key of a table -> the argument that set it or a part of it."""
-    keys_of = {address.removeprefix(prefix): one for address, one in arguments.items() if address.startswith(prefix)}
-    return {key.partition(".")[0]: one for key, one in keys_of.items()}
+    keys_of = {
+        address.removeprefix(prefix): argument for address, argument in arguments.items() if address.startswith(prefix)
+    }
+    return {key.partition(".")[0]: argument for key, argument in keys_of.items()}
 
 
 def _stage(table: dict[str, Any], number: int, where: str, arguments: dict[str, str]) -> StageConfig:
-    place = f"{where}: [[stage]] number {number}"
+    label = f"{where}: [[stage]] number {number}"
     if "kind" not in table:
-        raise UserError(f'{place}: key "kind" is required; it names the kind of stage')
-    config, named = stage_config(table["kind"], place), f': [[stage]] "{table["name"]}" (kind {table["kind"]})'
+        raise UserError(f'{label}: key "kind" is required; it names the kind of stage')
+    config, named = stage_config(table["kind"], label), f': [[stage]] "{table["name"]}" (kind {table["kind"]})'
     return validate(config, table, where, named, _set_by(f"{table['name']}.", arguments))
 
 
@@ -270,9 +272,9 @@ def _check_names(stages: list[StageConfig], where: str) -> None:
 
 def _check_refs(stages: list[StageConfig], where: str, arguments: dict[str, str]) -> None:
     names = [stage.name for stage in stages]
-    for place, stage in enumerate(stages):
+    for index, stage in enumerate(stages):
         for key, name in stage_refs(stage):
-            if name in names[:place]:
+            if name in names[:index]:
                 continue
             why = (
                 "does not exist"
@@ -281,11 +283,11 @@ def _check_refs(stages: list[StageConfig], where: str, arguments: dict[str, str]
                 if name == stage.name
                 else "comes later"
             )
-            earlier = f"stages before it: {', '.join(names[:place])}" if place else "no stage comes before it"
+            earlier = f"stages before it: {', '.join(names[:index])}" if index else "no stage comes before it"
             named = arguments.get(f"{stage.name}.{key}", where)
             raise UserError(f'{named}: [[stage]] "{stage.name}": {key} = "{name}" {why}; {earlier}')
-        if place and stage.source is None:
-            stages[place] = stage.model_copy(update={"source": names[place - 1]})
+        if index and stage.source is None:
+            stages[index] = stage.model_copy(update={"source": names[index - 1]})
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -327,8 +329,8 @@ def _value(override: str, text: str) -> object:
 
 
 def _nearby(path: Path) -> str:
-    here = sorted(map(str, path.parent.glob("*.toml")))
-    return f"available recipes: {', '.join([*here, *builtin_recipes()])}"
+    siblings = sorted(map(str, path.parent.glob("*.toml")))
+    return f"available recipes: {', '.join([*siblings, *builtin_recipes()])}"
 
 
 def _pairs(table: dict[str, Any]) -> list[str]:

@@ -154,7 +154,7 @@ class SamplingConfig(AskingConfig):
     whichever measures faster."""
 
 
-def changed(settings: BaseModel, name: str) -> bool:
+def is_changed(settings: BaseModel, name: str) -> bool:
     """Whether a key differs from its default. Being set is no evidence: a run's own recipe writes out every default."""
     field = type(settings).model_fields[name]
     return getattr(settings, name) != field.get_default(call_default_factory=True, validated_data={})
@@ -177,35 +177,35 @@ def named_tasks(settings: ConfigTable) -> list[str]:
 
 def named_plugins(settings: BaseModel) -> list[tuple[str, str]]:
     """(kind, name) of every plug-in that these settings name."""
-    found = [(settings.plugins, settings.plugin)] if isinstance(settings, PluginTable) else []
+    plugins_of = [(settings.plugins, settings.plugin)] if isinstance(settings, PluginTable) else []
     for _, value in settings:
         inner = value if isinstance(value, list) else [value]
-        found += [named for table in inner if isinstance(table, BaseModel) for named in named_plugins(table)]
-    return found
+        plugins_of += [named for table in inner if isinstance(table, BaseModel) for named in named_plugins(table)]
+    return plugins_of
 
 
 def _marked(settings: ConfigTable, mark: type) -> list[tuple[str, str]]:
     """(key, value) of every string with this mark, alone, in a list, or as a value of a table."""
-    found = []
+    marked = []
     for field_name, field in type(settings).model_fields.items():
         if isinstance(inner := getattr(settings, field_name), ConfigTable):
-            found += [(f"{field_name}.{key}", name) for key, name in _marked(inner, mark)]
+            marked += [(f"{field_name}.{key}", name) for key, name in _marked(inner, mark)]
         elif mark in field.metadata or _mentions(field.annotation, mark):
             value = getattr(settings, field_name)
             value = value.values() if isinstance(value, dict) else value
             names = [value] if isinstance(value, str) else list(value or [])
-            found += [(field.alias or field_name, name) for name in names]
-    return found
+            marked += [(field.alias or field_name, name) for name in names]
+    return marked
 
 
 def _mentions(annotation: object, mark: type) -> bool:
     return annotation is mark or any(_mentions(part, mark) for part in get_args(annotation))
 
 
-def nearest(key: str, known: list[str]) -> str:
+def nearest(key: str, names: list[str]) -> str:
     """'did you mean "tokens"?', or the list of known keys if none is close."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(sorted(known))}"
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(sorted(names))}"
 
 
 def keys(table: type[ConfigTable]) -> list[str]:
@@ -214,17 +214,17 @@ def keys(table: type[ConfigTable]) -> list[str]:
 
 
 def validate(
-    table: type[AnyTable], values: dict[str, Any], where: str, place: str = "", set_by: Mapping[str, str] | None = None
+    table: type[AnyTable], values: dict[str, Any], where: str, label: str = "", set_by: Mapping[str, str] | None = None
 ) -> AnyTable:
     """`values` as a `table`, or a UserError that names the key and starts with `where`, the file, or with the argument
-    that set the key (`set_by`), and then `place`, the table."""
+    that set the key (`set_by`), and then `label`, the table."""
     # through JSON, because pydantic's strict mode then still takes a list for a tuple and a string for a path
     try:
         return table.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]  # one at a time: the second is often a child of the first
         key = str(first["loc"][0]) if first["loc"] else ""
-        raise UserError(f"{(set_by or {}).get(key, where)}{place}: {_sentence(table, first)}") from None
+        raise UserError(f"{(set_by or {}).get(key, where)}{label}: {_sentence(table, first)}") from None
 
 
 _EXPECTED = {
@@ -246,21 +246,21 @@ def _sentence(table: type[ConfigTable], first: ErrorDetails) -> str:
     at = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "nullable", "constrained-"))]
     key = ".".join(at)
     if first["type"] == "extra_forbidden":
-        known = keys(_table_at(table, at[:-1]))
-        return f'unknown key "{key}"; {nearest(at[-1], known)}'
+        names = keys(_table_at(table, at[:-1]))
+        return f'unknown key "{key}"; {nearest(at[-1], names)}'
     if first["type"] == "missing":
         return f'key "{key}" is required'
-    given = json.dumps(first["input"], ensure_ascii=False, default=str)
-    given = given if len(given) <= 80 else given[:77] + "..."
+    value = json.dumps(first["input"], ensure_ascii=False, default=str)
+    value = value if len(value) <= 80 else value[:77] + "..."
     if first["type"] == "value_error":
-        return f'key "{key}" is {given}: {first["ctx"]["error"]}'
+        return f'key "{key}" is {value}: {first["ctx"]["error"]}'
     expected = _EXPECTED.get(first["type"])
     if expected is None and first["type"] == "literal_error":
         expected = "one of " + first["ctx"]["expected"]
     if expected is None:  # bounds and the like, which pydantic words well: "Input should be greater than 0"
         expected = first["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
     meant = _meant(_table_at(table, at[:-1]), at[-1], first["input"])
-    return f'key "{key}" is {given} ({_type_name(first["input"])}), expected {expected}{meant}'
+    return f'key "{key}" is {value} ({_type_name(first["input"])}), expected {expected}{meant}'
 
 
 def _meant(table: type[ConfigTable], key: str, value: object) -> str:

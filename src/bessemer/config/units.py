@@ -89,16 +89,16 @@ def show_tokens(count: float) -> str:
 
 def show_seconds(seconds: float) -> str:
     """95 -> "1m 35s", for people; from three days on in days, from three years on in years."""
-    whole = round(max(0.0, seconds))
-    if whole < 60:
-        return f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole >= 3 * 365 * 86400:
-        return f"{whole / (365 * 86400):,.0f} years"
-    if whole >= 3 * 86400:
-        return f"{whole / 86400:,.0f} days"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    rounded = round(max(0.0, seconds))
+    if rounded < 60:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{rounded}s"
+    if rounded < 3600:
+        return f"{rounded // 60}m {rounded % 60:02d}s"
+    if rounded >= 3 * 365 * 86400:
+        return f"{rounded / (365 * 86400):,.0f} years"
+    if rounded >= 3 * 86400:
+        return f"{rounded / 86400:,.0f} days"
+    return f"{rounded // 3600}h {rounded % 3600 // 60:02d}m"
 
 
 class Points:
@@ -150,16 +150,16 @@ class Points:
         self.cosine.append(len(point) == 3)
 
     def __call__(self, tokens: float) -> float:
-        after = bisect_right(self.tokens, tokens)
-        if after == 0:
+        upper = bisect_right(self.tokens, tokens)
+        if upper == 0:
             return self.values[0]
-        if after == len(self.tokens):
+        if upper == len(self.tokens):
             return self.values[-1]
-        left, right = self.tokens[after - 1], self.tokens[after]
+        left, right = self.tokens[upper - 1], self.tokens[upper]
         share = (tokens - left) / (right - left)
-        if self.cosine[after]:
+        if self.cosine[upper]:
             share = (1 - math.cos(math.pi * share)) / 2
-        return self.values[after - 1] + share * (self.values[after] - self.values[after - 1])
+        return self.values[upper - 1] + share * (self.values[upper] - self.values[upper - 1])
 
     def plain(self) -> list[list[Any]]:
         """The points as lists, as they are written to JSON and TOML."""

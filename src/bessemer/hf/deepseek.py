@@ -152,7 +152,7 @@ def open_directory(
         cfg = without_mtp(cfg)
     _check_sizes(cfg, checkpoint)
     layout = slots(cfg, kind)
-    checkpoint.check(layout, others=() if mtp else mtp_keys)
+    checkpoint.check(layout, allowed=() if mtp else mtp_keys)
     return checkpoint, cfg, layout
 
 

@@ -55,13 +55,13 @@ class Family(Protocol):
 def family(architecture: str = REST) -> Family:
     """The family of an architecture. UserError if no add-on reads it."""
     table = plugins.table("families")
-    found: Family | None = table.get(architecture, table.get(REST))
-    if found is None:
+    match: Family | None = table.get(architecture, table.get(REST))
+    if match is None:
         raise UserError(
             f"models and tokenizers of other families ({architecture}) are read by an add-on that is not here; install "
             "bessemer whole, or a package that registers this family"
         )
-    return found
+    return match
 
 
 def architecture_of(directory: Path) -> str:

@@ -107,10 +107,10 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype, bos: int = 0, eos: int | list[in
             "transformers and other engines rate a group by its two best experts, but this model by its best "
             f"{cfg.n_rated_experts} (K/M): they will choose different experts", stacklevel=2,
         )  # fmt: skip
-    values = {theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items() if cfg.own or ours not in OWN}
+    values = {key: getattr(cfg, field) for field, key in FIELDS.items() if cfg.own or field not in OWN}
     values["q_lora_rank"] = cfg.q_lora_rank or None
     values["n_shared_experts"] = cfg.n_shared_experts or None
-    yarn = {theirs: getattr(cfg, ours) for ours, theirs in YARN.items()}
+    yarn = {key: getattr(cfg, field) for field, key in YARN.items()}
     yarn |= {"attention_factor": cfg.rope_scale} if _rope_scale_elsewhere(cfg) != cfg.rope_scale else {}
     kind = {"rope_type": "yarn", **yarn} if cfg.yarn else {"rope_type": "default"}
     name = str(dtype).removeprefix("torch.")
@@ -163,14 +163,14 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
     heads = values.get("num_attention_heads")
     if family != "bessemer" and values.get("num_key_value_heads") not in (None, heads):
         raise UserError(f"{where}: num_key_value_heads must equal num_attention_heads ({heads}): MLA has no groups")
-    ours: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, key in FIELDS.items():
         value = values.get(key)
         value = FAMILIES[family].get(key) if value is None else value
         if value is None:
             raise UserError(f"{where}: key '{key}' is missing; copy config.json from the original checkpoint again")
-        ours[name] = value
-    cfg = ModelConfig.make({**ours, **_rope(values, where)}, where)
+        fields[name] = value
+    cfg = ModelConfig.make({**fields, **_rope(values, where)}, where)
     if cfg.max_seq_len > MOST_POSITIONS:
         raise UserError(
             f"{where}: max_position_embeddings = {cfg.max_seq_len} is not a plausible context length; correct it"
@@ -195,7 +195,7 @@ def _rope(values: dict[str, Any], where: str) -> dict[str, Any]:
         old = new
     planned = values.get("bessemer") or {}
     if "rope_factor" not in old:
-        old |= {ours: planned[theirs] for ours, theirs in YARN.items() if theirs in planned}
+        old |= {field: planned[key] for field, key in YARN.items() if key in planned}
     return old
 
 
@@ -212,29 +212,31 @@ def _flat(rope: dict[str, Any] | None, theta: float | None, where: str, key: str
         raise UserError(f"{where}: {key} of type {kind!r} is not implemented; only 'yarn' is")
     if rope.get("truncate") not in (None, True):
         raise UserError(f"{where}: {key}: truncate = {rope['truncate']!r} is not implemented; only true is")
-    for ours, theirs in YARN.items():
-        value = rope.get(theirs)
-        value = YARN_DEFAULTS.get(theirs) if value is None else value
+    for field, spelled in YARN.items():
+        value = rope.get(spelled)
+        value = YARN_DEFAULTS.get(spelled) if value is None else value
         if value is None:
-            raise UserError(f"{where}: {key} lacks '{theirs}', which YaRN needs")
-        fields[ours] = value
+            raise UserError(f"{where}: {key} lacks '{spelled}', which YaRN needs")
+        fields[field] = value
     return fields
 
 
 def _rope_scale_elsewhere(cfg: ModelConfig) -> float:
     """The factor on cos and sin that transformers takes unless `attention_factor` states one."""
-    both = cfg.mscale and cfg.mscale_all_dim
-    return cfg.rope_scale if both or not cfg.yarn else yarn_mscale(cfg.rope_factor, 1.0)
+    applied = cfg.mscale and cfg.mscale_all_dim
+    return cfg.rope_scale if applied or not cfg.yarn else yarn_mscale(cfg.rope_factor, 1.0)
 
 
 def _check_rope_scale(cfg: ModelConfig, values: dict[str, Any], where: str) -> None:
     scale, elsewhere = cfg.rope_scale, _rope_scale_elsewhere(cfg)
     tables = [values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key)]
     stated = [table["attention_factor"] for table in tables if table.get("attention_factor") is not None]
-    same = [isinstance(one, int | float) and math.isclose(one, scale, rel_tol=1e-6) for one in stated]  # often 7 digits
-    if cfg.yarn and not all(same):
-        what = f"attention_factor = {stated[same.index(False)]!r} is not implemented, only the {scale!r} of mscale"
-        raise UserError(f"{where}: {what}; delete attention_factor")
+    agree = [
+        isinstance(value, int | float) and math.isclose(value, scale, rel_tol=1e-6) for value in stated
+    ]  # often 7 digits
+    if cfg.yarn and not all(agree):
+        problem = f"attention_factor = {stated[agree.index(False)]!r} is not implemented, only the {scale!r} of mscale"
+        raise UserError(f"{where}: {problem}; delete attention_factor")
     if elsewhere != scale and not stated:
         warnings.warn(
             f"{where}: without mscale or mscale_all_dim the released code, and ours, scales rotary embeddings by "
@@ -276,7 +278,7 @@ MTP = {
     "hnorm.weight": ("hnorm.weight",),
     "eh_proj.weight": ("eh_proj.weight",),
     "norm.weight": ("shared_head.norm.weight",),
-    **{f"layer.{ours}": theirs for ours, theirs in LAYER.items()},
+    **{f"layer.{parameter}": key for parameter, key in LAYER.items()},
 }
 # The matrices that the release stores and trains in FP8 (V3 3.3.1): those of attention, dense MLP and experts. Not
 # embedding, head, gate, norms, biases and eh_proj.
@@ -322,8 +324,8 @@ def slots(cfg: ModelConfig, kind: type[Transformer] = Transformer) -> list[Slot]
         del shapes["head.weight"]
         copies["lm_head.weight"] = "embed.weight"
     for k in range(cfg.n_mtp):
-        for theirs, ours in MTP_COPIES.items():
-            copies[f"model.layers.{cfg.n_layers + k}.{theirs}"] = ours if ours in shapes else "embed.weight"
+        for spelled, source in MTP_COPIES.items():
+            copies[f"model.layers.{cfg.n_layers + k}.{spelled}"] = source if source in shapes else "embed.weight"
     for name, shape in shapes.items():
         layout += _spread(name, shape, keys_of(name, cfg.n_layers))
     return layout + [Slot(key, name, (), shapes[name], copy=True) for key, name in copies.items()]
@@ -333,9 +335,9 @@ def keys_of(name: str, n_layers: int) -> tuple[str, ...]:
     """The keys on disk for one of our names, with {e} for the expert. Raises KeyError if the table lacks the name."""
     if name in MODEL:
         return MODEL[name]
-    kind, number, rest = name.split(".", 2)
+    kind, number, suffix = name.split(".", 2)
     table, layer = (LAYER, int(number)) if kind == "layers" else (MTP, n_layers + int(number))
-    return tuple(f"model.layers.{layer}.{key}" for key in table[rest])
+    return tuple(f"model.layers.{layer}.{key}" for key in table[suffix])
 
 
 def _spread(name: str, shape: tuple[int, ...], keys: tuple[str, ...]) -> list[Slot]:
@@ -343,13 +345,13 @@ def _spread(name: str, shape: tuple[int, ...], keys: tuple[str, ...]) -> list[Sl
         return [Slot(keys[0], name, (), shape)]
     experts: Iterable[int | None] = range(shape[0]) if "{e}" in keys[0] else (None,)
     *_, rows, columns = shape
-    each = rows // len(keys)
+    rows_each = rows // len(keys)
     spread = []
     for e in experts:
         for part, key in enumerate(keys):
-            span = slice(part * each, (part + 1) * each)
+            span = slice(part * rows_each, (part + 1) * rows_each)
             index: tuple[int | slice, ...] = (span,) if e is None else (e, span)
-            spread.append(Slot(key.format(e=e), name, index, (each, columns)))
+            spread.append(Slot(key.format(e=e), name, index, (rows_each, columns)))
     return spread
 
 

@@ -31,8 +31,8 @@ def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     one that are not carried over."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; name a directory")
-    known = any((target / name).exists() for name in ("config.json", ADAPTER_CONFIG))
-    if target.is_dir() and any(target.iterdir()) and not known:
+    is_model = any((target / name).exists() for name in ("config.json", ADAPTER_CONFIG))
+    if target.is_dir() and any(target.iterdir()) and not is_model:
         raise UserError(f"{target} has files but is not a model directory; name an empty or a new directory")
     with alone(target.resolve()) as (fresh, old, target):
         # A killed process may have left a partial new directory, which is removed, or the old one, which is restored.
@@ -97,13 +97,13 @@ def _swap(fresh: Path, target: Path, old: Path) -> None:
         raise
 
 
-def exchange(one: Path, other: Path) -> bool:
+def exchange(first: Path, second: Path) -> bool:
     """Swaps two paths atomically; returns False if the system cannot do this (Linux can)."""
     try:
         rename = getattr(ctypes.CDLL(None), "renameat2", None)
     except (OSError, TypeError):
         return False
-    return rename is not None and not rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+    return rename is not None and not rename(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE)
 
 
 def _carry_over(target: Path, fresh: Path, drop: Collection[str]) -> None:

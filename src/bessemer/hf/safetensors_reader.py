@@ -90,12 +90,13 @@ class Checkpoint:
         """The largest dimension of any tensor that is not empty."""
         return max((n for entry in self.entries.values() if entry.size for n in entry.shape), default=0)
 
-    def check(self, slots: list[Slot], others: Iterable[str] = ()) -> None:
-        """Raises UserError unless every slot is present with its shape, FP8 with its scales, and else only `others`.
+    def check(self, slots: list[Slot], allowed: Iterable[str] = ()) -> None:
+        """Raises UserError unless every slot is present with its shape, FP8 with its scales, and every other tensor is
+        among those `allowed`.
 
         Copies of shared tensors may be absent.
         """
-        expected = set(others)
+        expected = set(allowed)
         for slot in slots:
             entry = self.entries.get(slot.key)
             if entry is None and slot.copy:
@@ -157,12 +158,12 @@ class Checkpoint:
 
 def cast(tensor: Tensor, dtype: torch.dtype, key: str, where: str = "") -> Tensor:
     """The tensor in `dtype`. Raises UserError if a finite value would become infinite."""
-    made = tensor.to(dtype)
+    converted = tensor.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-    if narrower and made.isinf().any() and not torch.equal(made.isinf(), tensor.isinf()):
+    if narrower and converted.isinf().any() and not torch.equal(converted.isinf(), tensor.isinf()):
         advice = "" if dtype is torch.float32 else "; use float32"
         raise UserError(f"{where}tensor {key} has values too large for {str(dtype)[6:]}{advice}")
-    return made
+    return converted
 
 
 # --- block FP8 -------------------------------------------------------------------------------------------------------
@@ -196,10 +197,10 @@ def dequantise_blocks(
     Works on one row of tiles at a time, so only 128 rows exist in float32. Raises UserError if the shapes do not match.
     """
     if weight.dim() != 2 or tuple(scale_inv.shape) != scale_shape(weight.shape, block):
-        wanted = list(scale_shape(weight.shape, block)) if weight.dim() == 2 else "none (not a matrix)"
+        expected = list(scale_shape(weight.shape, block)) if weight.dim() == 2 else "none (not a matrix)"
         raise UserError(
             f"scales {list(scale_inv.shape)} do not fit an FP8 weight {list(weight.shape)} in tiles of {block}: "
-            f"expected {wanted}; the checkpoint is damaged or was quantised with another block size"
+            f"expected {expected}; the checkpoint is damaged or was quantised with another block size"
         )
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     columns = weight.shape[1]
@@ -237,8 +238,8 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 def _files(directory: Path) -> dict[Path, set[str] | None]:
     """Each safetensors file, with the keys that the index assigns to it (None without an index)."""
-    found = {path.name for path in directory.glob("*.safetensors")}
-    present = {name for name in found if not name.startswith(CONSOLIDATED)} or found
+    file_names = {path.name for path in directory.glob("*.safetensors")}
+    present = {name for name in file_names if not name.startswith(CONSOLIDATED)} or file_names
     if not (directory / INDEX).is_file():
         if present == {SINGLE}:
             return {directory / SINGLE: None}

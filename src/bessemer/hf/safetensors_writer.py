@@ -114,8 +114,8 @@ def verify(directory: Path, plan: list[TensorSpec], sums: dict[str, int]) -> Non
     written = Checkpoint(directory)
     for item in plan:
         entry = written.entries.get(item.key)
-        same = entry is not None and (entry.dtype, entry.shape) == (item.dtype, item.shape)
-        if not same or zlib.crc32(_bytes(written.raw(item.key))) != sums[item.key]:
+        matches = entry is not None and (entry.dtype, entry.shape) == (item.dtype, item.shape)
+        if not matches or zlib.crc32(_bytes(written.raw(item.key))) != sums[item.key]:
             where = entry.file if entry else directory
             raise UserError(f"{where}: tensor {item.key} reads back differently from what was written; check the disk")
     if len(written.entries) != len(plan):

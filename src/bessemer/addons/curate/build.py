@@ -87,15 +87,15 @@ class Build:
 
     def _run(self) -> dict[str, Any]:
         began = time.monotonic()
-        wanted = self.settings.decontaminate
-        searched = {name: decontaminate.eval_texts([name], wanted.problems) for name in wanted.tasks}
+        search = self.settings.decontaminate
+        searched = {name: decontaminate.eval_texts([name], search.problems) for name in search.tasks}
         units, ignored = self._units()
         reads = [self._read(unit) for unit in units]
         read = self._run_step("read", reads, "bytes")
         firsts = [0]
         for facts in read.facts:
             firsts.append(firsts[-1] + facts["kept"]["documents"])
-        signs = self._signs(reads, read.facts, [one for texts in searched.values() for one in texts])
+        signs = self._signs(reads, read.facts, [eval_text for texts in searched.values() for eval_text in texts])
         self._run_step("sign", signs, "bytes")
         join = self._match_and_join(signs, firsts)
         tokenizer = self._tokenizer(units, reads, signs, join, firsts)
@@ -115,12 +115,12 @@ class Build:
         return facts
 
     def _units(self) -> tuple[list[origins.Unit], dict[str, int]]:
-        found: list[origins.Unit] = []
+        listed: list[origins.Unit] = []
         ignored: dict[str, int] = {}
         for source in self.settings.sources:
             units, ignored[source.name] = origins.units(source, self.settings.unit_bytes, self.settings.cache)
-            found += units
-        return found, ignored
+            listed += units
+        return listed, ignored
 
     def _read(self, unit: origins.Unit) -> Job:
         matters = asdict(replace(unit.source, part="", retries=0, pause=0.0))
@@ -135,14 +135,14 @@ class Build:
     def _signs(
         self, reads: Sequence[Job], facts: Sequence[dict[str, Any]], texts: Sequence[decontaminate.EvalText]
     ) -> list[Job]:
-        dedup, wanted = self.settings.dedup, self.settings.decontaminate
+        dedup, search = self.settings.dedup, self.settings.decontaminate
         eval_texts = str(decontaminate.save(texts, self.out / "work")) if texts else None
         matters = replace(dedup, exact=True, threshold=0.0)
         return [
             Job(
                 "sign", job.title, self._folder("sign", job.title),
-                identity(VERSION, "sign", of_job["sha256"], matters, eval_texts and Path(eval_texts).name, wanted.n),
-                {"read": job.folder, "dedup": dedup, "eval_texts": eval_texts, "n": wanted.n}, job.weight,
+                identity(VERSION, "sign", of_job["sha256"], matters, eval_texts and Path(eval_texts).name, search.n),
+                {"read": job.folder, "dedup": dedup, "eval_texts": eval_texts, "n": search.n}, job.weight,
             )
             for job, of_job in zip(reads, facts, strict=True)
         ]  # fmt: skip
@@ -188,17 +188,17 @@ class Build:
         join: Job,
         firsts: Sequence[int],
     ) -> Path:
-        wanted = self.settings.tokens
-        if wanted.tokenizer is not None:
-            return located(wanted.tokenizer)
+        shards = self.settings.tokens
+        if shards.tokenizer is not None:
+            return located(shards.tokenizer)
         texts = [
             (read.folder, sign.folder, join.folder, first, unit.source.name)
             for unit, read, sign, first in zip(units, reads, signs, firsts[:-1], strict=True)
         ]
         job = Job(
             "tokenizer", "all sources", self._folder("tokenizer", "trained"),
-            identity(VERSION, "tokenizer", [job.identity for job in (*signs, join)], wanted.vocab_size, wanted.sample),
-            {"units": texts, "tokens": wanted},
+            identity(VERSION, "tokenizer", [job.identity for job in (*signs, join)], shards.vocab_size, shards.sample),
+            {"units": texts, "tokens": shards},
         )  # fmt: skip
         if not firsts[-1]:
             raise UserError("no source has documents left to train a tokenizer on; check filters and languages")
@@ -216,9 +216,9 @@ class Build:
         for unit, read, sign, first, digest in zip(units, reads, signs, firsts[:-1], digests, strict=True):
             part = unit.source.part
             number = numbers[part] = numbers.get(part, -1) + 1
-            wanted = self.settings.tokens
-            fim_rate = wanted.fim_rate if part in wanted.fim_parts else 0.0
-            matters = replace(wanted, tokenizer=None, vocab_size=0, sample=0, fim_rate=fim_rate, fim_parts=())
+            shards = self.settings.tokens
+            fim_rate = shards.fim_rate if part in shards.fim_parts else 0.0
+            matters = replace(shards, tokenizer=None, vocab_size=0, sample=0, fim_rate=fim_rate, fim_parts=())
             jobs.append(
                 Job(
                     "write", unit.name, self._folder("write", unit.name),
@@ -226,7 +226,7 @@ class Build:
                         VERSION, "write", sign.identity, digest, matters, fingerprint, part, number, self.settings.seed
                     ),
                     {"read": read.folder, "sign": sign.folder, "join": join.folder, "first": first, "part": part,
-                     "number": number, "tokens": wanted, "tokenizer": tokenizer, "seed": self.settings.seed},
+                     "number": number, "tokens": shards, "tokenizer": tokenizer, "seed": self.settings.seed},
                     read.weight,
                 )
             )  # fmt: skip
@@ -235,18 +235,18 @@ class Build:
     def _run_step(self, name: str, jobs: Sequence[Job], units: str) -> Step:
         """Run the unfinished jobs of a step, and report progress."""
         began = time.monotonic()
-        known = {job.folder: facts_of(job) for job in jobs}
-        wanted = [job for job in jobs if known[job.folder] is None]
+        results = {job.folder: facts_of(job) for job in jobs}
+        pending = [job for job in jobs if results[job.folder] is None]
         stage = self.progress.begin(name)
         weight = sum(job.weight for job in jobs)
-        stage.total(weight, units, weight - sum(job.weight for job in wanted))
-        for job, result in self.engine.run(wanted):
-            known[job.folder] = result
+        stage.total(weight, units, weight - sum(job.weight for job in pending))
+        for job, result in self.engine.run(pending):
+            results[job.folder] = result
             stage.advance(job.weight, job.title)
         wall = time.monotonic() - began
         self.progress.end(name, wall)
-        done = [facts for job in jobs if (facts := known[job.folder]) is not None]
-        self.steps[name] = Step(done, wall, len(wanted))
+        done = [facts for job in jobs if (facts := results[job.folder]) is not None]
+        self.steps[name] = Step(done, wall, len(pending))
         return self.steps[name]
 
     def _folder(self, step: str, name: str) -> Path:
@@ -256,8 +256,8 @@ class Build:
 
     def _remove_stale(self, jobs: Iterable[Job]) -> None:
         """Remove what earlier settings left in the folders of these steps."""
-        known = {job.folder for job in jobs}
+        current = {job.folder for job in jobs}
         for step in {job.step for job in jobs}:
             for facts in list((self.out / "work" / step).rglob("facts.json")):
-                if facts.parent not in known:
+                if facts.parent not in current:
                     shutil.rmtree(facts.parent)

@@ -87,5 +87,5 @@ def export(
     if as_json:
         print_json(written)
         return
-    for one in written:
-        print(f"{one['file']}: {one['records']:,} records of {one['stage']}")
+    for file in written:
+        print(f"{file['file']}: {file['records']:,} records of {file['stage']}")

@@ -173,21 +173,21 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    head, dot, rest = key.strip().partition(".")
+    head, dot, inner = key.strip().partition(".")
     if not dot:
         values[head] = value
         return
     sources = values.get("source", [])
-    named = [one for one in sources if isinstance(one, dict) and one.get("name") == head]
+    named = [source for source in sources if isinstance(source, dict) and source.get("name") == head]
     tables = {name: field for name, field in Curation.model_fields.items() if name not in ("sources",)}
     if named:
         table = named[0]
     elif head in tables:
         table = values.setdefault(head, {})
     else:
-        known = [*tables, *(one.get("name", "") for one in sources if isinstance(one, dict))]
-        raise UserError(f"--set {override}: no table or source is called {head}; {nearest(head, known)}")
-    *path, last = rest.split(".")
+        names = [*tables, *(source.get("name", "") for source in sources if isinstance(source, dict))]
+        raise UserError(f"--set {override}: no table or source is called {head}; {nearest(head, names)}")
+    *path, last = inner.split(".")
     for step in path:
         table = table.setdefault(step, {}) if isinstance(table, dict) else table
     if not isinstance(table, dict):

@@ -109,11 +109,11 @@ class RayRunner:
         self._perform = self._ray.remote(num_cpus=1, max_retries=2)(_perform)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Done]:
-        left = list(reversed(jobs))
+        pending = list(reversed(jobs))
         under_way: dict[ObjectRef, Job] = {}
-        while left or under_way:
-            while left and len(under_way) < self.workers:
-                job = left.pop()
+        while pending or under_way:
+            while pending and len(under_way) < self.workers:
+                job = pending.pop()
                 under_way[self._perform.remote(job, os.getcwd())] = job
             for reference in self._ray.wait(list(under_way), num_returns=1)[0]:
                 job = under_way.pop(reference)

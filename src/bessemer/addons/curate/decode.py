@@ -31,10 +31,10 @@ def decode(data: bytes, declared: bool = False) -> tuple[str, str] | None:
     for mark, name in ((codecs.BOM_UTF8, UTF8), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
         if data.startswith(mark):
             return _checked(data, "utf-8-sig" if name == UTF8 else name)
-    if found := _checked(data, UTF8):
-        return found
-    if declared and (match := _DECLARED.search(data[:4096])) and (found := _checked(data, match[1].decode())):
-        return found
+    if text := _checked(data, UTF8):
+        return text
+    if declared and (match := _DECLARED.search(data[:4096])) and (text := _checked(data, match[1].decode())):
+        return text
     try:
         from charset_normalizer import from_bytes  # slow to import, and rarely needed
     except ImportError:
@@ -92,9 +92,9 @@ class Lines:
         if len(line) <= self._longest or line.endswith(b"\n"):
             return line
         while True:
-            rest = self._file.readline(1 << 20)
-            self.offset += len(rest)
-            if not rest or rest.endswith(b"\n"):
+            skipped = self._file.readline(1 << 20)
+            self.offset += len(skipped)
+            if not skipped or skipped.endswith(b"\n"):
                 return None
 
     def close(self) -> None:

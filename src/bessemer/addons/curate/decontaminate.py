@@ -41,7 +41,7 @@ def eval_texts(names: Iterable[str], problems: int) -> list[EvalText]:
     """The held-out questions of tasks (all, or `problems` of an endless task) and the other texts of their files."""
     every: dict[EvalText, None] = {}
     for name in map(without_tools, names):
-        found: dict[EvalText, None] = {}
+        texts: dict[EvalText, None] = {}
         for phrasing in tasks.get(name).phrasings:
             task = tasks.get(name, phrasing=phrasing)
             size = task.size("test")
@@ -56,20 +56,20 @@ def eval_texts(names: Iterable[str], problems: int) -> list[EvalText]:
                     problem = task.problem("test", index, 0, language)
                     whole = not GENERATED.isdisjoint(problem.meta)
                     called = _name(task, problem)
-                    found[EvalText(called, problem.prompt, whole)] = None
-                    found |= {EvalText(called, text, False): None for text in _other_texts(task, problem)}
-        if found and not searched_for(found):  # a server asks its questions in episodes
+                    texts[EvalText(called, problem.prompt, whole)] = None
+                    texts |= {EvalText(called, text, False): None for text in _other_texts(task, problem)}
+        if texts and not searched_for(texts):  # a server asks its questions in episodes
             raise UserError(
                 f"decontaminate.tasks: no question of {name} has {SHORTEST} words, so nothing would be searched for; "
                 "leave it out"
             )
-        every |= found
+        every |= texts
     return list(every)
 
 
 def searched_for(texts: Iterable[EvalText]) -> int:
     """The number of problems with a text that is long enough."""
-    return len({one.name for one in texts if len(words([one.text]).hashes_W) >= SHORTEST})
+    return len({eval_text.name for eval_text in texts if len(words([eval_text.text]).hashes_W) >= SHORTEST})
 
 
 def _name(task: tasks.Task, problem: tasks.Problem) -> str:
@@ -89,73 +89,73 @@ def _other_texts(task: tasks.Task, problem: tasks.Problem) -> Iterator[str]:
 class Index:
     """Searches blocks of words for evaluation texts."""
 
-    def __init__(self, wanted: Sequence[EvalText], n: int) -> None:
+    def __init__(self, texts: Sequence[EvalText], n: int) -> None:
         if n < SHORTEST:
             raise UserError(f"decontaminate.n is {n}; raise it to {SHORTEST} or more, as fewer words match any page")
-        self._known: list[_Known] = []
-        seen: dict[bytes, str] = {}
+        self._phrases: list[_Phrase] = []
+        names: dict[bytes, str] = {}
         problem: dict[str, str] = {}
         """Name -> that of the first problem with the same question, which comes before a problem's other texts."""
-        for one in wanted:
-            found = words([one.text])
-            key = found.hashes_W.tobytes()
-            problem.setdefault(one.name, seen.get(key, one.name))
-            if len(found.hashes_W) >= SHORTEST and key not in seen:
-                seen[key] = problem[one.name]
-                whole = one.whole or len(found.hashes_W) < n
-                self._known.append(_Known(one.name, found.hashes_W, whole, np.isin(found.kinds_W, FIGURES)))
-        phrases, are_whole = [known.hashes_W for known in self._known], [known.whole for known in self._known]
+        for eval_text in texts:
+            block = words([eval_text.text])
+            key = block.hashes_W.tobytes()
+            problem.setdefault(eval_text.name, names.get(key, eval_text.name))
+            if len(block.hashes_W) >= SHORTEST and key not in names:
+                names[key] = problem[eval_text.name]
+                whole = eval_text.whole or len(block.hashes_W) < n
+                self._phrases.append(_Phrase(eval_text.name, block.hashes_W, whole, np.isin(block.kinds_W, FIGURES)))
+        phrases, are_whole = [phrase.hashes_W for phrase in self._phrases], [phrase.whole for phrase in self._phrases]
         self._index = NgramIndex(
-            phrases, are_whole, n, lambda number, place: self._known[number].is_specific(place, n),
-            [problem[known.name] for known in self._known],
+            phrases, are_whole, n, lambda number, start: self._phrases[number].is_specific(start, n),
+            [problem[phrase.name] for phrase in self._phrases],
         )  # fmt: skip
 
-    def hits(self, found: WordBlock) -> dict[int, str]:
+    def hits(self, block: WordBlock) -> dict[int, str]:
         """Index of a text in the block -> name of an evaluation text that it contains."""
         hit: dict[int, str] = {}
-        for start, length, places in self._index.matches(found.hashes_W):
-            text = int(found.texts_W[start])
-            if text in hit or found.texts_W[start + length - 1] != text:
+        for start, length, places in self._index.matches(block.hashes_W):
+            text = int(block.texts_W[start])
+            if text in hit or block.texts_W[start + length - 1] != text:
                 continue
-            for number, place in places:
-                known = self._known[number]
-                if not self._index.whole[number] or _whole(found, start - place, known):
-                    hit[text] = known.name
+            for number, offset in places:
+                phrase = self._phrases[number]
+                if not self._index.whole[number] or _has_all_words(block, start - offset, phrase):
+                    hit[text] = phrase.name
                     break
         return hit
 
 
-class _Known(NamedTuple):
+class _Phrase(NamedTuple):
     name: str
     hashes_W: np.ndarray
     whole: bool
     figures_W: np.ndarray
     """bool; which words are numbers or operators."""
 
-    def is_specific(self, place: int, n: int) -> bool:
-        """Whether the n-gram at `place` is more than a calculation, which can occur by chance."""
-        return n - int(self.figures_W[place : place + n].sum()) >= SHORTEST
+    def is_specific(self, start: int, n: int) -> bool:
+        """Whether the n-gram at `start` is more than a calculation, which can occur by chance."""
+        return n - int(self.figures_W[start : start + n].sum()) >= SHORTEST
 
 
-def _whole(found: WordBlock, start: int, known: _Known) -> bool:
-    """Whether the block has all words of `known` from `start` on, in one text and without a number on either side."""
-    end = start + len(known.hashes_W)
-    if start < 0 or end > len(found.hashes_W) or found.texts_W[start] != found.texts_W[end - 1]:
+def _has_all_words(block: WordBlock, start: int, phrase: _Phrase) -> bool:
+    """Whether the block has all words of `phrase` from `start` on, in one text and without a number on either side."""
+    end = start + len(phrase.hashes_W)
+    if start < 0 or end > len(block.hashes_W) or block.texts_W[start] != block.texts_W[end - 1]:
         return False
-    if not np.array_equal(found.hashes_W[start:end], known.hashes_W):
+    if not np.array_equal(block.hashes_W[start:end], phrase.hashes_W):
         return False
     return not any(
-        known.figures_W[edge]
-        and 0 <= out < len(found.hashes_W)
-        and found.texts_W[out] == found.texts_W[start]
-        and found.kinds_W[out] in FIGURES
+        phrase.figures_W[edge]
+        and 0 <= out < len(block.hashes_W)
+        and block.texts_W[out] == block.texts_W[start]
+        and block.kinds_W[out] in FIGURES
         for edge, out in ((0, start - 1), (-1, end))
     )
 
 
-def save(found: Sequence[EvalText], folder: Path) -> Path:
+def save(texts: Sequence[EvalText], folder: Path) -> Path:
     """Write a file for `load`, named after a hash of its content."""
-    text = json.dumps([list(one) for one in found], ensure_ascii=False)
+    text = json.dumps([list(eval_text) for eval_text in texts], ensure_ascii=False)
     path = folder / f"asked-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
@@ -168,4 +168,4 @@ def save(found: Sequence[EvalText], folder: Path) -> Path:
 
 
 def load(path: Path) -> list[EvalText]:
-    return [EvalText(*one) for one in json.loads(path.read_text("utf-8"))]
+    return [EvalText(*fields) for fields in json.loads(path.read_text("utf-8"))]

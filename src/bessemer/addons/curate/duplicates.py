@@ -50,9 +50,9 @@ class SignatureShape(NamedTuple):
     """Keys per text; divides `permutations`."""
 
 
-def signed(found: WordBlock, n_texts: int, shape: SignatureShape) -> tuple[np.ndarray, np.ndarray]:
+def signed(block: WordBlock, n_texts: int, shape: SignatureShape) -> tuple[np.ndarray, np.ndarray]:
     """(signatures uint32 [N, P], bool [N]: which texts have words; the signatures of the others are undefined)."""
-    shingles_S, texts_S = _shingles(found, n_texts, shape.ngram)
+    shingles_S, texts_S = _shingles(block, n_texts, shape.ngram)
     signed_NP = np.zeros((n_texts, shape.permutations), np.uint32)
     counts_N = np.bincount(texts_S, minlength=n_texts)
     have = np.flatnonzero(counts_N)
@@ -65,11 +65,11 @@ def signed(found: WordBlock, n_texts: int, shape: SignatureShape) -> tuple[np.nd
         tile = shingles_S[starts[at] : starts[end]]
         edges = starts[at:end] - starts[at]
         moved = np.empty_like(tile)
-        for place in range(shape.permutations):
+        for permutation in range(shape.permutations):
             # x -> (x xor mask) * odd is a permutation of 32-bit numbers
-            np.bitwise_xor(tile, masks_P[place], out=moved)
-            np.multiply(moved, factors_P[place], out=moved)
-            signed_NP[have[at:end], place] = np.minimum.reduceat(moved, edges)
+            np.bitwise_xor(tile, masks_P[permutation], out=moved)
+            np.multiply(moved, factors_P[permutation], out=moved)
+            signed_NP[have[at:end], permutation] = np.minimum.reduceat(moved, edges)
         at = end
     return signed_NP, counts_N > 0
 
@@ -85,17 +85,17 @@ def keys(signed_NP: np.ndarray, shape: SignatureShape) -> np.ndarray:
     return np.ascontiguousarray(keys_NB.T)
 
 
-def _shingles(found: WordBlock, n_texts: int, ngram: int) -> tuple[np.ndarray, np.ndarray]:
+def _shingles(block: WordBlock, n_texts: int, ngram: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint32 [S] shingles, int [S] their texts), sorted by text. A text shorter than a shingle is one shingle."""
-    runs = run_hashes(found.hashes_W, ngram)
-    inside = found.texts_W[: len(runs)] == found.texts_W[ngram - 1 :][: len(runs)]
-    shingles, texts = runs[inside], found.texts_W[: len(runs)][inside]
-    lengths = np.bincount(found.texts_W, minlength=n_texts)
+    runs = run_hashes(block.hashes_W, ngram)
+    inside = block.texts_W[: len(runs)] == block.texts_W[ngram - 1 :][: len(runs)]
+    shingles, texts = runs[inside], block.texts_W[: len(runs)][inside]
+    lengths = np.bincount(block.texts_W, minlength=n_texts)
     short = np.flatnonzero((lengths > 0) & (lengths < ngram))
     if len(short):
-        firsts = np.searchsorted(found.texts_W, short)
+        firsts = np.searchsorted(block.texts_W, short)
         alone = [
-            run_hashes(found.hashes_W[first : first + length], int(length))[0]
+            run_hashes(block.hashes_W[first : first + length], int(length))[0]
             for first, length in zip(firsts, lengths[short], strict=True)
         ]
         shingles, texts = np.concatenate([shingles, alone]), np.concatenate([texts, short])
@@ -169,16 +169,16 @@ def _load(units: Sequence[SignedUnit], which: Bin) -> tuple[np.ndarray, np.ndarr
         if not unit.documents:
             continue
         if which.band == EXACT:
-            found = np.load(unit.folder / "exact.npy", mmap_mode="r")[:, 0]
-            within = (found >= np.uint64(which.low)) & (found <= np.uint64(which.high))
+            exact = np.load(unit.folder / "exact.npy", mmap_mode="r")[:, 0]
+            within = (exact >= np.uint64(which.low)) & (exact <= np.uint64(which.high))
             at = np.flatnonzero(within & np.load(unit.folder / "clean.npy", mmap_mode="r"))
-            keys.append(found[at])
+            keys.append(exact[at])
             documents.append(at.astype(np.uint64) + np.uint64(unit.first))
             continue
-        found = np.load(unit.folder / "keys.npy", mmap_mode="r")[which.band]
-        low = np.searchsorted(found, np.uint64(which.low), "left")
-        high = np.searchsorted(found, np.uint64(which.high), "right")
-        keys.append(np.array(found[low:high]))
+        exact = np.load(unit.folder / "keys.npy", mmap_mode="r")[which.band]
+        low = np.searchsorted(exact, np.uint64(which.low), "left")
+        high = np.searchsorted(exact, np.uint64(which.high), "right")
+        keys.append(np.array(exact[low:high]))
         order = np.load(unit.folder / "order.npy", mmap_mode="r")[which.band, low:high]
         documents.append(order.astype(np.uint64) + np.uint64(unit.first))
     if not keys:
@@ -196,10 +196,10 @@ def _exact_pairs(units: Sequence[SignedUnit], keys: np.ndarray, documents: np.nd
     first = _groups(keys)
     later = np.flatnonzero(first != np.arange(len(keys)))
     involved = np.union1d(first[later], later)
-    second = np.zeros(len(keys), np.uint64)
-    second[involved] = _gather(units, documents[involved], "exact.npy")[:, 1]
+    checks = np.zeros(len(keys), np.uint64)
+    checks[involved] = _gather(units, documents[involved], "exact.npy")[:, 1]
     # equal in the first 64 bits but not in the others: very rare, and then both documents are kept
-    later = later[second[later] == second[first[later]]]
+    later = later[checks[later] == checks[first[later]]]
     return np.stack([documents[first[later]], documents[later]], 1)
 
 
@@ -214,21 +214,21 @@ def _near_pairs(units: Sequence[SignedUnit], keys: np.ndarray, documents: np.nda
         for start in range(0, len(later), COMPARED):
             some = later[start : start + COMPARED]
             alike[some] = _alike(units, documents[first[some]], documents[some], threshold)
-        found = np.flatnonzero(alike)
-        pairs.append(np.stack([documents[first[found]], documents[found]], 1))
-        left = later[~alike[later]]
-        keys, documents = keys[left], documents[left]
-        if not len(left):
+        matches = np.flatnonzero(alike)
+        pairs.append(np.stack([documents[first[matches]], documents[matches]], 1))
+        unmatched = later[~alike[later]]
+        keys, documents = keys[unmatched], documents[unmatched]
+        if not len(unmatched):
             break
     return np.concatenate(pairs)
 
 
-def _alike(units: Sequence[SignedUnit], some: np.ndarray, others: np.ndarray, threshold: float) -> np.ndarray:
-    wanted, where = np.unique(np.concatenate([some, others]), return_inverse=True)
-    signatures = _gather(units, wanted, "signatures.npy")
-    left, right = where[: len(some)], where[len(some) :]
-    alike = np.empty(len(some), bool)
-    for start in range(0, len(some), 1 << 14):
+def _alike(units: Sequence[SignedUnit], first: np.ndarray, second: np.ndarray, threshold: float) -> np.ndarray:
+    members, where = np.unique(np.concatenate([first, second]), return_inverse=True)
+    signatures = _gather(units, members, "signatures.npy")
+    left, right = where[: len(first)], where[len(first) :]
+    alike = np.empty(len(first), bool)
+    for start in range(0, len(first), 1 << 14):
         part = slice(start, start + (1 << 14))
         alike[part] = (signatures[left[part]] == signatures[right[part]]).mean(1) >= threshold
     return alike
@@ -241,10 +241,10 @@ def _gather(units: Sequence[SignedUnit], documents: np.ndarray, file: str) -> np
     unit_of = np.searchsorted(firsts, documents, "right") - 1
     for number in np.unique(unit_of):
         at = np.flatnonzero(unit_of == number)
-        found = np.load(units[number].folder / file, mmap_mode="r")
+        stored = np.load(units[number].folder / file, mmap_mode="r")
         if rows is None:
-            rows = np.empty((len(documents), found.shape[1]), found.dtype)
-        rows[at] = found[(documents[at] - firsts[number]).astype(np.int64)]
+            rows = np.empty((len(documents), stored.shape[1]), stored.dtype)
+        rows[at] = stored[(documents[at] - firsts[number]).astype(np.int64)]
     return rows if rows is not None else np.zeros((0, 2), np.uint64)
 
 

@@ -24,16 +24,16 @@ Record = dict[str, Any]
 def export(root: Path, folder: Path, stages: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Writes the data sets of a run, or of these of its stages, into `folder`; returns {"stage", "file", "records"} for
     each. Raises UserError before writing anything if a file exists."""
-    known = {name: path for _, name, path in stage_folders(root)}
+    folders = {name: path for _, name, path in stage_folders(root)}
     for name in stages:
-        if name not in known:
-            raise UserError(f'the run {root} has no stage "{name}"; {nearest(name, list(known))}')
+        if name not in folders:
+            raise UserError(f'the run {root} has no stage "{name}"; {nearest(name, list(folders))}')
     check_not_of_a_run(folder)
     todo = [
-        (name, known[name] / file, folder / f"{name}-{kind}.jsonl", read)
-        for name in stages or known
+        (name, folders[name] / file, folder / f"{name}-{kind}.jsonl", read)
+        for name in stages or folders
         for file, (kind, read) in _READERS.items()
-        if (known[name] / file).is_file() and (known[name] / file).stat().st_size
+        if (folders[name] / file).is_file() and (folders[name] / file).stat().st_size
     ]
     if not todo:
         which = f"of {', '.join(stages)} " if stages else ""

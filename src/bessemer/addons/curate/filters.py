@@ -52,8 +52,8 @@ def language(text: str) -> tuple[str, float]:
         if han >= HAN_SHARE * letters and len(_KANA.findall(start)) <= KANA_SHARE * han:
             return "zh", 1.0
     start = start.lower() if start.isupper() else start  # the model has seen little text in capitals only
-    found = _model().detect(start.replace("\n", " "), model="lite", k=1)
-    return (found[0]["lang"], round(min(1.0, float(found[0]["score"])), 3)) if found else (UNKNOWN, 1.0)
+    detected = _model().detect(start.replace("\n", " "), model="lite", k=1)
+    return (detected[0]["lang"], round(min(1.0, float(detected[0]["score"])), 3)) if detected else (UNKNOWN, 1.0)
 
 
 @cache
@@ -99,7 +99,7 @@ class TextStats:
         return [line for line in map(str.strip, self.text.split("\n")) if line]
 
     @cached_property
-    def han(self) -> bool:
+    def is_han(self) -> bool:
         """Whether most words are single characters."""
         return 2 * int((self.words.kinds_W == SINGLE).sum()) > self.count
 
@@ -125,13 +125,13 @@ class Filter(NamedTuple):
 def repeated_lines(stats: TextStats, weight: Callable[[str], int]) -> float:
     """Share of lines that repeat an earlier line, weighted by `weight` (1, or their length)."""
     counts = Counter(stats.lines)
-    again = sum(weight(line) * (n - 1) for line, n in counts.items())
-    return again / max(1, sum(map(weight, stats.lines)))
+    repeated = sum(weight(line) * (n - 1) for line, n in counts.items())
+    return repeated / max(1, sum(map(weight, stats.lines)))
 
 
 def repeated_paragraphs(stats: TextStats) -> float:
-    found = [part.strip() for part in stats.text.split("\n\n") if part.strip()]
-    return 1 - len(set(found)) / max(1, len(found))
+    paragraphs = [part.strip() for part in stats.text.split("\n\n") if part.strip()]
+    return 1 - len(set(paragraphs)) / max(1, len(paragraphs))
 
 
 def top_run(stats: TextStats, n: int) -> float:
@@ -150,10 +150,10 @@ def repeated_runs(stats: TextStats, n: int) -> float:
     if not len(hashes):
         return 0.0
     _, where, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    again = counts[where] > 1
+    repeated = counts[where] > 1
     inside = np.zeros(stats.count + 1, np.int64)
-    np.add.at(inside, np.flatnonzero(again), 1)
-    np.add.at(inside, np.flatnonzero(again) + n, -1)
+    np.add.at(inside, np.flatnonzero(repeated), 1)
+    np.add.at(inside, np.flatnonzero(repeated) + n, -1)
     return int(stats.words.lengths_W[np.cumsum(inside)[:-1] > 0].sum()) / stats.characters
 
 
@@ -165,8 +165,8 @@ def mean_word(stats: TextStats) -> float:
 
 def symbols(stats: TextStats) -> float:
     """Hash marks and ellipses per word."""
-    found = stats.text.count("#") + stats.text.count("...") + stats.text.count("…")
-    return found / max(1, stats.count)
+    n_symbols = stats.text.count("#") + stats.text.count("...") + stats.text.count("…")
+    return n_symbols / max(1, stats.count)
 
 
 def alphabetic(stats: TextStats) -> float:
@@ -176,12 +176,12 @@ def alphabetic(stats: TextStats) -> float:
 
 
 def stop_words(stats: TextStats) -> int:
-    found = (CHINESE if stats.han else ENGLISH).findall(stats.text)
-    return len({word.lower() for word in found})
+    matches = (CHINESE if stats.is_han else ENGLISH).findall(stats.text)
+    return len({word.lower() for word in matches})
 
 
 def short_lines(stats: TextStats) -> float:
-    most = SHORT_HAN if stats.han else SHORT
+    most = SHORT_HAN if stats.is_han else SHORT
     return stats.share([line for line in stats.lines if len(line) <= most])
 
 
@@ -193,8 +193,8 @@ def alphanumeric(stats: TextStats) -> float:
 RULES: dict[str, Filter] = {
     "min_words": Filter(50, "Gopher", "fewest words", lambda s, n: s.count >= n),
     "max_words": Filter(100_000, "Gopher", "most words", lambda s, n: s.count <= n),
-    "min_mean_word": Filter(3, "Gopher", "mean letters per word, at least", lambda s, n: s.han or mean_word(s) >= n),
-    "max_mean_word": Filter(10, "Gopher", "mean letters per word, at most", lambda s, n: s.han or mean_word(s) <= n),
+    "min_mean_word": Filter(3, "Gopher", "mean letters per word, at least", lambda s, n: s.is_han or mean_word(s) >= n),
+    "max_mean_word": Filter(10, "Gopher", "mean letters per word, at most", lambda s, n: s.is_han or mean_word(s) <= n),
     "max_symbols": Filter(0.1, "Gopher", "# and ellipses per word", lambda s, n: symbols(s) <= n),
     "max_bullets": Filter(
         0.9, "Gopher", "share of lines that begin with a bullet",
@@ -252,7 +252,7 @@ def preset(name: str) -> dict[str, float]:
     return {rule: RULES[rule].number for rule in PRESETS[name]}
 
 
-def broken(text: str, wanted: dict[str, float]) -> str | None:
+def broken(text: str, limits: dict[str, float]) -> str | None:
     """The first rule that the text breaks, in the order of RULES."""
     stats = TextStats(text)
-    return next((name for name, rule in RULES.items() if name in wanted and not rule.keeps(stats, wanted[name])), None)
+    return next((name for name, rule in RULES.items() if name in limits and not rule.keeps(stats, limits[name])), None)

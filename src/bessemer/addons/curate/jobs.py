@@ -49,10 +49,10 @@ class Job(NamedTuple):
 def facts_of(job: Job) -> dict[str, Any] | None:
     """The facts of a finished job; None if it has not finished or asked to be retried."""
     try:
-        found = json.loads((job.folder / FACTS).read_text("utf-8"))
+        facts = json.loads((job.folder / FACTS).read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    return found if found.get("identity") == job.identity and found.get("complete", True) else None
+    return facts if facts.get("identity") == job.identity and facts.get("complete", True) else None
 
 
 def perform(job: Job) -> dict[str, Any]:
@@ -111,32 +111,32 @@ class ProcessPool:
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Done]:
-        left = list(reversed(jobs))
+        pending = list(reversed(jobs))
         suspects: list[Job] = []
-        while left or suspects:
+        while pending or suspects:
             if not suspects:
-                yield from self._in_parallel(left, suspects)
+                yield from self._in_parallel(pending, suspects)
                 continue
             job = suspects[-1]
             try:
-                found = self._submit(job).result()
+                done = self._submit(job).result()
             except BrokenProcessPool:
                 self.close()
                 raise UserError(_killed(job)) from None
             suspects.pop()
-            yield job, found
+            yield job, done
 
-    def _in_parallel(self, left: list[Job], suspects: list[Job]) -> Iterator[Done]:
-        """Run the jobs in `left`. If a worker dies, stop and put the jobs that were running into `suspects`."""
+    def _in_parallel(self, pending: list[Job], suspects: list[Job]) -> Iterator[Done]:
+        """Run the `pending` jobs. If a worker dies, stop and put the jobs that were running into `suspects`."""
         running: dict[Future[dict[str, Any]], Job] = {}
         try:
-            while left or running:
-                while left and len(running) < self.workers:
-                    running[self._submit(left[-1])] = left[-1]
-                    left.pop()
+            while pending or running:
+                while pending and len(running) < self.workers:
+                    running[self._submit(pending[-1])] = pending[-1]
+                    pending.pop()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    found = future.result()
-                    yield running.pop(future), found
+                    facts = future.result()
+                    yield running.pop(future), facts
         except BrokenProcessPool:
             self.close()
             suspects.extend(running.values())

@@ -45,7 +45,7 @@ class SourcePiece(NamedTuple):
     """Modification time of the file, ns."""
 
     @property
-    def whole(self) -> bool:
+    def is_whole(self) -> bool:
         return self.start == 0 and self.end >= self.size
 
 
@@ -79,20 +79,20 @@ def units(source: Source, unit_bytes: int, cache: str | None) -> tuple[list[Unit
 
             fetch(package, cache)  # once, instead of in every worker
         return [_unit(source, 0, [SourcePiece(source.spec, REGISTERED)], 0)], 0
-    files, others = _files(source)
-    found: list[Unit] = []
+    files, ignored = _files(source)
+    listed: list[Unit] = []
     some: list[SourcePiece] = []
     size = 0
     for file in files:
         for piece, weight in _pieces(file, source, unit_bytes):
             if some and size + weight > unit_bytes:
-                found.append(_unit(source, len(found), some, size))
+                listed.append(_unit(source, len(listed), some, size))
                 some, size = [], 0
             some.append(piece)
             size += weight
     if some:
-        found.append(_unit(source, len(found), some, size))
-    return found, others
+        listed.append(_unit(source, len(listed), some, size))
+    return listed, ignored
 
 
 def _unit(source: Source, number: int, pieces: list[SourcePiece], size: int) -> Unit:
@@ -110,7 +110,7 @@ def _files(source: Source) -> tuple[list[Path], int]:
     else:
         sources.documents(source.spec)  # raises the UserError that explains what is wrong
         raise AssertionError(source.spec)
-    files = [file for file in every if _readable(file)]
+    files = [file for file in every if _is_readable(file)]
     if not files:
         raise UserError(
             f'source "{source.name}": {source.spec} contains no file ending in {", ".join(KINDS)} '
@@ -119,7 +119,7 @@ def _files(source: Source) -> tuple[list[Path], int]:
     return files, len(every) - len(files)
 
 
-def _readable(file: Path) -> bool:
+def _is_readable(file: Path) -> bool:
     return data_sets.kind(file) in KINDS and not (data_sets.kind(file) == ".parquet" and data_sets.compression(file))
 
 
@@ -129,7 +129,7 @@ def _pieces(file: Path, source: Source, unit_bytes: int) -> Iterator[tuple[Sourc
     size, changed = facts.st_size, facts.st_mtime_ns
     if kind == ".parquet":
         yield from _row_groups(file, source, size, changed, unit_bytes)
-    elif kind in (".jsonl", ".txt") and not data_sets.compression(file) and size > unit_bytes and not _utf16(file):
+    elif kind in (".jsonl", ".txt") and not data_sets.compression(file) and size > unit_bytes and not _is_utf16(file):
         count = -(-size // unit_bytes)
         edges = [size * i // count for i in range(count + 1)]
         for start, end in pairwise(edges):
@@ -158,6 +158,6 @@ def _row_groups(
     yield SourcePiece(str(file), ".parquet", start, len(weights), size, changed), max(weight, SMALLEST_FILE)
 
 
-def _utf16(file: Path) -> bool:
+def _is_utf16(file: Path) -> bool:
     with file.open("rb") as opened:
         return opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

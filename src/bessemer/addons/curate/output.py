@@ -77,7 +77,9 @@ def with_drop_reason(
     copies = np.load(join / "copies.npy", mmap_mode="r")
     low, high = np.searchsorted(copies, np.array([first, last], np.uint64))
     exact = np.load(join / "exact.npy", mmap_mode="r")[low:high]
-    reasons = {int(copy) - first: EXACT if same else NEAR for copy, same in zip(copies[low:high], exact, strict=True)}
+    reasons = {
+        int(copy) - first: EXACT if is_exact else NEAR for copy, is_exact in zip(copies[low:high], exact, strict=True)
+    }
     reasons |= dict.fromkeys(contaminated, CONTAMINATED)
     with opened(read / NAME) as file:
         for number, line in enumerate(file):
@@ -206,7 +208,7 @@ def publish(
     settings: Settings,
 ) -> None:  # fmt: skip
     """Write tokenizer/, documents/, a folder per part, and the manifest. Parts of an earlier recipe are removed."""
-    made = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     parts = list(dict.fromkeys(unit.source.part for unit in units))
     for old in _previous_parts(out):
         if old not in parts and Path(old).name == old:
@@ -229,8 +231,8 @@ def publish(
             for unit, job, of_job in zip(units, writes, facts, strict=True)
             if unit.source.part == part
         ]
-        seal(out / part, of_part, made, settings.tokens, settings.seed)
-    manifest = {"tokenizer": made.fingerprint, "documents": checksums, "parts": parts}
+        seal(out / part, of_part, loaded, settings.tokens, settings.seed)
+    manifest = {"tokenizer": loaded.fingerprint, "documents": checksums, "parts": parts}
     write(out / MANIFEST, json.dumps(manifest, indent=1))
 
 
@@ -276,20 +278,20 @@ def check(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing: {folder} is not a finished build; {AGAIN}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is broken ({error}); {AGAIN}") from None
-    for name, wanted in files.items():
+    for name, digest in files.items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file} is missing; delete {folder / 'work'} and {AGAIN}")
-        if sha256_of(file) != wanted:
+        if sha256_of(file) != digest:
             raise UserError(f"{file} has changed since it was written; delete {folder / 'work'} and {AGAIN}")
     if load_tokenizer(folder / "tokenizer").fingerprint != fingerprint:
         raise UserError(f"{folder / 'tokenizer'} is not the tokenizer that the shards were made with; {AGAIN}")
-    found = {}
+    counted = {}
     for part in parts:
         meta = shards.read_meta(folder / part)
         shards.check(folder / part, meta)
         sides = meta["parts"].values()
-        found[part] = {
+        counted[part] = {
             "shards": sum(len(side["shards"]) for side in sides), "tokens": sum(side["tokens"] for side in sides)
         }  # fmt: skip
-    return {"documents": len(files), "parts": found}
+    return {"documents": len(files), "parts": counted}

@@ -82,7 +82,7 @@ def _jsonl(piece: SourcePiece, source: Source) -> Iterator[ReadResult]:
     lines = Lines(Path(piece.path), piece.start, source.longest)
     try:
         for offset, line in lines:
-            if not piece.whole and offset >= piece.end:
+            if not piece.is_whole and offset >= piece.end:
                 return
             where = f"{piece.path} at byte {offset}"
             if line is None:
@@ -138,7 +138,7 @@ def _txt(piece: SourcePiece, source: Source) -> Iterator[ReadResult]:
                 if size:
                     yield _paragraph(lines_so_far, size, f"{piece.path} at byte {start}", lines.encoding, source)
                     lines_so_far, size = [], 0
-                inside = piece.whole or offset < piece.end
+                inside = piece.is_whole or offset < piece.end
                 if not inside:
                     return
             elif inside:

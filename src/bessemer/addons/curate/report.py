@@ -25,8 +25,8 @@ class Tally:
     def add(self, name: str, size: int, example: str | None = None) -> None:
         self.documents[name] += 1
         self.bytes[name] += size
-        if example is not None and len(known := self.examples.setdefault(name, [])) < EXAMPLES:
-            known.append(example)
+        if example is not None and len(kept := self.examples.setdefault(name, [])) < EXAMPLES:
+            kept.append(example)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -41,11 +41,11 @@ def example(where: str, text: str) -> str:
     return f"{where}: {line[:SHOWN]}{'...' if len(line) > SHOWN else ''}"
 
 
-def added(many: list[dict[str, Any]]) -> dict[str, Any]:
+def added(tables: list[dict[str, Any]]) -> dict[str, Any]:
     """The sum of facts: adds numbers, adds tables by key, and keeps the first EXAMPLES entries of lists."""
     total: dict[str, Any] = {}
-    for one in many:
-        for key, value in one.items():
+    for table in tables:
+        for key, value in table.items():
             if isinstance(value, dict):
                 total[key] = added([total.get(key, {}), value])
             elif isinstance(value, list):
@@ -68,8 +68,8 @@ def gather(
     sources: dict[str, Any] = {}
     for source in settings.sources:
         at = [number for number, unit in enumerate(units) if unit.source.name == source.name]
-        found = added([{key: read[i][key] for key in ("found", "dropped", "languages", "decoded")} for i in at])
-        left = added([{key: write[i][key] for key in ("kept", "dropped")} for i in at])
+        read_sums = added([{key: read[i][key] for key in ("found", "dropped", "languages", "decoded")} for i in at])
+        write_sums = added([{key: write[i][key] for key in ("kept", "dropped")} for i in at])
         tokens = added([_tokens(write[i]) for i in at])
         sources[source.name] = {
             "from": source.spec,
@@ -77,9 +77,9 @@ def gather(
             "part": source.part,
             "units": len(at),
             "files_ignored": ignored[source.name],
-            **found,
-            "dropped": {**found["dropped"], **left["dropped"]},
-            "kept": left["kept"],
+            **read_sums,
+            "dropped": {**read_sums["dropped"], **write_sums["dropped"]},
+            "kept": write_sums["kept"],
             "tokens": tokens,
             "bytes_per_token": _ratio(sum(side["bytes"] for side in tokens.values()), tokens),
         }
@@ -87,7 +87,7 @@ def gather(
     for part in dict.fromkeys(source.part for source in settings.sources):
         tokens = added([_tokens(facts) for unit, facts in zip(units, write, strict=True) if unit.source.part == part])
         parts[part] = tokens | {"bytes_per_token": _ratio(sum(side["bytes"] for side in tokens.values()), tokens)}
-    found_bytes = sum(one["found"]["bytes"] for one in sources.values())
+    found_bytes = sum(facts_of_source["found"]["bytes"] for facts_of_source in sources.values())
     return {
         "name": settings.name,
         "vocab_size": vocab_size,
@@ -96,8 +96,8 @@ def gather(
         "seconds": round(seconds, 2),
         "peak_memory": max([memory, *(facts["memory"] for step in steps.values() for facts in step["facts"])]),
         "total": {
-            "found": added([one["found"] for one in sources.values()]),
-            "kept": added([one["kept"] for one in sources.values()]),
+            "found": added([facts_of_source["found"] for facts_of_source in sources.values()]),
+            "kept": added([facts_of_source["kept"] for facts_of_source in sources.values()]),
             "tokens": sum(side["tokens"] for part in parts.values() for side in (part["train"], part["heldout"])),
         },
         "searched_for": dict(searched),
@@ -115,17 +115,17 @@ def _ratio(size: int, tokens: Mapping[str, Any]) -> float:
     return round(size / max(1, sum(side["tokens"] for side in tokens.values())), 3)
 
 
-def _step(step: Mapping[str, Any], found: int) -> dict[str, Any]:
+def _step(step: Mapping[str, Any], n_bytes: int) -> dict[str, Any]:
     """Facts of a step, with `bytes_per_second` of the bytes read if all its jobs ran in this build."""
-    facts, whole = step["facts"], step["fresh"] == len(step["facts"])
+    facts, all_fresh = step["facts"], step["fresh"] == len(step["facts"])
     return {
         "jobs": len(facts),
         "done_now": step["fresh"],
         "seconds": round(step["wall"], 2),
-        "worker_seconds": round(sum(one["seconds"] for one in facts), 2),
-        "cpu_seconds": round(sum(one["cpu_seconds"] for one in facts), 2),
-        "peak_memory": max((one["memory"] for one in facts), default=0),
-        "bytes_per_second": round(found / step["wall"]) if whole and step["wall"] > 0 else None,
+        "worker_seconds": round(sum(job_facts["seconds"] for job_facts in facts), 2),
+        "cpu_seconds": round(sum(job_facts["cpu_seconds"] for job_facts in facts), 2),
+        "peak_memory": max((job_facts["memory"] for job_facts in facts), default=0),
+        "bytes_per_second": round(n_bytes / step["wall"]) if all_fresh and step["wall"] > 0 else None,
     }
 
 
@@ -186,5 +186,5 @@ def _source(name: str, source: Mapping[str, Any]) -> list[str]:
 
 def _most(counts: Mapping[str, int], most: int = 8) -> str:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    rest = sum(n for _, n in ordered[most:])
-    return ", ".join(f"{name} {n:,}" for name, n in ordered[:most]) + (f", others {rest:,}" if rest else "")
+    others = sum(n for _, n in ordered[most:])
+    return ", ".join(f"{name} {n:,}" for name, n in ordered[:most]) + (f", others {others:,}" if others else "")

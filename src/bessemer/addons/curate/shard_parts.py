@@ -45,13 +45,13 @@ def tokenizer(config: CorpusConfig) -> Tokenizer | None:
     common = None
     for source in _shards(config):
         folder = _folder(config, source)
-        made = load_tokenizer(folder.parent / "tokenizer")
-        if shards.read_meta(folder)["tokenizer"] != made.fingerprint or (
-            common is not None and common.fingerprint != made.fingerprint
+        loaded = load_tokenizer(folder.parent / "tokenizer")
+        if shards.read_meta(folder)["tokenizer"] != loaded.fingerprint or (
+            common is not None and common.fingerprint != loaded.fingerprint
         ):
             raise UserError(
                 f'stage "{config.name}": the shards of "{source}" were made with another tokenizer than '
                 f"{folder.parent / 'tokenizer'} or the other parts; build all of them with one"
             )
-        common = made
+        common = loaded
     return common

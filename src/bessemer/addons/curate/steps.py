@@ -58,33 +58,33 @@ def _read_once(folder: Path, unit: Unit, cache: str | None, last: bool) -> dict[
     source, dropped, kept = unit.source, Tally(), Tally()
     languages: Counter[str] = Counter()
     decoded: Counter[str] = Counter()
-    found = size = 0
+    count = size = 0
     complete = True
     with output.create(folder) as file:
-        for one in _found(unit, cache, last):
-            found += 1
-            size += one.bytes
-            if isinstance(one, ReadError):
-                _check(one, source)
-                complete = complete and one.reason != GONE
-                dropped.add(one.reason, one.bytes, example(one.where, one.detail))
+        for document in _found(unit, cache, last):
+            count += 1
+            size += document.bytes
+            if isinstance(document, ReadError):
+                _check(document, source)
+                complete = complete and document.reason != GONE
+                dropped.add(document.reason, document.bytes, example(document.where, document.detail))
                 continue
-            if one.encoding != UTF8:
-                decoded[one.encoding] += 1
-            code, confidence = language(one.text)
+            if document.encoding != UTF8:
+                decoded[document.encoding] += 1
+            code, confidence = language(document.text)
             languages[code] += 1
             if source.languages and (code not in source.languages or confidence < source.confidence):
-                dropped.add(LANGUAGE, one.bytes, example(f"{one.where} ({code} {confidence})", one.text))
+                dropped.add(LANGUAGE, document.bytes, example(f"{document.where} ({code} {confidence})", document.text))
                 continue
-            if rule := filters.broken(one.text, source.rules):
-                dropped.add(rule, one.bytes, example(one.where, one.text))
+            if rule := filters.broken(document.text, source.rules):
+                dropped.add(rule, document.bytes, example(document.where, document.text))
                 continue
-            kept.add("documents", one.bytes)
-            record = {"text": one.text, "source": source.name, "language": code, "where": one.where}
-            output.dump(file, record | ({"address": one.address} if one.address else {}))
+            kept.add("documents", document.bytes)
+            record = {"text": document.text, "source": source.name, "language": code, "where": document.where}
+            output.dump(file, record | ({"address": document.address} if document.address else {}))
     return {
         "complete": complete,
-        "found": {"documents": found, "bytes": size},
+        "found": {"documents": count, "bytes": size},
         "kept": {"documents": kept.documents["documents"], "bytes": kept.bytes["documents"]},
         "dropped": dropped.facts(),
         "languages": dict(sorted(languages.items())),
@@ -119,14 +119,14 @@ def sign(folder: Path, read: Path, dedup: Dedup, eval_texts: str | None, n: int)
     hits: dict[int, str] = {}
     first = 0
     for group in output.blocks(read):
-        found = words(group)
-        new_hits = index.hits(found) if index else {}
+        block = words(group)
+        new_hits = index.hits(block) if index else {}
         hits |= {first + number: name for number, name in new_hits.items()}
         clean = np.ones(len(group), bool)
         clean[list(new_hits)] = False
         exact.append(np.stack([_exact(text) for text in group]))
         if dedup.near:
-            signed_NP, any_N = signed(found, len(group), shape)
+            signed_NP, any_N = signed(block, len(group), shape)
             signatures.append(signed_NP)
             have.append(any_N & clean)
         else:
@@ -176,8 +176,8 @@ def join(folder: Path, exact: Sequence[Path], near: Sequence[Path], firsts: Sequ
 
     `firsts`: the number of each unit's first document. The facts hold a digest of each unit's duplicates.
     """
-    same, leaders = duplicates.clusters(np.load(bin_ / "pairs.npy") for bin_ in exact)
-    equal = same[same != leaders]
+    exact_copies, leaders = duplicates.clusters(np.load(bin_ / "pairs.npy") for bin_ in exact)
+    equal = exact_copies[exact_copies != leaders]
     every, leaders = duplicates.clusters(np.load(bin_ / "pairs.npy") for bin_ in [*exact, *near])
     copies = every[every != leaders]
     np.save(folder / "copies.npy", copies)
@@ -202,17 +202,17 @@ def tokenizer(folder: Path, units: Sequence[tuple[Path, Path, Path, int, str]], 
 
     def sample() -> Iterator[str]:
         for read, sign, join, first, source in units:
-            left = -(-tokens.sample // of_source[source])
+            room = -(-tokens.sample // of_source[source])
             for _, record, reason in output.with_drop_reason(read, sign, join, first):
                 if reason is None:
                     yield record["text"]
-                    left -= len(record["text"])
-                if left <= 0:
+                    room -= len(record["text"])
+                if room <= 0:
                     break
 
-    made = Tokenizer.train(sample(), tokens.vocab_size, chat_style="zero")
-    made.save(folder / "tokenizer")
-    return {"vocab_size": made.vocab_size}
+    trained = Tokenizer.train(sample(), tokens.vocab_size, chat_style="zero")
+    trained.save(folder / "tokenizer")
+    return {"vocab_size": trained.vocab_size}
 
 
 def write(

@@ -48,12 +48,12 @@ def archive(path: Path, longest: int) -> Iterator[ReadResult]:
 
     # warcio handles gzip itself and must see it record by record; other compressions are undone here
     with path.open("rb") if compression(path) in ("", ".gz") else opened(path) as file:
-        found: Iterator[ArcWarcRecord] = iter(ArchiveIterator(file))
+        records: Iterator[ArcWarcRecord] = iter(ArchiveIterator(file))
         number = 0
         while True:
             where = f"{path}: record {number + 1}"
             try:
-                record = next(found, None)
+                record = next(records, None)
                 if record is None:
                     break
                 number += 1
@@ -61,9 +61,11 @@ def archive(path: Path, longest: int) -> Iterator[ReadResult]:
                     continue
                 raw = record.raw_stream
                 body = record.content_stream().read(longest + 1)
-                left = getattr(raw, "limit", None)  # None if the header gives no length, as in a truncated record
-                if left is None or (len(body) <= longest and left > 0 and not raw.read(1)):
-                    raise EOFError(f"the record is truncated{f', {left:,} bytes are missing' if left else ''}")
+                remaining = getattr(raw, "limit", None)  # None if the header gives no length, as in a truncated record
+                if remaining is None or (len(body) <= longest and remaining > 0 and not raw.read(1)):
+                    raise EOFError(
+                        f"the record is truncated{f', {remaining:,} bytes are missing' if remaining else ''}"
+                    )
             except (ArchiveLoadFailed, EOFError, ValueError, io.UnsupportedOperation) as error:
                 yield ReadError(BROKEN_FILE, where, str(error))
                 return

@@ -31,8 +31,9 @@ from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLM
 from bessemer.addons.distributed.ray_worker import LOADED, NewWeights, pack_weights
 from bessemer.addons.distributed.sampler_check import Probe, check, dtype_of, logprobs, short_answer
 from bessemer.addons.distributed.worker_pool import RolloutJob, WorkerPool
-from bessemer.config.rl import RLConfig, RolloutConfig
-from bessemer.config.table import changed, validate
+from bessemer.config.rl import RLConfig
+from bessemer.config.table import is_changed
+from bessemer.data.chat import question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import GenerationPlan, OnText, Options, Prompt
@@ -268,7 +269,7 @@ class VLLMSampler(RaySampler):
                 f"{where}: {episodic[0]} has episodes of several turns, and vLLM generates single answers here; set "
                 'rollout.engine = "local" or "ray"'
             )
-        if changed(config.rollout, "precision"):
+        if is_changed(config.rollout, "precision"):
             raise UserError(
                 f"{where}: rollout.precision has no effect with vLLM, which computes in BF16, on CPUs in float32"
             )

@@ -48,19 +48,19 @@ def plan(
     if len(names) > 1:
         raise UserError(f"{' and '.join(names)}: one model or recipe at a time")
     target = names[0] if names else None
-    asked = [name for name, given in (("--schedule", schedule), ("a model or recipe", target)) if given]
-    if len(asked) != 1:
-        what = f"both {' and '.join(asked)}" if asked else "nothing"
-        raise UserError(f"{what} to plan; give a model or recipe, or --schedule NAME")
+    targets = [name for name, value in (("--schedule", schedule), ("a model or recipe", target)) if value]
+    if len(targets) != 1:
+        targeted = f"both {' and '.join(targets)}" if targets else "nothing"
+        raise UserError(f"{targeted} to plan; give a model or recipe, or --schedule NAME")
     costing: dict[str, object] = {"--cluster": cluster, "--search": search, "--html": html}
     idle = {} if target and not here else costing
     idle |= {} if here else {"--run": run}
     idle |= {} if target else {"--here": here, "--set": settings}
     timed: dict[str, object] = {"--pp": pp, "--micro": micro, "--costs": costs, "--svg": svg}
     idle |= {} if schedule else {name: value is not None for name, value in timed.items()}
-    if given := [name for name, value in idle.items() if value]:
-        mend = f"use --set layout.pp={pp}" if given[0] == "--pp" and target and not here else "leave it out"
-        raise UserError(f"{given[0]} has no effect on {'--here' if target and here else asked[0]}; {mend}")
+    if ignored := [name for name, value in idle.items() if value]:
+        mend = f"use --set layout.pp={pp}" if ignored[0] == "--pp" and target and not here else "leave it out"
+        raise UserError(f"{ignored[0]} has no effect on {'--here' if target and here else targets[0]}; {mend}")
     if schedule is not None:
         _schedule(schedule, pp, micro, costs, svg, as_json)
     elif target is not None and here:
@@ -87,12 +87,12 @@ def conformance(
 
     loaded = Recipe.load(recipe, set_ or [])
     with places.of_recipe(loaded.folder):
-        found = rows(loaded)
+        items = rows(loaded)
     if as_json:
-        print_json(found)
+        print_json(items)
         return
-    table = Table("", "item", "in the paper", "here", title=conformance_summary(found), title_justify="left")
-    for row in sorted(found, key=lambda row: CONFORMANCE_STATES.index(row["state"])):
+    table = Table("", "item", "in the paper", "here", title=conformance_summary(items), title_justify="left")
+    for row in sorted(items, key=lambda row: CONFORMANCE_STATES.index(row["state"])):
         table.add_row(*(Text(row[key]) for key in ("state", "item", "paper", "here")))
     print_table(table)
 
@@ -127,44 +127,44 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     from bessemer.addons.plan.search import search as best_layouts
     from bessemer.addons.plan.stage_costs import AS_IF, stage_costs
 
-    given = plan_config.parse(settings)
-    name, cfg, config, recipe = plan_config.resolve(target, given)
+    options = plan_config.parse(settings)
+    name, cfg, config, recipe = plan_config.resolve(target, options)
     if on is None:
         raise UserError("name the devices to plan for: --cluster 2048xH800 (or --here, for this machine)")
     devices = parse_cluster(on)
     rl_only = recipe is not None and config.tokens is None and any(stage.kind == "rl" for stage in recipe.stages)
     tokens = 0.0 if rl_only else plan_config.tokens_of(config, name)
     result = None
-    if search or (not given.has_layout and devices.size % config.ranks):  # or the layout is for another cluster
-        config = config.for_search(given)
+    if search or (not options.has_layout and devices.size % config.ranks):  # or the layout is for another cluster
+        config = config.for_search(options)
     if search or (not config.has_layout and devices.size > 1):
         result = best_layouts(cfg, config, devices)
         setup = result.candidates[0].setup
     else:
         setup = plan_config.setup(config, cfg, devices)
     price = config.usd or devices.device.usd_hour
-    made = plan_run(cfg, setup, tokens, config.rows if config.batch and len(config.batch) > 1 else None, price)
-    ideas = worth(made)
-    stages, served = stage_costs(made, recipe), inference.cheapest_unit(setup.shape, setup.device, setup.fp8)
+    run_plan = plan_run(cfg, setup, tokens, config.rows if config.batch and len(config.batch) > 1 else None, price)
+    ideas = worth(run_plan)
+    stages, served = stage_costs(run_plan, recipe), inference.cheapest_unit(setup.shape, setup.device, setup.fp8)
     offer = None if served is None else served.facts(price)
     as_if = recipe is not None and plan_config.planned(recipe) is None
     title = name + AS_IF * as_if
     if html is not None:
         from bessemer.addons.plan import plan_page
 
-        write_page(html, plan_page.document(title, made, ideas))
+        write_page(html, plan_page.document(title, run_plan, ideas))
     if as_json:
-        facts = made.facts() | {"name": name, "without": ideas, "serving": offer}
+        facts = run_plan.facts() | {"name": name, "without": ideas, "serving": offer}
         if recipe is not None:
             facts |= {"as_if_model": as_if, "stages": [cost.facts() for cost in stages]}
         if result is not None:
-            facts |= {"considered": result.considered, "runners_up": [one.facts() for one in result.candidates[1:]],
-                      "refused": dict(result.rejected)}  # fmt: skip
+            runners_up = [candidate.facts() for candidate in result.candidates[1:]]
+            facts |= {"considered": result.considered, "runners_up": runners_up, "refused": dict(result.rejected)}
         print_json(facts)
         return
     if result is not None:
         print(render.describe_search(result) + "\n")
-    print(render.describe(title, made, ideas, stages, offer))
+    print(render.describe(title, run_plan, ideas, stages, offer))
     if html is not None:
         print(html)
 

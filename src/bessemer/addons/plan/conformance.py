@@ -93,7 +93,7 @@ def _scope(facts: RecipeFacts, stage: RLConfig) -> str:
     )
 
 
-def _scaled(stage: RLConfig) -> bool:
+def _scales_by_std(stage: RLConfig) -> bool:
     return bool(stage.advantage.settings.get("scale_by_std", True))
 
 
@@ -109,7 +109,7 @@ def _clip(stage: RLConfig, key: str) -> float:
     return math.inf if bound is None else float(bound.default)
 
 
-def _general(facts: RecipeFacts, stage: Any) -> bool:
+def _has_general_rewards(facts: RecipeFacts, stage: Any) -> bool:
     return bool(stage.reward_models)
 
 
@@ -127,7 +127,9 @@ def _lengths(facts: RecipeFacts, first: Any) -> str:
 
 
 def _extension_rate(facts: RecipeFacts, first: Any) -> str:
-    return next((" ".join(found) for x in facts.stages("extend") if (found := shape(x.lr)) != ["constant"]), "constant")
+    return next(
+        (" ".join(segments) for x in facts.stages("extend") if (segments := shape(x.lr)) != ["constant"]), "constant"
+    )
 
 
 def _template(facts: RecipeFacts, rl: Any) -> str:
@@ -145,13 +147,13 @@ def _batch(facts: RecipeFacts, stage: Any) -> str:
 
 
 def _start(facts: RecipeFacts, stage: Any) -> str:
-    return "after SFT" if facts.after_sft(stage.name) else "no SFT"
+    return "after SFT" if facts.is_after_sft(stage.name) else "no SFT"
 
 
 def _author(facts: RecipeFacts, stage: Any) -> str:
     if stage.kind != "reject":
         return "written"
-    return "after SFT" if facts.after_sft(stage.source) else "by R1-Zero"
+    return "after SFT" if facts.is_after_sft(stage.source) else "by R1-Zero"
 
 
 def _student(facts: RecipeFacts, sft: Any) -> str:
@@ -267,7 +269,7 @@ ITEMS: tuple[Item, ...] = (
     Item("Needle in a haystack over lengths and depths", "V3 4.3, Figure 8", "up to {longest} tokens, {tuned}",
          _stages("longeval", lambda f, s: bool(s.haystack and s.models and s.lengths)),
          "addons/tasks/needle.py", "tasks/test_needle.py",
-         dict(tuned=Read("after SFT", lambda f, s: "after SFT" if f.after_sft(s.models[-1]) else "without SFT")),
+         dict(tuned=Read("after SFT", lambda f, s: "after SFT" if f.is_after_sft(s.models[-1]) else "without SFT")),
          dict(longest=Read(131_072, lambda f, s: max(s.lengths)))),
     Item("R1-Zero: RL from the base, no SFT", "R1 2.2", "{start}, {rewards}", _rl,
          "rl/loop.py", "pipeline/test_stages.py",
@@ -275,7 +277,7 @@ ITEMS: tuple[Item, ...] = (
               rewards=Read("rule rewards", lambda f, s: "reward models" if s.reward_models else
                            "rule rewards" if _weight(s, "accuracy") else f"reward {s.reward[0].name}")),
          on=lambda v: v["start"] == "no SFT", best=True),
-    Item("Prompt template", "R1 Table 1", "{template}", _stages("rl", lambda f, s: not f.after_sft(s.name)),
+    Item("Prompt template", "R1 Table 1", "{template}", _stages("rl", lambda f, s: not f.is_after_sft(s.name)),
          "data/chat.py", "data/test_data_chat.py", dict(template=Read("R1-Zero's, word for word", _template)),
          best=True, paper="preamble, User: question, Assistant:"),
     Item("GRPO groups", "R1 2.2.1", "{samples} samples, {prompts_per_rollout} prompts a rollout", _rl,
@@ -283,7 +285,7 @@ ITEMS: tuple[Item, ...] = (
     Item("Advantage: reward minus the group's mean, over its standard deviation", "R1 2.2.1, Math 4.1",
          "{advantage}, {std}, outcome rewarded", _rl, "rl/algorithms/grpo.py", "rl/test_rl_advantage.py",
          dict(advantage=Read("group", lambda f, s: s.advantage.name),
-              std=Read("over std", lambda f, s: "over std" if _scaled(s) else "not over std")),
+              std=Read("over std", lambda f, s: "over std" if _scales_by_std(s) else "not over std")),
          on=lambda v: v["advantage"] == "group"),
     Item("Loss of a token", "Math 4.1", "{surrogate}, mean over {normalise}", _rl,
          "rl/rollout.py", "rl/test_rl_rollout.py",
@@ -310,7 +312,7 @@ ITEMS: tuple[Item, ...] = (
          _stages("rl", lambda f, s: not s.reward_models), "rl/losses.py", "rl/test_rl_losses.py",
          dict(temperature=1.0)),
     Item("Sampling temperature with preference rewards", "R1-Nature Methods", "{temperature}",
-         _stages("rl", _general), "rl/losses.py", "rl/test_rl_losses.py", dict(temperature=0.7)),
+         _stages("rl", _has_general_rewards), "rl/losses.py", "rl/test_rl_losses.py", dict(temperature=0.7)),
     Item("Rewards", "R1 2.2.2", "{what} + {format_reward} x format", _rl, "rl/reward.py", "rl/test_rl_reward.py",
          dict(format_reward=Read(1.0, lambda f, s: _weight(s, "format")),
               what=Read("accuracy", lambda f, s: "accuracy" if _weight(s, "accuracy") else s.reward[0].name)),
@@ -321,7 +323,7 @@ ITEMS: tuple[Item, ...] = (
          dict(epochs=range(2, 4), fall=Read(0.1, lambda f, s: s.lr_final / s.lr)),
          dict(lr=5e-5, lr_final=5e-6, row_length=32768, batch=Read("128 samples", _batch))),
     Item("Length cap raised mid-run", "R1-Nature Methods", "{max_new_tokens} tokens",
-         _stages("rl", lambda f, s: not f.after_sft(s.name)), "rl/loop.py", "pipeline/test_r1.py",
+         _stages("rl", lambda f, s: not f.is_after_sft(s.name)), "rl/loop.py", "pipeline/test_r1.py",
          sizes=dict(max_new_tokens=Points([[0, 32768], [8200, 32768], [8200, 65536]])),
          on=lambda v: len({*v["max_new_tokens"].values}) > 1, best=True),
     Item("Cold start: readable R1-Zero answers in one form", "R1 2.3.1",
@@ -333,7 +335,7 @@ ITEMS: tuple[Item, ...] = (
          dict(problems=Read(range(1000, 10_000), lambda f, s: s.problems if s.kind == "reject" else s.examples)),
          paper="thousands, thoughts and a summary, edited by people"),
     Item("Language consistency reward", "R1 2.3.2", "{weight} x consistency of the {scope}, {start}",
-         _stages("rl", lambda f, s: _weight(s, "language") > 0 or f.after_sft(s.name)),
+         _stages("rl", lambda f, s: _weight(s, "language") > 0 or f.is_after_sft(s.name)),
          "tasks/language.py", "tasks/test_language.py",
          dict(weight=Read(1.0, lambda f, s: _weight(s, "language")), scope=Read("thoughts", _scope),
               start=Read("after SFT", _start)),
@@ -355,7 +357,7 @@ ITEMS: tuple[Item, ...] = (
               data=Read("judged", lambda f, s: f"{s.made} made prompts" if s.made else "judged"), epochs=1),
          dict(lr=6e-6, batch=Read("256 samples", _batch), row_length=8192), paper="66,000 pairs, 106,000 labels"),
     Item("Preference rewards only at the end", "R1 2.3.4",
-         "last {last} of {total} steps, weight {weight}", _stages("rl", _general),
+         "last {last} of {total} steps, weight {weight}", _stages("rl", _has_general_rewards),
          "rl/generator.py", "pipeline/test_r1.py",
          dict(weight=Read(1.0, lambda f, s: _weight(s, "accuracy"))),
          dict(last=Read(400, lambda f, s: (s.rollouts - s.general.start) * s.updates_per_rollout),
@@ -380,8 +382,8 @@ def rows(recipe: Recipe) -> list[dict[str, Any]]:
     facts = RecipeFacts(recipe)
     table = []
     for item in ITEMS:
-        state, here = item.status(facts)
-        row = {"item": item.item, "section": item.section, "paper": item.published(), "here": here, "state": state}
+        state, value = item.status(facts)
+        row = {"item": item.item, "section": item.section, "paper": item.published(), "here": value, "state": state}
         table.append(row)
     return table
 

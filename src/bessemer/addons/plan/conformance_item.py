@@ -34,17 +34,17 @@ class RecipeFacts:
 
     def chain(self, name: str) -> list[Any]:
         """A stage and those that trained its model before, the first stage last."""
-        found = []
+        chained = []
         while name:
-            found.append(self.recipe.stage(name))
-            name = found[-1].source or ""
-        return found
+            chained.append(self.recipe.stage(name))
+            name = chained[-1].source or ""
+        return chained
 
     def base(self, name: str) -> str:
         """The stage that a stage's model began in."""
         return first.name if (first := lineage.origin(self.recipe, name)) is not None else name
 
-    def after_sft(self, name: str) -> bool:
+    def is_after_sft(self, name: str) -> bool:
         return any(stage.kind == "sft" for stage in self.chain(name))
 
     def authors(self, sft: Any) -> list[Any]:
@@ -110,7 +110,7 @@ class Item:
             return "off", tables if isinstance(tables, str) else ABSENT
         judged = [(*self._judge(facts, table), getattr(table, "name", "")) for table in tables]
         pick = min if self.best else max
-        state, text, name = pick(judged, key=lambda one: CONFORMANCE_STATES.index(one[0]))
+        state, text, name = pick(judged, key=lambda judgement: CONFORMANCE_STATES.index(judgement[0]))
         return state, f"{name}: {text}" if len({text for _, text, _ in judged}) > 1 else text
 
     def _judge(self, facts: RecipeFacts, table: Any) -> tuple[str, str]:
@@ -119,7 +119,7 @@ class Item:
         for key, entry in {**self.choices, **self.sizes}.items():
             published, read = entry if isinstance(entry, Read) else (entry, None)
             values[key] = read(facts, table) if read else getattr(table, key)
-            equal[key] = _same(values[key], published)
+            equal[key] = _is_equal(values[key], published)
         if not self.on(values):
             state = "off"
         elif not all(equal[key] for key in self.choices):
@@ -132,7 +132,7 @@ class Item:
         return self.text.format_map({key: _show(value) for key, value in values.items()})
 
 
-def _same(value: Any, published: Any) -> bool:
+def _is_equal(value: Any, published: Any) -> bool:
     if published is ANY:
         return True
     if isinstance(published, range | frozenset):

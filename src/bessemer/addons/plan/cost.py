@@ -139,9 +139,9 @@ def setup_memory(cfg: ModelConfig, setup: Setup, table: Table) -> list[dict[str,
 def _ramp_hours(setup: Setup, tokens: float, batch: Callable[[float], float]) -> float:
     """GPU hours of all tokens, with the batch at the middle of intervals that halve in length towards the beginning."""
     edges = [0.0, *(tokens / 2**k for k in range(RAMP - 1, -1, -1))]
-    seconds, each = 0.0, setup.piece * setup.rows
+    seconds, batch_tokens = 0.0, setup.piece * setup.rows
     for low, high in pairwise(edges):
-        target = round(batch((low + high) / 2)) // each
+        target = round(batch((low + high) / 2)) // batch_tokens
         few = target < schedules.least(setup.schedule, setup.layout.pp)
         name, micro = micro_batches("1f1b" if few else setup.schedule, setup.layout.pp, target)
         at = replace(setup, micro=micro, schedule=name)
@@ -167,16 +167,16 @@ def ideas(plan: RunPlan) -> dict[str, dict[str, float] | str]:
     if not setup.even and setup.layout.pp > 1:
         changes["stages of equal work instead of equal layers"] = replace(setup, even=True)
     costs: dict[str, dict[str, float] | str] = {}
-    for name, other in changes.items():
+    for name, changed in changes.items():
         try:
-            step = step_time(other)
+            step = step_time(changed)
         except UserError as error:
             costs[name] = str(error)
             continue
-        hours = 1e12 / other.step_tokens * step.seconds * other.layout.world / 3600
+        hours = 1e12 / changed.step_tokens * step.seconds * changed.layout.world / 3600
         cost = {"gpu_hours_per_trillion_tokens": hours, "factor": hours / plan.hours_per_trillion}
-        if not other.shape.kv_heads:
-            cost["memory_gib"] = max(sum(kinds.values()) for kinds in setup_memory(plan.cfg, other, step.table)) / GIB
+        if not changed.shape.kv_heads:
+            cost["memory_gib"] = max(sum(kinds.values()) for kinds in setup_memory(plan.cfg, changed, step.table)) / GIB
         costs[name] = cost
     return costs
 

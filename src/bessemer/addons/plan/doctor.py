@@ -80,9 +80,9 @@ def trained(devices: Iterable[str], seconds: float = 3.0) -> dict[str, float]:
     return {name: pace.training_rate(model, settings, length, seconds) for name, model in models.items()}
 
 
-def as_notes(found: list[tuple[str, str, str]]) -> list[dict[str, str]]:
+def as_notes(problems: list[tuple[str, str, str]]) -> list[dict[str, str]]:
     """JSON of (subject, level, text)."""
-    return [{"about": about, "level": level, "text": text} for about, level, text in found]
+    return [{"about": about, "level": level, "text": text} for about, level, text in problems]
 
 
 def describe(facts: dict[str, Any]) -> str:
@@ -221,8 +221,8 @@ def _about_disk(facts: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _compilers() -> list[str]:
-    given = os.environ.get("CXX")  # torch.compile tries this first
-    return [*([given] if given else []), "g++", "clang++", "c++"]
+    preferred = os.environ.get("CXX")  # torch.compile tries this first
+    return [*([preferred] if preferred else []), "g++", "clang++", "c++"]
 
 
 def _cpuinfo(key: str) -> str:

@@ -149,11 +149,11 @@ def _as_rank(rank: int, world: int) -> Iterator[None]:
 
 def _ramp(settings: PretrainConfig, layout: Layout, schedule: str) -> list[dict[str, Any]]:
     """Micro-batches per pipeline at the points of batch_rows, and where "auto" changes its schedule between them."""
-    each = layout.dp * layout.ep * settings.micro_rows
+    rows_of_all = layout.dp * layout.ep * settings.micro_rows
 
     def at(tokens: float) -> dict[str, Any]:
         rows = round(settings.batch_rows(tokens))
-        name, micro = schedules.of_step(schedule, layout.pp, math.ceil(rows / each))
+        name, micro = schedules.of_step(schedule, layout.pp, math.ceil(rows / rows_of_all))
         return {"tokens": int(tokens), "rows": rows, "micro": micro, "schedule": name}
 
     points = [tokens for tokens in settings.batch_rows.tokens if tokens <= settings.tokens]

@@ -34,30 +34,30 @@ TOO_LONG = 3 * 365 * 86400.0
 
 
 def add(
-    recipe: Recipe, stages: list[Examined], world: int | None, device: Device | None, here: int,
+    recipe: Recipe, stages: list[Examined], world: int | None, device: Device | None, local: int,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Adds to the examined stages their memory, their time, and the faults of both. `here`: ranks that a run starts on
     this machine. With `world` alone the ranks are of machines that nobody named, so nothing is compared."""
-    needs = stage_memory.of_stages(recipe, world or (None if device else here), device)
-    for one in stages:
-        config = recipe.stage(one.name)
-        if (need := needs.get(one.name)) is not None:
-            one.found.append(need.describe())
+    needs = stage_memory.of_stages(recipe, world or (None if device else local), device)
+    for examined in stages:
+        config = recipe.stage(examined.name)
+        if (need := needs.get(examined.name)) is not None:
+            examined.found.append(need.describe())
             compared = device is not None or world is None
-            one.faults += filter(None, [stage_memory.fault(recipe, need, device) if compared else None])
-        one.faults += filter(None, [stage_memory.refused_layout(recipe, config, world)])
+            examined.faults += filter(None, [stage_memory.fault(recipe, need, device) if compared else None])
+        examined.faults += filter(None, [stage_memory.refused_layout(recipe, config, world)])
     if device is not None:
         _planned(recipe, stages, ClusterSpec(device, world or recipe.layout.fewest))
     elif world is None:
-        _measured(recipe, stages, here, say)
-    for one in stages:
-        one.seconds = one.seconds or None  # nothing here tells how long its files are
-        if one.seconds is not None and one.seconds > TOO_LONG and not one.faults:
+        _measured(recipe, stages, local, say)
+    for examined in stages:
+        examined.seconds = examined.seconds or None  # nothing here tells how long its files are
+        if examined.seconds is not None and examined.seconds > TOO_LONG and not examined.faults:
             where = "here" if device is None else f"on {world or recipe.layout.fewest:,} {device.name}"
-            one.faults.append(
-                f'stage "{one.name}" would take about {show_seconds(one.seconds)} {where}; give it less to do, or more '
-                "and faster devices"
+            examined.faults.append(
+                f'stage "{examined.name}" would take about {show_seconds(examined.seconds)} {where}; give it less to do'
+                ", or more and faster devices"
             )
 
 
@@ -69,9 +69,9 @@ def examine(
     with places.of_recipe(recipe.folder):
         stages = preflight.examine(recipe, cache_dir(None), recipe.names())
         decide = plugins.hook("decide-ranks")
-        here = 1 if decide is None else decide(recipe, processes)[0]
+        local = 1 if decide is None else decide(recipe, processes)[0]
         device = None if device_name is None else device_called(device_name)
-        add(recipe, stages, world, device, here, partial(print, file=sys.stderr))
+        add(recipe, stages, world, device, local, partial(print, file=sys.stderr))
         facts, text = _layout(recipe, world or processes, device_name)
     faults = preflight.list_faults(stages)
     if as_json:
@@ -113,8 +113,8 @@ def _measured(recipe: Recipe, stages: list[Examined], ranks: int, say: Callable[
             find_kind(config.kind)().work(config, recipe)
             known.append(config)
     seconds = Pace(recipe, cache=cache_dir(None), ranks=ranks, say=say).of_stages(known)
-    for one in stages:
-        one.seconds = seconds.get(one.name)
+    for stage in stages:
+        stage.seconds = seconds.get(stage.name)
 
 
 def _planned(recipe: Recipe, stages: list[Examined], cluster: ClusterSpec) -> None:
@@ -123,9 +123,9 @@ def _planned(recipe: Recipe, stages: list[Examined], cluster: ClusterSpec) -> No
         settings, cfg, length = plan_config.pretraining(recipe)
         config = plan_config.of_recipe(recipe, settings, length)
         setup = plan_config.setup(config, cfg, cluster)
-        made = plan_run(cfg, setup, config.tokens or 0.0, config.rows, None)
+        planned = plan_run(cfg, setup, config.tokens or 0.0, config.rows, None)
     except UserError:  # the layout is not for that many, which the layout says itself
         return
-    hours = {cost.name: cost.gpu_hours for cost in stage_costs(made, recipe)}
-    for one in stages:
-        one.seconds = 3600 * hours[one.name] / cluster.size if one.name in hours else None
+    hours = {cost.name: cost.gpu_hours for cost in stage_costs(planned, recipe)}
+    for stage in stages:
+        stage.seconds = 3600 * hours[stage.name] / cluster.size if stage.name in hours else None

@@ -64,8 +64,8 @@ def training_flops(recipe: Recipe, name: str | None, length: int) -> float | Non
     if folder is None:
         return None
     config = read_object(folder / "config.json")
-    each = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
-    return 6 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) / each
+    bytes_each = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+    return 6 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) / bytes_each
 
 
 def estimate_seconds(recipe: Recipe, name: str | None, tokens: float, length: int = 256) -> float:

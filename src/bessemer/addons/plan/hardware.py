@@ -80,11 +80,11 @@ def devices() -> dict[str, Device]:
 @cache
 def device(name: str) -> Device:
     """The device of this name; UserError with the nearest names for an unknown one."""
-    known = {key.lower(): value for key, value in devices().items()}
-    if name.lower() in known:
-        return known[name.lower()]
-    near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(known[key].name for key in near)}? " if near else ""
+    by_name = {key.lower(): value for key, value in devices().items()}
+    if name.lower() in by_name:
+        return by_name[name.lower()]
+    near = difflib.get_close_matches(name.lower(), by_name, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(by_name[key].name for key in near)}? " if near else ""
     raise UserError(f'no device "{name}"; {hint}Known: {", ".join(devices())}')
 
 
@@ -196,9 +196,9 @@ class Kernels:
     factors: RateFactors = AS_PUBLISHED
 
     @classmethod
-    def of(cls, on: Device, taken: int = 0, factors: RateFactors = AS_PUBLISHED) -> Kernels:
-        """`taken`: multiprocessors used by communication."""
-        return cls(on, on.units - taken, factors)
+    def of(cls, on: Device, busy: int = 0, factors: RateFactors = AS_PUBLISHED) -> Kernels:
+        """`busy`: multiprocessors used by communication."""
+        return cls(on, on.units - busy, factors)
 
     @property
     def share(self) -> float:
@@ -231,14 +231,15 @@ class Kernels:
         table = efficiency()["memory"]
         return bytes_ / (1e12 * self.device.bandwidth * table["cast" if cast else "stream"] * self.factors.memory)
 
-    def exchange(self, bytes_: float, ranks: int, way: str, on_network: bool) -> float:
-        """Seconds of a dispatch or combine (`way`) that sends `bytes_` over one kind of link, once per destination."""
+    def exchange(self, bytes_: float, ranks: int, direction: str, on_network: bool) -> float:
+        """Seconds of a dispatch or combine (`direction`) that sends `bytes_` over one kind of link, once for every
+        destination."""
         table = efficiency()["exchange"]
         reference = device(table["device"])
         if not on_network:
-            rate = table["node"][way] * self.device.node / reference.node
+            rate = table["node"][direction] * self.device.node / reference.node
         else:
-            column = 1 if way == "dispatch" else 2
+            column = 1 if direction == "dispatch" else 2
             near = min(table["network"], key=lambda row: abs(math.log(row[0] / ranks)))
             rate = near[column] * self.device.network / reference.network
         rate *= self.factors.exchange
@@ -270,6 +271,6 @@ def attention_rates() -> tuple[float, float, float]:
     l0 = table["l0"]["tokens"] * table["forward"] / table["l0"]["tflops"]
     forward = table["forward"] * (1 + l0 / table["length"])
     at = 1 + l0 / table["both_length"]
-    whole = 3 / table["both"]  # seconds of forward and backward in units of forward's FLOPs
-    backward = 2.5 / (whole - at / forward) * at
+    both = 3 / table["both"]  # seconds of forward and backward in units of forward's FLOPs
+    backward = 2.5 / (both - at / forward) * at
     return forward, backward, l0

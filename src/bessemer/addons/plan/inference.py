@@ -61,20 +61,20 @@ def decode(deployment: Deployment) -> DecodeStep:
         count = shape.dense if dense else shape.n_layers - shape.dense
         if not count:
             continue
-        one = sum(kernels.seconds(op) for op in _layer(deployment, half, local, dense))
+        of_layer = sum(kernels.seconds(op) for op in _layer(deployment, half, local, dense))
         sent = 0.0 if dense or deployment.ep == 1 else _latency(deployment, half)
-        compute, communication = compute + count * one, communication + count * sent
-        longest += count * max(one, sent)
+        compute, communication = compute + count * of_layer, communication + count * sent
+        longest += count * max(of_layer, sent)
     head = kernels.seconds(gemm("head", deployment.batch, shape.vocab, shape.dim, "bf16"))
     rounds = 2 if deployment.ep > 1 else 1
     size = 1 if deployment.fp8 else 2
-    mine = sum(sum(shape.layer_params(i < shape.dense, local)) for i in range(shape.n_layers)) * size
+    weight_bytes = sum(sum(shape.layer_params(i < shape.dense, local)) for i in range(shape.n_layers)) * size
     return DecodeStep(
         rounds * longest + head,
         rounds * compute + head,
         rounds * communication,
         deployment.batch * deployment.context * shape.kv_bytes() / GIB,
-        (mine + 4 * shape.vocab * shape.dim) / GIB,
+        (weight_bytes + 4 * shape.vocab * shape.dim) / GIB,
     )
 
 
@@ -154,9 +154,11 @@ def prefill(
     sent = 0.0
     if ep > 1:
         row = shape.dim * (1 if fp8 else 2), 2 * shape.dim
-        for bytes_, way in zip(row, ("dispatch", "combine"), strict=True):
+        for bytes_, direction in zip(row, ("dispatch", "combine"), strict=True):
             on_network = ep > device.devices
-            sent += kernels.exchange(tokens * bytes_ * (at.nodes if on_network else at.ranks), ep, way, on_network)
+            sent += kernels.exchange(
+                tokens * bytes_ * (at.nodes if on_network else at.ranks), ep, direction, on_network
+            )
     total = shape.dense * (attend + ffn) + (shape.n_layers - shape.dense) * max(attend + expert, sent)
     return PrefillTime(total, tokens / total)
 
@@ -242,13 +244,13 @@ def rollout_time(
     """The time of one rollout. `train_rate`: tokens per second per GPU of a training step; `ep`: GPUs of a sampling
     unit; `accepted`: accepted MTP drafts per step (R1's sampler drafted, R1-Nature B.1; that of `rl` does not). A
     `critic` adds one pass for values and its own updates. `fp8`: of the sampler's weights."""
-    each = max(1, -(-answers // gpus))
-    batch = min(each, TOGETHER)
+    answers_each = max(1, -(-answers // gpus))
+    batch = min(answers_each, TOGETHER)
     deployment = Deployment(shape, device, ep, batch, mean * cap, accepted=accepted, fp8=fp8)
     step = decode(deployment).seconds / (1 + accepted)
     # the longest answers end alone, at the speed of a batch of 1
     alone = decode(replace(deployment, batch=1, context=cap)).seconds / (1 + accepted)
-    sampling = step * mean * cap * each / batch + alone * (1 - mean) * cap
+    sampling = step * mean * cap * answers_each / batch + alone * (1 - mean) * cap
     tokens = answers * mean * cap
     passes = 1 + 2 / 3 + (1 + 1 / 3) * critic  # backward is two of three
     updating = tokens * passes / (train_rate * gpus)

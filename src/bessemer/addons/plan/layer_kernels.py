@@ -71,13 +71,13 @@ def attend(
     def rows_of(name: str) -> int:
         return tokens if name == "down" else gathered * cp if name == "kv_up" else gathered
 
-    def products(names: Iterable[str], way: str) -> tuple[Op, ...]:
+    def products(names: Iterable[str], direction: str) -> tuple[Op, ...]:
         gemms = {
             "forward": lambda name, n, k: gemm(name, rows_of(name), n, k, form),
             "input": lambda name, n, k: gemm(f"{name} dx", rows_of(name), k, n, form),
             "weight": lambda name, n, k: gemm(f"{name} dw", n, k, rows_of(name), form, write=F32, read=F32),
         }
-        return tuple(gemms[way](name, *linears[name]) for name in names)
+        return tuple(gemms[direction](name, *linears[name]) for name in names)
 
     core = 2 * (length + 1) / 2 * H * (shape.qk + shape.v) * gathered
     up = [name for name in ("q_up", "kv_up") if name in linears]
@@ -96,9 +96,9 @@ def attend(
             *ops(("choice", 2 * F32 * shape.experts)),
         )
     grads = sum(n for n, _ in linears.values())  # gradients of outputs, cast once along channels
-    again = ops(norm, latent_norm, ("rope", rope), ("keys", keys)) + products(up, "forward") if fp8 else ops(norm)
+    recomputed = ops(norm, latent_norm, ("rope", rope), ("keys", keys)) + products(up, "forward") if fp8 else ops(norm)
     input_ = (
-        again + ops(("ffn norm back", 4 * BF16 * D), ("cast dy", grads * (BF16 + cast) if fp8 else 0))
+        recomputed + ops(("ffn norm back", 4 * BF16 * D), ("cast dy", grads * (BF16 + cast) if fp8 else 0))
         + products(["out"], "input") + ops(("out", out * (1.5 + BF16) if fp8 else 0), ("delta", 2 * BF16 * out))
         + (Op("attention back", 2.5 * core, length=length // cp, backward=True),)
         + ops(("rope back", rope), ("keys back", keys)) + products(up, "input")
@@ -137,9 +137,9 @@ def ffn(
         gemm(f"{name} up dx", m, D, wide, form, groups=groups),
     )
     # W's operands lie along the tokens: FP8 ones are cast back first, BF16 ones are cast and transposed in one pass
-    kept, fresh = (2 * D, wide + inner) if sent else (D, D + wide + inner)
+    saved, fresh = (2 * D, wide + inner) if sent else (D, D + wide + inner)
     weight = (
-        *ops(("turn", kept * (FP8 + BF16 + BF16 + FP8) + fresh * (BF16 + FP8) if fp8 else 0)),
+        *ops(("turn", saved * (FP8 + BF16 + BF16 + FP8) + fresh * (BF16 + FP8) if fp8 else 0)),
         gemm(f"{name} down dw", D, inner, m, form, groups=groups, write=F32, read=F32),
         gemm(f"{name} up dw", wide, D, m, form, groups=groups, write=F32, read=F32),
     )
@@ -152,10 +152,10 @@ def experts(shape: ModelShape, tokens: int, local: int, arrived: float, fp8: boo
     D, routed, cast = shape.dim, tokens * shape.chosen, FP8 if fp8 else BF16
     received = tokens * arrived
     put = memory_op("to experts", D * (received + routed) * cast, True)
-    back = memory_op("from experts", D * (received + routed) * BF16, True)
+    returned = memory_op("from experts", D * (received + routed) * BF16, True)
     body = ffn(shape, routed, shape.expert_inner, fp8, local, "experts", sent=True)
     to = memory_op("grads to experts", D * (received + routed) * cast, True)
-    return Phase((put, *body.forward, back), (to, *body.input, back), body.weight)
+    return Phase((put, *body.forward, returned), (to, *body.input, returned), body.weight)
 
 
 def finish(shape: ModelShape, tokens: int, fp8: bool) -> Phase:

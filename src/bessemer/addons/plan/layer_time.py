@@ -91,12 +91,12 @@ def seconds(kernels: Kernels, ops: Iterable[Op], setup: Setup) -> float:
     return setup.in_step * sum(kernels.seconds(op) for op in ops)
 
 
-def layer_times(setup: Setup, dense: bool, taken: int) -> LayerTimes:
-    """The times of one layer while communication uses `taken` multiprocessors."""
+def layer_times(setup: Setup, dense: bool, busy: int) -> LayerTimes:
+    """The times of one layer while communication uses `busy` multiprocessors."""
     if not (setup.shape.inner if dense else setup.shape.experts):
         return NO_TIMES
     alike = replace(setup.layout, pp=1, dp=1)
-    return _layer_times(replace(setup, layout=alike, schedule="", micro=1, even=False, fsdp=False), dense, taken)
+    return _layer_times(replace(setup, layout=alike, schedule="", micro=1, even=False, fsdp=False), dense, busy)
 
 
 @cache
@@ -116,38 +116,38 @@ def _layer_times(setup: Setup, dense: bool, taken: int) -> LayerTimes:
         phase = phase.recomputed() if {name, "layer"} & set(setup.recompute) else phase
         forward, backward, weights = _ways(kernels, phase, setup)
         ffn = (ffn[0] + busy * forward, ffn[1] + busy * backward, ffn[2] + busy * weights)
-    whole = "layer" in setup.recompute
-    split = tensor_messages(kernels, setup, whole)
-    parts_of_row = context_messages(kernels, setup, whole)
+    by_layer = "layer" in setup.recompute
+    split = tensor_messages(kernels, setup, by_layer)
+    parts_of_row = context_messages(kernels, setup, by_layer)
     times = (_plus(_ways(kernels, attend, setup), split, parts_of_row), _plus(ffn, split) if dense else ffn)
     if dense or setup.layout.ep == 1:
         return LayerTimes(*times)
-    sent, back = (exchange_seconds(setup, way, at) for way in ("dispatch", "combine"))
-    again = sent + back if whole else 0.0
-    return LayerTimes(*times, sent, back, sent + again, back)
+    sent, returned = (exchange_seconds(setup, direction, at) for direction in ("dispatch", "combine"))
+    repeated = sent + returned if by_layer else 0.0
+    return LayerTimes(*times, sent, returned, sent + repeated, returned)
 
 
 Ways = tuple[float, float, float]
 
 
 def _plus(*terms: Ways) -> Ways:
-    forward, backward, weight = (sum(one) for one in zip(*terms, strict=True))
+    forward, backward, weight = (sum(column) for column in zip(*terms, strict=True))
     return forward, backward, weight
 
 
-def tensor_messages(kernels: Kernels, setup: Setup, again: bool) -> Ways:
+def tensor_messages(kernels: Kernels, setup: Setup, recomputed: bool) -> Ways:
     """Seconds that the split matrices of attention, or of a dense FFN, wait for messages. Rows are gathered before the
     first matrix and reduce-scattered after the last, in both directions; weight gradients gather the inputs once more
-    (Korthikanti et al. 2022, 4.2.2). `again`: backward repeats the forward."""
+    (Korthikanti et al. 2022, 4.2.2). `recomputed`: backward repeats the forward."""
     if setup.tp == 1:
         return 0.0, 0.0, 0.0
-    one = kernels.collective(2.0 * setup.tokens * setup.tp * setup.shape.dim, setup.tp, setup.layout.node)
+    message = kernels.collective(2.0 * setup.tokens * setup.tp * setup.shape.dim, setup.tp, setup.layout.node)
     if setup.tp_overlap:
-        one /= setup.tp
-    return 2 * one, (4 if again else 2) * one, one
+        message /= setup.tp
+    return 2 * message, (4 if recomputed else 2) * message, message
 
 
-def context_messages(kernels: Kernels, setup: Setup, again: bool) -> Ways:
+def context_messages(kernels: Kernels, setup: Setup, recomputed: bool) -> Ways:
     """Seconds to gather the keys and values of the other parts of a row, or MLA's latents, and to return their
     gradients: all-gather and reduce-scatter, not hidden (Llama 3 report, arXiv 2407.21783, 3.3.2)."""
     if setup.cp == 1:
@@ -155,8 +155,8 @@ def context_messages(kernels: Kernels, setup: Setup, again: bool) -> Ways:
     shape, rows = setup.shape, setup.tokens * setup.tp * setup.cp
     width = shape.kv_heads * (shape.qk + shape.v) // setup.tp if shape.kv_heads else shape.kv_rank + shape.rope
     inside = max(1, setup.layout.node // setup.tp)
-    one = kernels.collective(2.0 * rows * width, setup.cp, inside)
-    return one, (3 if again else 2) * one, 0.0
+    message = kernels.collective(2.0 * rows * width, setup.cp, inside)
+    return message, (3 if recomputed else 2) * message, 0.0
 
 
 def _ways(kernels: Kernels, phase: Phase, setup: Setup) -> tuple[float, float, float]:
@@ -168,21 +168,21 @@ def _ways(kernels: Kernels, phase: Phase, setup: Setup) -> tuple[float, float, f
     )
 
 
-def row_bytes(setup: Setup, way: str) -> int:
+def row_bytes(setup: Setup, direction: str) -> int:
     """Bytes of a token in a dispatch (FP8 with scaling factors) or a combine (BF16) (V3 3.3.3)."""
     dim = setup.shape.dim
-    return dim + 4 * -(-dim // TILE) if setup.fp8 and way == "dispatch" else 2 * dim
+    return dim + 4 * -(-dim // TILE) if setup.fp8 and direction == "dispatch" else 2 * dim
 
 
-def exchange_seconds(setup: Setup, way: str, at: Destinations) -> float:
+def exchange_seconds(setup: Setup, direction: str, at: Destinations) -> float:
     """Seconds of one dispatch or combine on the slower of its two links: rows go once to every node, then once to every
     rank."""
     kernels, layout = Kernels.of(setup.device, factors=setup.factors), setup.layout
-    row = setup.tokens * row_bytes(setup, way) * setup.imbalance
-    inside = kernels.exchange(row * at.ranks, min(layout.ep, layout.node), way, False)
+    row = setup.tokens * row_bytes(setup, direction) * setup.imbalance
+    inside = kernels.exchange(row * at.ranks, min(layout.ep, layout.node), direction, False)
     if layout.ep <= layout.node:
         return inside
-    return max(inside, kernels.exchange(row * at.nodes, layout.ep, way, True))
+    return max(inside, kernels.exchange(row * at.nodes, layout.ep, direction, True))
 
 
 def cuts(setup: Setup, stages: int) -> list[range]:

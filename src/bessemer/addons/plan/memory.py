@@ -71,7 +71,7 @@ def per_rank(
         bytes_["working"] = max(need["layer"], need["loss"] if last else 0)
         if numbers.fp8:
             free = None if room is None else room - sum(bytes_.values())
-            fits = params.operands[:1] if free is None else [kept for kept in params.operands if kept <= free]
+            fits = params.operands[:1] if free is None else [size for size in params.operands if size <= free]
             bytes_["operands"] = max(fits, default=0)
         ranks.append(bytes_)
     return ranks
@@ -96,7 +96,7 @@ def saved_by_stage(
 
 def most_live(fullest: Sequence[Mapping[int, int]], saved: Mapping[int, int]) -> int:
     """The most bytes saved at the same time on one rank (`table.fullest`), from those of a micro-batch by stage."""
-    return max((sum(saved[stage] * micro for stage, micro in held.items()) for held in fullest), default=0)
+    return max((sum(saved[stage] * micro for stage, micro in live.items()) for live in fullest), default=0)
 
 
 def working(cfg: ModelConfig, layout: Layout, rows: int, length: int, numbers: NumberFormats) -> dict[str, int]:
@@ -175,26 +175,26 @@ def rank_params(
 ) -> RankParams:  # fmt: skip
     """The parameters of pipeline rank `pp`, whatever its other coordinates. In float32, gates are in the same vectors
     as matrices. `cuts`: layers of every stage, by default `stage.cut`'s."""
-    mine = frozenset(stage for _, stage in table.slices_on(pp))
-    others = frozenset(stage for rank in range(table.ranks) if rank != pp for _, stage in table.slices_on(rank))
+    own_stages = frozenset(stage for _, stage in table.slices_on(pp))
+    other_stages = frozenset(stage for rank in range(table.ranks) if rank != pp for _, stage in table.slices_on(rank))
     full, cuts = numbers.compute == 4, tuple(cuts or cut(cfg, table.stages))
-    return _params_of(cfg, layout, mine, others, full, numbers.muon, cuts)
+    return _params_of(cfg, layout, own_stages, other_stages, full, numbers.muon, cuts)
 
 
 @lru_cache(maxsize=4096)  # a search asks for the same rank under every schedule, recomputation and micro-batch
 def _params_of(
-    cfg: ModelConfig, layout: Layout, mine: frozenset[int], others: frozenset[int], full: bool, muon: bool,
+    cfg: ModelConfig, layout: Layout, own_stages: frozenset[int], other_stages: frozenset[int], full: bool, muon: bool,
     cuts: tuple[range, ...],
 ) -> RankParams:  # fmt: skip
-    """The parameters of a rank that holds the stages `mine` while other ranks hold `others`; `full`: all float32."""
+    """The parameters of a rank that holds `own_stages` while other ranks hold `other_stages`; `full`: all float32."""
     copies = layout.dp * layout.cp
     last, ranks = len(cuts) - 1, {True: copies, False: copies * layout.ep}
-    found: dict[VectorKind, list[int]] = {}
+    by_kind: dict[VectorKind, list[int]] = {}
     total, operands = 0, [0, 0]
 
     def add(tensors: Iterator[ParamTensor], owners: set[int], times: int = 1) -> None:
         nonlocal total
-        shared, sizes = bool(owners & others), dict[VectorKind, list[int]]()
+        shared, sizes = bool(owners & other_stages), dict[VectorKind, list[int]]()
         for tensor in tensors:
             own = muon and tensor.fp8 is not None  # as `Transformer.hidden_matrices`
             kind = VectorKind(tensor.expert, tensor.matrix, tensor.float32 and not full, shared, own)
@@ -203,24 +203,24 @@ def _params_of(
             for copies in (1, 2):
                 operands[copies - 1] += times * kept_bytes(tensor, copies)
         for kind, some in sizes.items():
-            found.setdefault(kind, []).extend(some * times)
+            by_kind.setdefault(kind, []).extend(some * times)
 
     sparse = 0  # in the order in which forward reads them
-    if 0 in mine or (last in mine and (cfg.n_mtp or cfg.tie_embeddings)):
+    if 0 in own_stages or (last in own_stages and (cfg.n_mtp or cfg.tie_embeddings)):
         add(iter([ParamTensor(cfg.vocab_size * cfg.dim)]), {0, last} if cfg.n_mtp else {0})
-    for stage in sorted(mine):
+    for stage in sorted(own_stages):
         n_dense = sum(i < cfg.n_dense_layers for i in cuts[stage])
         for dense, times in ((True, n_dense), (False, len(cuts[stage]) - n_dense)):
             if times:
                 add(layer_tensors(cfg, dense, layout.ep), {stage}, times)
         sparse += len(cuts[stage]) - n_dense
-    if last in mine:
+    if last in own_stages:
         if not cfg.tie_embeddings:
             add(iter([ParamTensor(cfg.vocab_size * cfg.dim)]), {last})
         add(iter([gain(cfg.dim)]), {last})
         for _ in range(cfg.n_mtp):
             add(mtp_tensors(cfg, layout.ep), {last})
         sparse += cfg.n_mtp
-    vectors = {kind: vector_size(sizes, ranks[kind.expert]) for kind, sizes in found.items()}
+    vectors = {kind: vector_size(sizes, ranks[kind.expert]) for kind, sizes in by_kind.items()}
     gates = sparse if cfg.topk_method == "noaux_tc" else 0
     return RankParams(vectors, total, ranks, gates, cfg.n_routed_experts, (operands[0], operands[1]))

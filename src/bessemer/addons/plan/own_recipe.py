@@ -24,18 +24,24 @@ def purpose(file: Path) -> str:
 def write_own(file: Path, name: str) -> list[Path]:
     """Writes a built-in recipe as the user's `file`, whose stem becomes the run's name, and beside it what the recipe
     names by file. Returns what was written; UserError where a file is in the way."""
-    known = builtin_recipes() | builtin_recipes(data=True)
+    recipes = builtin_recipes() | builtin_recipes(data=True)
     name = name.removeprefix(PREFIX)
-    if name not in known:
-        raise UserError(f'no built-in recipe "{name}"; {nearest(name, list(known))}')
+    if name not in recipes:
+        raise UserError(f'no built-in recipe "{name}"; {nearest(name, list(recipes))}')
     if file.suffix != ".toml" or not NAME.fullmatch(file.stem):
         raise UserError(
             f"{file}: name a .toml file whose stem has letters, digits, - and _ alone; it names the run, too"
         )
-    text = known[name].read_text("utf-8")
-    beside = sorted({one for one in re.findall(r'"([\w./-]+\.py):\w+"', text) if (known[name].parent / one).is_file()})
+    text = recipes[name].read_text("utf-8")
+    beside = sorted(
+        {
+            file_name
+            for file_name in re.findall(r'"([\w./-]+\.py):\w+"', text)
+            if (recipes[name].parent / file_name).is_file()
+        }
+    )
     files = {file: re.sub(r'(?m)^name = ".*"', f'name = "{file.stem}"', text, count=1)}
-    files |= {file.parent / one: (known[name].parent / one).read_text("utf-8") for one in beside}
+    files |= {file.parent / file_name: (recipes[name].parent / file_name).read_text("utf-8") for file_name in beside}
     if present := [path for path in files if os.path.lexists(path)]:
         raise UserError(f"{present[0]} exists; give another name, or move it away")
     try:

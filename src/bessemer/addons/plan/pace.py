@@ -79,11 +79,11 @@ class Pace:
         """Stage -> its seconds."""
         self.work = work = {stage.name: find_kind(stage.kind)().work(stage, self.recipe) for stage in stages}
         for stage in stages:  # what is worth a measurement depends on the whole run
-            for one in work[stage.name]:
-                for kind, part in _parts(one):
-                    key = self._key(kind, stage, one)
+            for counted in work[stage.name]:
+                for kind, part in _parts(counted):
+                    key = self._key(kind, stage, counted)
                     self._guesses[key] = self._guesses.get(key, 0.0) + guessed(self.recipe, part)
-        return {stage.name: sum(self._of(stage, one) for one in work[stage.name]) for stage in stages}
+        return {stage.name: sum(self._of(stage, counted) for counted in work[stage.name]) for stage in stages}
 
     def _of(self, stage: StageConfig, work: StageWork) -> float:
         return fixed(self.recipe, work) + sum(self._of_part(stage, kind, part) for kind, part in _parts(work))
@@ -96,8 +96,8 @@ class Pace:
         if settings is None or idle:
             return guessed(self.recipe, part) / self._ranks
         if key not in self._found:
-            kept = self._kept.get(key)
-            self._found[key] = kept["rate"] if kept else None
+            stored = self._kept.get(key)
+            self._found[key] = stored["rate"] if stored else None
             # what cannot be measured is guessed; what is wrong with it, the stage itself will say
             with suppress(RuntimeError, UserError):
                 self._found[key] = self._found[key] or self._measure(kind, stage, settings, self._length(settings))
@@ -129,9 +129,9 @@ class Pace:
         if (settings := self._settings(stage, work)) is None:
             return kind
         cfg = setup.model_config(self.recipe, settings.model)
-        wanted: Precision = getattr(stage, "precision", "device")
+        precision: Precision = getattr(stage, "precision", "device")
         # what "auto" stands for is measured only if it comes to that
-        dtype = wanted if wanted == "auto" else str(setup.precision_on(wanted, setup.device()).dtype)
+        dtype = precision if precision == "auto" else str(setup.precision_on(precision, setup.device()).dtype)
         how: list[object] = [kind, ops.backend(setup.device()), setup.workers().n, dtype, cfg.model_dump()]
         if kind == "training":
             mtp = any(settings.mtp_lambda.values)
@@ -160,17 +160,17 @@ class Pace:
         gc.collect()  # a trainer is part of reference cycles; its memory and its workers end now
         if on_gpu:
             torch.cuda.empty_cache()
-        shown = f"{kind}_tokens_per_second"
-        self.shown[f"{shown}_of_{stage.name}" if shown in self.shown else shown] = rate
+        metric = f"{kind}_tokens_per_second"
+        self.shown[f"{metric}_of_{stage.name}" if metric in self.shown else metric] = rate
         return rate
 
     def _rows(self, stage: StageConfig, settings: PretrainConfig, length: int) -> int | None:
         """Rows of a step to measure: the stage's own, or fewer if a step takes long."""
         rows = max(1, round(settings.batch_rows(settings.tokens)))
-        one = guessed(self.recipe, StageWork(stage.name, trained=length, length=length))
-        if one > LONGEST:
+        seconds = guessed(self.recipe, StageWork(stage.name, trained=length, length=length))
+        if seconds > LONGEST:
             return None
-        return rows if rows * one <= LONGEST else max(1, int(LONGEST / one))
+        return rows if rows * seconds <= LONGEST else max(1, int(LONGEST / seconds))
 
     def _network(self, cfg: ModelConfig, settings: PretrainConfig | None, length: int = 0) -> Transformer:
         model = Transformer(cfg).initialise(self.recipe.seed).to(setup.device())
@@ -203,7 +203,7 @@ def estimate(
     in."""
     pace = Pace(recipe, worth=WORTH if worth is None else worth, cache=cache, ranks=n_processes, say=say)
     seconds = pace.of_stages(due)
-    texts = (name for name, work in pace.work.items() if all(one.model is None for one in work))
+    texts = (name for name, work in pace.work.items() if all(part.model is None for part in work))
     return {stage.name: seconds.get(stage.name, 0.0) or of_stage(stage, recipe) for stage in recipe.stages}, frozenset(
         texts
     )
@@ -235,12 +235,12 @@ def training_rate(model: Transformer, settings: PretrainConfig, length: int, sec
 
     def steps(least: int, seconds: float) -> float:
         """Median seconds per step, because other work on the machine comes in bursts."""
-        taken: list[float] = []
-        while len(taken) < least or sum(taken) < seconds:
+        times: list[float] = []
+        while len(times) < least or sum(times) < seconds:
             began = time.monotonic()
             step()
-            taken.append(time.monotonic() - began)
-        return statistics.median(taken)
+            times.append(time.monotonic() - began)
+        return statistics.median(times)
 
     try:
         steps(1, seconds / 3)
@@ -268,7 +268,7 @@ def decoding_rate(model: Transformer, seconds: float) -> float:
     tokens, done, began = 16, 0, time.monotonic()
     while True:
         answers = engine.generate(prompts, samples=16, max_new_tokens=tokens, stop_ids=(), batch_rows=128)
-        done += sum(len(one.tokens) for group in answers for one in group)
+        done += sum(len(answer.tokens) for group in answers for answer in group)
         if time.monotonic() - began > seconds:
             return done / (time.monotonic() - began)
         tokens = min(2 * tokens, model.cfg.max_seq_len - 41)
@@ -276,9 +276,9 @@ def decoding_rate(model: Transformer, seconds: float) -> float:
 
 def _fresh(cache: Path) -> dict[str, dict[str, float]]:
     """The measurements in a file that are not too old, by key; none if the file is not what `Pace` writes."""
-    kept = {}
-    for key, one in (read_json(cache) or {}).items():
+    fresh = {}
+    for key, entry in (read_json(cache) or {}).items():
         with suppress(TypeError, KeyError, ValueError):
-            if 0 <= time.time() - float(one["time"]) < FRESH and float(one["rate"]) > 0:
-                kept[key] = {"rate": float(one["rate"]), "time": float(one["time"])}
-    return kept
+            if 0 <= time.time() - float(entry["time"]) < FRESH and float(entry["rate"]) > 0:
+                fresh[key] = {"rate": float(entry["rate"]), "time": float(entry["time"])}
+    return fresh

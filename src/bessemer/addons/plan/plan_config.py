@@ -82,10 +82,10 @@ class PlanConfig:
     model: dict[str, Any] = field(default_factory=dict)
     """Changes to the network's config."""
 
-    def over(self, other: PlanConfig) -> PlanConfig:
+    def over(self, defaults: PlanConfig) -> PlanConfig:
         """This config, with the options that it does not set taken from `other`."""
-        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None and f.name != "model"}
-        return replace(other, **given, model={**other.model, **self.model})
+        options = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None and f.name != "model"}
+        return replace(defaults, **options, model={**defaults.model, **self.model})
 
     @property
     def has_layout(self) -> bool:
@@ -97,16 +97,16 @@ class PlanConfig:
         """Ranks of one data-parallel replica."""
         return (self.pp or 1) * (self.ep or 1) * (self.cp or 1)
 
-    def for_search(self, given: PlanConfig) -> PlanConfig:
+    def for_search(self, options: PlanConfig) -> PlanConfig:
         """This config, with the searched options set only if the user gave them."""
-        return replace(self, **{name: getattr(given, name) for name in SEARCHED})
+        return replace(self, **{name: getattr(options, name) for name in SEARCHED})
 
     def rows(self, tokens: float) -> float:
         """Sequences per step after `tokens` consumed tokens."""
         points = self.batch or ((0.0, 1.0),)
-        for (at, value), (end, then) in pairwise(points):
+        for (at, value), (end, next_value) in pairwise(points):
             if at <= tokens < end:
-                return value + (then - value) * (tokens - at) / (end - at)
+                return value + (next_value - value) * (tokens - at) / (end - at)
         return points[0][1] if tokens < points[0][0] else points[-1][1]
 
 
@@ -122,24 +122,24 @@ def published(name: str) -> PlanConfig:
 def parse(settings: Sequence[str]) -> PlanConfig:
     """The config from `--set` arguments, each with one or more key=value; UserError for one it cannot read."""
     values: dict[str, Any] = {"model": {}}
-    known = {f.name for f in fields(PlanConfig)} - {"model"}
+    options = {f.name for f in fields(PlanConfig)} - {"model"}
     for setting in (part for text in settings for part in text.split()):
         key, equals, text = setting.partition("=")
         name = key.removeprefix("layout.")
         if not equals or not text:
             raise UserError(f"--set {setting}: write key=value, such as layout.pp=8 or precision=bf16")
         if key.startswith("model."):
-            values["model"][key.removeprefix("model.")] = _number(setting, text, float) if _numeric(text) else text
+            values["model"][key.removeprefix("model.")] = _number(setting, text, float) if _is_numeric(text) else text
             continue
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"--set {setting}: unknown key; {hint}Known: {', '.join(sorted(known))}, model.KEY")
+            raise UserError(f"--set {setting}: unknown key; {hint}Known: {', '.join(sorted(options))}, model.KEY")
         values[name] = _READ.get(name, _whole)(setting, text)
     return PlanConfig(**values)
 
 
-def _numeric(text: str) -> bool:
+def _is_numeric(text: str) -> bool:
     try:
         float(text)
     except ValueError:
@@ -247,26 +247,26 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
     )  # fmt: skip
 
 
-def resolve(name: str, given: PlanConfig) -> tuple[str, ModelConfig, PlanConfig, Recipe | None]:
+def resolve(name: str, options: PlanConfig) -> tuple[str, ModelConfig, PlanConfig, Recipe | None]:
     """(name, network, config, recipe or None) of a preset or a recipe's path, with the user's options over its own;
     UserError if `name` is neither, or its network is unknown."""
     if name in PRESETS:
-        return name, preset(name, **given.model), given.over(published(name)), None
+        return name, preset(name, **options.model), options.over(published(name)), None
     path = Path(name)
     if path.suffix != ".toml" and not path.exists() and name.removeprefix(PREFIX) not in builtin_recipes():
-        known = nearest(name, [*{*PRESETS, *builtin_recipes()}])
-        raise UserError(f'no model or recipe "{name}": {known} (or the path of a recipe, such as my.toml)')
+        hint = nearest(name, [*{*PRESETS, *builtin_recipes()}])
+        raise UserError(f'no model or recipe "{name}": {hint} (or the path of a recipe, such as my.toml)')
     recipe = Recipe.load(name)
     with places.of_recipe(recipe.folder):
         base = _imported(recipe)
         default = recipe.model == Recipe.model_fields["model"].get_default(call_default_factory=True)
-        if base is not None and planned(recipe) is None and default and not given.model:
+        if base is not None and planned(recipe) is None and default and not options.model:
             raise UserError(
                 f'recipe "{recipe.name}": stage "{base.name}" imports a network of unknown shape; plan with a similar '
                 "one of V3's family, such as --set model.preset=v2-lite"
             )
-        settings, cfg, length = pretraining(recipe, given.model)
-    return recipe.name, cfg, given.over(of_recipe(recipe, settings, length)), recipe
+        settings, cfg, length = pretraining(recipe, options.model)
+    return recipe.name, cfg, options.over(of_recipe(recipe, settings, length)), recipe
 
 
 def _imported(recipe: Recipe) -> ImportConfig | None:

@@ -25,7 +25,7 @@ def document(name: str, plan: RunPlan, ideas: Mapping[str, Any]) -> str:
         f"Bound by {plan.bound}."
     )
     gantt = Html(f'<div class="scroll">{as_svg(plan.step.table, plan.step.timeline, width=1800, row=22)}</div>')
-    rows = "".join(f"<li>{page.text(one)}</li>" for one in assumptions(plan))
+    rows = "".join(f"<li>{page.text(assumption)}</li>" for assumption in assumptions(plan))
     parts = [
         page.section("figures", "What it costs", page.tiles(_tiles(plan)), lead),
         page.section("time", "Where a step goes", _parts(plan)),

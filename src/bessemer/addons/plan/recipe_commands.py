@@ -19,24 +19,28 @@ def recipes(
     from bessemer.config.table import nearest
 
     training, data = builtin_recipes(), builtin_recipes(data=True)
-    known = training | data
+    all_recipes = training | data
     if name is not None:
-        if name not in known:
-            raise UserError(f'no built-in recipe "{name}"; {nearest(name, list(known))}')
-        text = known[name].read_text("utf-8")
-        print_json({"name": name, "file": str(known[name]), "text": text}) if as_json else print(text, end="")
+        if name not in all_recipes:
+            raise UserError(f'no built-in recipe "{name}"; {nearest(name, list(all_recipes))}')
+        text = all_recipes[name].read_text("utf-8")
+        print_json({"name": name, "file": str(all_recipes[name]), "text": text}) if as_json else print(text, end="")
         return
     commands = {**dict.fromkeys(training, "bessemer run"), **dict.fromkeys(data, "bessemer data build")}
     if as_json:
         facts = {
-            one: {"command": f"{command} {one}", "for": purpose(known[one]), "file": str(known[one])}
-            for one, command in commands.items()
+            recipe: {
+                "command": f"{command} {recipe}",
+                "for": purpose(all_recipes[recipe]),
+                "file": str(all_recipes[recipe]),
+            }
+            for recipe, command in commands.items()
         }
         print_json(facts)
         return
-    width = max(len(f"{command} {one}") for one, command in commands.items())
-    for one, command in commands.items():
-        print(f"{f'{command} {one}':<{width}}  {purpose(known[one])}")
+    width = max(len(f"{command} {recipe}") for recipe, command in commands.items())
+    for recipe, command in commands.items():
+        print(f"{f'{command} {recipe}':<{width}}  {purpose(all_recipes[recipe])}")
     print("\nbessemer recipes NAME prints one; bessemer init FILE.toml --from NAME starts your own from it")
 
 
@@ -78,10 +82,10 @@ def keys(
     from bessemer.addons.plan.recipe_schema import recipe_schema, schema_of
     from bessemer.config.kinds import recipe_tables
 
-    if kind in (others := recipe_tables()):
-        print_json(schema_of(kind, others[kind]))
+    if kind in (tables := recipe_tables()):
+        print_json(schema_of(kind, tables[kind]))
     elif kind is not None:
-        known = ", ".join(others)
+        known = ", ".join(tables)
         raise UserError(f'--json-schema describes whole recipes; leave "{kind}" out, or name another recipe: {known}')
     else:
         from bessemer.model.config import PRESETS, ModelConfig

@@ -67,10 +67,10 @@ def _one(kind: str, key: str, network: type[BaseModel]) -> str:
     if kind not in tables:
         raise UserError(f'keys: unknown kind "{kind}"; {nearest(kind, list(tables))}')
     entries = dict(_entries(tables[kind]))
-    found = [line for name, lines in entries.items() if name == key or name.startswith(f"{key}.") for line in lines]
-    if not found:
+    explained = [line for name, lines in entries.items() if name == key or name.startswith(f"{key}.") for line in lines]
+    if not explained:
         raise UserError(f'keys: {kind} has no key "{key}"; {nearest(key, list(entries))}')
-    return "\n".join([f"{kind}:", *found])
+    return "\n".join([f"{kind}:", *explained])
 
 
 def _keys(table: type[BaseModel]) -> list[str]:

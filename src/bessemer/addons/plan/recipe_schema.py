@@ -39,8 +39,8 @@ class RecipeSchema(GenerateJsonSchema):
     """pydantic's schemas, and those of quantities and schedules."""
 
     def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> Schema:
-        known = BY_READER.get(schema["function"]["function"])
-        return super().function_before_schema(schema) if known is None else dict(known)
+        form = BY_READER.get(schema["function"]["function"])
+        return super().function_before_schema(schema) if form is None else dict(form)
 
     def function_plain_schema(self, schema: core_schema.PlainValidatorFunctionSchema) -> Schema:
         return _points()
@@ -87,7 +87,7 @@ def _stages(defs: Schema) -> Schema:
     ]
     # the kind of the stage that this one is `like` stands in another table
     cases.append({"if": {"not": {"required": ["kind"]}}, "then": {"propertyNames": {"enum": every}}})
-    one = {
+    branch = {
         "type": "object",
         "properties": {
             "kind": {
@@ -98,7 +98,7 @@ def _stages(defs: Schema) -> Schema:
         "anyOf": [{"required": ["kind"]}, {"required": ["like"]}],
         "allOf": cases,
     }
-    return {"type": "array", "minItems": 1, "items": one}
+    return {"type": "array", "minItems": 1, "items": branch}
 
 
 def _stage(kind: str, config: type[StageConfig], defs: Schema) -> Schema:
@@ -121,7 +121,7 @@ def _schema(table: type[BaseModel], defs: Schema) -> Schema:
         free = "" if issubclass(table, Head) else f"(?!({'|'.join(RESERVED)})$)"
         schema["properties"]["name"]["pattern"] = f"^{free}{NAME.pattern}$"
     for name, field in table.model_fields.items():  # the schema of a count in text form replaces its field's bounds
-        one = schema["properties"].get(field.alias or name, {})
-        if least := [bound.ge for bound in field.metadata if hasattr(bound, "ge") and "minimum" in one]:
-            one["minimum"] = max(least)
+        described = schema["properties"].get(field.alias or name, {})
+        if least := [bound.ge for bound in field.metadata if hasattr(bound, "ge") and "minimum" in described]:
+            described["minimum"] = max(least)
     return schema

@@ -75,10 +75,10 @@ def _step(plan: RunPlan) -> list[str]:
 def _memory(plan: RunPlan) -> list[str]:
     device, ranks = plan.setup.device, plan.memory
     worst = max(range(len(ranks)), key=lambda rank: sum(ranks[rank].values()))
-    shown = list(dict.fromkeys((0, len(ranks) // 2, len(ranks) - 1, worst)))
-    lines = ["memory by pipeline rank, GiB" + "".join(f"{rank:>10}" for rank in shown)]
+    picked = list(dict.fromkeys((0, len(ranks) // 2, len(ranks) - 1, worst)))
+    lines = ["memory by pipeline rank, GiB" + "".join(f"{rank:>10}" for rank in picked)]
     for kind in (*KINDS, "total"):
-        sizes = [sum(ranks[rank].values()) if kind == "total" else ranks[rank][kind] for rank in shown]
+        sizes = [sum(ranks[rank].values()) if kind == "total" else ranks[rank][kind] for rank in picked]
         lines.append(f"  {kind:<26}" + "".join(f"{size / GIB:10.2f}" for size in sizes))
     room = f"{device.room / GIB:.1f} of {device.memory:.1f} GiB"
     return [*lines, f"  {'fits' if plan.fits else 'DOES NOT FIT'}: {room} can be filled"]
@@ -110,9 +110,9 @@ def _stages(plan: RunPlan, costs: Sequence[StageCost]) -> list[str]:
         if not cost.gpu_hours:
             used = time = "-"
         lines.append(f"  {cost.name:<{width}}{used:>11}  {time:>13}  {cost.work}")
-        if (one := cost.rollout) is not None:
+        if (last := cost.rollout) is not None:
             lines.append(
-                f"  {'':{width}}{'':26}  the last: {one.sampling:.3g} s of sampling, {one.updating:.3g} s of updates"
+                f"  {'':{width}}{'':26}  the last: {last.sampling:.3g} s of sampling, {last.updating:.3g} s of updates"
             )
     total = sum(cost.gpu_hours for cost in costs)
     price = "" if plan.usd_hour is None else f"  ${amount(plan.usd_hour * total)}"
@@ -131,7 +131,7 @@ def _serving(offer: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def describe_search(result: SearchResult, shown: int = 8) -> str:
+def describe_search(result: SearchResult, limit: int = 8) -> str:
     """The best layouts, and why others were rejected."""
     most = len(result.candidates)
     cp = f"{result.candidates[0].setup.layout.cp:>4}" if result.candidates[0].setup.layout.cp > 1 else ""
@@ -140,11 +140,12 @@ def describe_search(result: SearchResult, shown: int = 8) -> str:
         f"{'pp':>4}{'ep':>5}{'dp':>5}{'  cp' if cp else ''}  {'schedule':<13}{'recomputed':<16}{'rows':>5}{'micro':>7}"
         f"  {'format':<7}{'tokens/s/GPU':>13}{'GiB':>7}",
     ]
-    for one in result.candidates[:shown]:
-        s = one.setup
+    for candidate in result.candidates[:limit]:
+        s = candidate.setup
         lines.append(
             f"{s.layout.pp:>4}{s.layout.ep:>5}{s.layout.dp:>5}{cp}  {s.schedule:<13}{','.join(s.recompute) or '-':<16}"
-            f"{s.rows:>5}{s.micro:>7}  {'fp8' if s.fp8 else 'bf16':<7}{one.rate:>13,.0f}{one.bytes / GIB:>7.1f}"
+            f"{s.rows:>5}{s.micro:>7}  {'fp8' if s.fp8 else 'bf16':<7}{candidate.rate:>13,.0f}"
+            f"{candidate.bytes / GIB:>7.1f}"
         )
     return "\n".join(
         lines + [f"{count:,} layouts rejected: {reason}" for reason, count in result.rejected.most_common()]

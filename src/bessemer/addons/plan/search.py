@@ -79,7 +79,7 @@ def search(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> Search
         why = "; ".join(f"{count:,} layouts rejected ({reason})" for reason, count in rejected.most_common(3))
         need = f" (the smallest needs {least / GIB:.0f} GiB)" if least < float("inf") else ""
         raise UserError(f"no layout of {cluster} can hold this run{need}: {why}; use more devices or a smaller batch")
-    candidates.sort(key=lambda one: -one.rate)
+    candidates.sort(key=lambda candidate: -candidate.rate)
     return SearchResult(candidates, considered, rejected)
 
 
@@ -143,7 +143,7 @@ def _lower_bound(setup: Setup) -> float:
     times = {dense: layer_times(setup, dense, 0) for dense in (True, False)}
     shape, pp = setup.shape, setup.layout.pp
     hidden = setup.schedule.startswith("dualpipe")
-    one = {d: t.compute + (0.0 if hidden else t.communication) for d, t in times.items()}
-    stage = (shape.dense * one[True] + (shape.n_layers - shape.dense + setup.n_mtp) * one[False]) / pp
+    per_layer = {d: t.compute + (0.0 if hidden else t.communication) for d, t in times.items()}
+    stage = (shape.dense * per_layer[True] + (shape.n_layers - shape.dense + setup.n_mtp) * per_layer[False]) / pp
     bubble = {"1f1b": pp - 1, "interleaved": (pp - 1) / 2}.get(setup.schedule, (pp - 1) / 3)
     return (setup.micro + bubble) * stage * pp / (setup.tokens * setup.micro)

@@ -71,8 +71,8 @@ class StageMemory:
         return ", ".join(f"{kind} {_amount(size)}" for kind, size in largest if size)
 
     def describe(self) -> str:
-        each = " a rank" if self.ranks > 1 else ""
-        return f"memory {_amount(self.total)}{each}: {self.chief()}" + f" ({self.guess})" * bool(self.guess)
+        per = " a rank" if self.ranks > 1 else ""
+        return f"memory {_amount(self.total)}{per}: {self.chief()}" + f" ({self.guess})" * bool(self.guess)
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class Room:
 
 def of_stages(recipe: Recipe, world: int | None = None, device: Device | None = None) -> dict[str, StageMemory]:
     """Stage -> what it needs on `world` ranks (None: as few as [layout] needs), for the stages that hold a model."""
-    found = {}
+    needs = {}
     for stage in recipe.stages:
         size = _of_stage(recipe, stage, world or recipe.layout.fewest, device)
         if size is not None:
-            found[stage.name] = size
-    return found
+            needs[stage.name] = size
+    return needs
 
 
 def fault(recipe: Recipe, need: StageMemory, device: Device | None, kinds: Collection[str] | None = None) -> str | None:
@@ -116,9 +116,9 @@ def fault(recipe: Recipe, need: StageMemory, device: Device | None, kinds: Colle
     total = sum(size for kind, size in need.bytes.items() if kinds is None or kind in kinds)
     if total <= room.bytes:
         return None
-    each = f" on each of {need.ranks:,} ranks" if need.ranks > 1 else ""
-    what = f'stage "{need.stage}" needs {_amount(total)}{each} ({need.chief()})'
-    return f"{what}; {room.describe()}; {_advice(recipe, need, device, room)}"
+    per = f" on each of {need.ranks:,} ranks" if need.ranks > 1 else ""
+    need_text = f'stage "{need.stage}" needs {_amount(total)}{per} ({need.chief()})'
+    return f"{need_text}; {room.describe()}; {_advice(recipe, need, device, room)}"
 
 
 def _advice(recipe: Recipe, need: StageMemory, device: Device | None, room: Room) -> str:
@@ -145,8 +145,8 @@ def _nearest(
         if pp * ep <= recipe.layout.fewest or pp > cfg.n_layers // 2:
             continue
         changed = recipe.layout.model_copy(update={"pp": pp, "ep": ep, "dp": 1, "cp": 1, "schedule": "auto"})
-        other = recipe.model_copy(update={"layout": changed})
-        size = _of_stage(other, stage, pp * ep, device)
+        changed_recipe = recipe.model_copy(update={"layout": changed})
+        size = _of_stage(changed_recipe, stage, pp * ep, device)
         if size is not None and size.total <= room.bytes:
             return Layout(pp, 1, ep, recipe.layout.node)
     return None
@@ -160,10 +160,10 @@ def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | N
         if cfg is None:
             return _foreign(recipe, stage, number)
         layout, *_ = distributed.layout_of(recipe.layout, world, not isinstance(stage, RLConfig | DistillConfig))
-        found = _training(recipe, stage, cfg, layout, number, device)
-        found |= _copies(recipe, stage, cfg, layout, number, found)
-        found["cache"] = _cache(stage, cfg, number, layout.world)
-        return StageMemory(stage.name, world, found, guess)
+        by_kind = _training(recipe, stage, cfg, layout, number, device)
+        by_kind |= _copies(recipe, stage, cfg, layout, number, by_kind)
+        by_kind["cache"] = _cache(stage, cfg, number, layout.world)
+        return StageMemory(stage.name, world, by_kind, guess)
     if isinstance(stage, RejectConfig | EvalConfig | LongEvalConfig):  # one process holds the whole model
         number = 2 if on_gpu else 4
         count, guess = (_held(cfg), guess) if cfg else _parameters(recipe, _source(stage))
@@ -188,11 +188,11 @@ def _training(
     table = schedules.schedule(name, layout.pp, micro)
     room = Room.of(device, layout.world).bytes if on_gpu else None
     ranks = memory.per_rank(cfg, layout, table, rows, length, numbers, recipe.layout.recompute, room=room)
-    found = max(ranks, key=lambda kinds: sum(kinds.values()))
+    by_kind = max(ranks, key=lambda kinds: sum(kinds.values()))
     workers = 1 if on_gpu or layout.world > 1 else setup.workers().n
     if layout.world == 1:  # no share of a sum over ranks beside them
-        found = found | {"gradients": found["gradients"] // 2}
-    return {k: size * (workers if k in ("gradients", "activations", "working") else 1) for k, size in found.items()}
+        by_kind = by_kind | {"gradients": by_kind["gradients"] // 2}
+    return {k: size * (workers if k in ("gradients", "activations", "working") else 1) for k, size in by_kind.items()}
 
 
 def _micro_batch(recipe: Recipe, stage: OptimizerConfig, cfg: ModelConfig) -> tuple[int, int]:
@@ -259,12 +259,12 @@ def _foreign(recipe: Recipe, stage: OptimizerConfig, number: int) -> StageMemory
     if not count:
         return None
     lora = getattr(stage, "lora", None) is not None
-    found = {"weights": number * count}
+    by_kind = {"weights": number * count}
     if not lora:
-        found |= {"gradients": 4 * count, "masters": 4 * count * (number < 4), "moments": 8 * count}
+        by_kind |= {"gradients": 4 * count, "masters": 4 * count * (number < 4), "moments": 8 * count}
     if isinstance(stage, RLConfig) and stage.kl.weight > 0 and not lora:
-        found["copies"] = 2 * number * count
-    return StageMemory(stage.name, 1, found, guess)
+        by_kind["copies"] = 2 * number * count
+    return StageMemory(stage.name, 1, by_kind, guess)
 
 
 def refused_layout(recipe: Recipe, stage: StageConfig, world: int | None = None) -> str | None:
@@ -272,7 +272,7 @@ def refused_layout(recipe: Recipe, stage: StageConfig, world: int | None = None)
     ranks, origin = world or recipe.layout.fewest, lineage.origin(recipe, _source(stage))
     if ranks == 1 or recipe.layout.fewest == 1 or not isinstance(stage, OptimizerConfig):
         return None
-    if not isinstance(origin, ImportConfig) or _own_family(recipe, origin):
+    if not isinstance(origin, ImportConfig) or _is_own_family(recipe, origin):
         return None
     return (
         f'stage "{stage.name}" trains {origin.model}, which is not of the DeepSeek V3 family, and [layout] splits '
@@ -280,7 +280,7 @@ def refused_layout(recipe: Recipe, stage: StageConfig, world: int | None = None)
     )
 
 
-def _own_family(recipe: Recipe, origin: ImportConfig) -> bool:
+def _is_own_family(recipe: Recipe, origin: ImportConfig) -> bool:
     """Whether an imported model is of the V3 family: by its config if it is here, otherwise by its address."""
     if lineage.imported_config(recipe, origin.name) is not None:
         return lineage.config_of(recipe, origin.name) is not None
@@ -293,7 +293,7 @@ def _network(recipe: Recipe, stage: StageConfig) -> tuple[ModelConfig | None, st
     if (cfg := lineage.config_of(recipe, name)) is not None:
         return cfg, ""
     origin = lineage.origin(recipe, name)
-    if isinstance(origin, ImportConfig) and _own_family(recipe, origin):
+    if isinstance(origin, ImportConfig) and _is_own_family(recipe, origin):
         with suppress(UserError):
             return setup.model_config(recipe), "as if its model were [model]"
     return None, ""

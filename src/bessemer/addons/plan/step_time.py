@@ -131,9 +131,9 @@ def step_costs(setup: Setup, table: Table) -> StepCosts:
 
 def _stage_times(setup: Setup, stages: int, pairs: bool) -> Iterable[StageTimes]:
     shape, tokens = setup.shape, setup.tokens
-    taken = efficiency()["exchange"]["units"] if pairs and setup.layout.ep > 1 else 0
-    kinds = {away: {dense: layer_times(setup, dense, away) for dense in (True, False)} for away in {0, taken}}
-    around = {n: Kernels.of(setup.device, n, setup.factors) for n in {0, taken}}
+    busy = efficiency()["exchange"]["units"] if pairs and setup.layout.ep > 1 else 0
+    kinds = {away: {dense: layer_times(setup, dense, away) for dense in (True, False)} for away in {0, busy}}
+    around = {n: Kernels.of(setup.device, n, setup.factors) for n in {0, busy}}
     for stage, layers in enumerate(cuts(setup, stages)):
         dense = [i < shape.dense for i in layers]
         extra = layer_kernels.embed(shape, tokens) if stage == 0 else layer_kernels.Phase()
@@ -144,14 +144,14 @@ def _stage_times(setup: Setup, stages: int, pairs: bool) -> Iterable[StageTimes]
                 extra += layer_kernels.join(shape, tokens) + head
             dense += [False] * setup.n_mtp
         alone = [seconds(around[0], ops, setup) for ops in (extra.forward, extra.input, extra.weight)]
-        in_pairs = [seconds(around[taken], ops, setup) for ops in (extra.forward, extra.input, extra.weight)]
+        in_pairs = [seconds(around[busy], ops, setup) for ops in (extra.forward, extra.input, extra.weight)]
         times = [kinds[0][d] for d in dense]
         gather = _gather_seconds(setup, dense) if setup.fsdp else 0.0
         yield StageTimes(
             max(sum(t.forward for t in times) + alone[0], gather),
             max(sum(t.input for t in times) + alone[1], 2 * gather if setup.fsdp else 0.0),
             sum(t.weight for t in times) + alone[2],
-            tuple(kinds[taken][d] for d in dense),
+            tuple(kinds[busy][d] for d in dense),
             (in_pairs[0], in_pairs[1] + in_pairs[2]),
         )
 
@@ -180,19 +180,19 @@ def _params_of_rank(setup: Setup, table: Table, rank: int) -> tuple[float, float
         kinds = [i < shape.dense for i in layers[stage]]
         kinds += [False] * (shape.n_mtp if stage == table.stages - 1 else 0)
         for dense in kinds:
-            more, other = shape.layer_params(dense, local)
-            expert, rest = expert + more, rest + other
+            more, unrouted = shape.layer_params(dense, local)
+            expert, rest = expert + more, rest + unrouted
     n_tables = (0 in stages) + (table.stages - 1 in stages and not (shape.tied and 0 in stages))
     return expert, (rest + n_tables * embedding) / setup.tp
 
 
 def _groups(setup: Setup, table: Table, rank: int) -> list[tuple[float, int, int]]:
     """(parameters, ranks that replicate them, how many of those share a node) of experts and of everything else."""
-    expert, rest = _params_of_rank(setup, table, rank)
+    expert, other = _params_of_rank(setup, table, rank)
     layout = setup.layout
     return [
         (expert, layout.dp * layout.cp * table.lanes, max(1, layout.node // layout.ep)),
-        (rest, setup.ranks // setup.tp * table.lanes, max(1, layout.node // setup.tp)),
+        (other, setup.ranks // setup.tp * table.lanes, max(1, layout.node // setup.tp)),
     ]
 
 
@@ -206,10 +206,10 @@ def step_end(setup: Setup, table: Table) -> tuple[float, float]:
             for params, ranks, per_node in groups for size in (GRADIENT, WEIGHT)
         )  # fmt: skip
         share = sum(params / ranks for params, ranks, _ in groups)
-        whole = 0.0 if setup.fsdp else sum(params for params, _, _ in groups)
+        replicated = 0.0 if setup.fsdp else sum(params for params, _, _ in groups)
         # all gradients are read for their norm and cleared; in this rank's share, gradients are read, masters and two
         # moments are read and written, weights are written
-        update = memory_op("update", 2 * GRADIENT * whole + (GRADIENT + 8 + 4 * setup.moments + WEIGHT) * share)
+        update = memory_op("update", 2 * GRADIENT * replicated + (GRADIENT + 8 + 4 * setup.moments + WEIGHT) * share)
         worst = max(worst, (sync, setup.in_step * kernels.seconds(update)))
     return worst
 

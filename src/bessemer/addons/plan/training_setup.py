@@ -95,13 +95,13 @@ class ModelShape:
         """Parameters of a layer with `local_experts` routed experts: (of those experts, of everything else)."""
         if dense:
             return 0, self.attention_params() + self.ffn_params(self.inner)
-        rest = self.ffn_params(self.shared_width) + self.experts * self.dim
-        return local_experts * self.ffn_params(self.expert_inner), self.attention_params() + rest
+        unrouted = self.ffn_params(self.shared_width) + self.experts * self.dim
+        return local_experts * self.ffn_params(self.expert_inner), self.attention_params() + unrouted
 
     def kv_bytes(self, number: int = 2) -> int:
         """Bytes of cache per token, over all layers; `number`: bytes of each number."""
-        one = self.kv_heads * (self.qk + self.v) if self.kv_heads else self.kv_rank + self.rope
-        return self.n_layers * one * number
+        values = self.kv_heads * (self.qk + self.v) if self.kv_heads else self.kv_rank + self.rope
+        return self.n_layers * values * number
 
     @property
     def params(self) -> int:

@@ -56,26 +56,26 @@ class WhatIf:
 
     @property
     def seconds(self) -> float:
-        return sum(one.seconds for one in self.stages)
+        return sum(row.seconds for row in self.stages)
 
     def facts(self) -> dict[str, Any]:
         memory = None if self.memory is None else dict(zip(("before", "after"), self.memory, strict=True))
         usd = None if self.usd is None else self.seconds / 3600 * self.usd
-        rows = [asdict(one) for one in self.stages]
+        rows = [asdict(row) for row in self.stages]
         return {"run": self.run, "stages": rows, "seconds": self.seconds, "usd": usd, "memory_bytes": memory}
 
     def describe(self) -> str:
         """For the terminal."""
-        width = max(len(one.stage) for one in self.stages)
+        width = max(len(row.stage) for row in self.stages)
         lines = [f"against {self.run}:"]
-        for one in self.stages:
-            time = f"about {show_seconds(one.seconds)}" if one.seconds else ""
-            took = f"took {show_seconds(one.before)}" if one.before is not None and one.fate != "kept" else ""
-            notes = "; ".join(filter(None, (one.why, took)))
-            lines.append(f"  {one.stage:<{width}}  {one.fate:<8} {time:<14} {notes}".rstrip())
-        kept = sum(one.fate == "kept" for one in self.stages)
+        for row in self.stages:
+            time = f"about {show_seconds(row.seconds)}" if row.seconds else ""
+            took = f"took {show_seconds(row.before)}" if row.before is not None and row.fate != "kept" else ""
+            notes = "; ".join(filter(None, (row.why, took)))
+            lines.append(f"  {row.stage:<{width}}  {row.fate:<8} {time:<14} {notes}".rstrip())
+        n_kept = sum(row.fate == "kept" for row in self.stages)
         price = "" if self.usd is None else f", {self.seconds / 3600 * self.usd:.2f} dollars"
-        lines.append(f"{kept} of {len(self.stages)} stages kept; about {show_seconds(self.seconds)} to go{price}")
+        lines.append(f"{n_kept} of {len(self.stages)} stages kept; about {show_seconds(self.seconds)} to go{price}")
         if self.memory is not None:
             before, after = (f"{size / 2**20:,.0f} MiB" for size in self.memory)
             lines.append(f"a pre-training process holds {after}" + ("" if before == after else f" instead of {before}"))

@@ -31,7 +31,7 @@ from bessemer.addons.tasks import general_quality
 from bessemer.addons.tasks.general import General
 from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
-from bessemer.config.table import StageConfig, changed
+from bessemer.config.table import StageConfig, is_changed
 from bessemer.data import sft_rows, sources
 from bessemer.data.chat import question_ids
 from bessemer.data.documents import HUB
@@ -79,7 +79,7 @@ class RewardModelling(Stage[RewardModelConfig]):
                     "orders: it needs made, samples of 2 or more, and an even judge.samples"
                 )
             api_key(config.name, config.judge)
-        if config.heldout_data and changed(config, "heldout"):
+        if config.heldout_data and is_changed(config, "heldout"):
             raise UserError(f'stage "{config.name}": heldout has no effect beside heldout_data; leave one of them out')
         if config.previous is not None:
             earlier = recipe.stage(config.previous)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from bessemer import plugins, tasks
 from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
-from bessemer.config.table import StageConfig, changed, stage_refs
+from bessemer.config.table import StageConfig, is_changed, stage_refs
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
@@ -55,7 +55,7 @@ class Eval(Stage[EvalConfig]):
             _size(config, task)
         if any(config.shots):
             preflight.refuse_environments(config.name, config.tasks, "takes no shots; leave them out")
-        if changed(config, "shot_kind") and not any(config.shots):
+        if is_changed(config, "shot_kind") and not any(config.shots):
             raise UserError(f'stage "{config.name}": shot_kind has no effect while shots is {config.shots}')
         return {}
 

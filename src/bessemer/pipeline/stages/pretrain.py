@@ -22,7 +22,7 @@ import torch
 from bessemer import plugins
 from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
-from bessemer.config.table import StageConfig, changed
+from bessemer.config.table import StageConfig, is_changed
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points, show_tokens
 from bessemer.data.batch import Batch
@@ -193,7 +193,7 @@ def training_plan(
     foreign = model is not None and not model.layers
     return TrainingPlan(
         tokens=config.tokens, batch_rows=config.batch_rows, row_scale=row_scale,
-        gamma=ZERO if foreign and not changed(config, "gamma") else config.gamma,
+        gamma=ZERO if foreign and not is_changed(config, "gamma") else config.gamma,
         terms={
             "mtp_lambda": config.mtp_lambda if model is None or model.cfg.n_mtp else ZERO,
             "balance_alpha": constant(config.balance_alpha),

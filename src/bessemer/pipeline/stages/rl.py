@@ -13,7 +13,7 @@ from typing import Any
 from bessemer import plugins, tasks
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
-from bessemer.config.table import changed
+from bessemer.config.table import is_changed
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
@@ -63,7 +63,7 @@ class RL(Stage[RLConfig]):
                 f'stage "{config.name}": max_resamples needs an advantage within groups, since elsewhere groups of '
                 "equal rewards teach, too; leave it out"
             )
-        if changed(config, "keep_sampling_mask") and config.top_p == 1:
+        if is_changed(config, "keep_sampling_mask") and config.top_p == 1:
             raise UserError(
                 f'stage "{config.name}": keep_sampling_mask has no effect with top_p = 1, which leaves out no token; '
                 "set top_p to less, such as 0.95"
