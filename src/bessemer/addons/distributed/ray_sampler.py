@@ -31,9 +31,8 @@ from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLM
 from bessemer.addons.distributed.ray_worker import LOADED, NewWeights, pack_weights
 from bessemer.addons.distributed.sampler_check import Probe, check, dtype_of, logprobs, short_answer
 from bessemer.addons.distributed.worker_pool import RolloutJob, WorkerPool
-from bessemer.config.rl import RLConfig
-from bessemer.config.table import is_changed
-from bessemer.data.chat import question_ids
+from bessemer.config.rl import RLConfig, RolloutConfig
+from bessemer.config.table import is_changed, validate
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import GenerationPlan, OnText, Options, Prompt
