@@ -15,8 +15,8 @@ from bessemer.addons.distributed import zero1
 from bessemer.addons.distributed.checkpoint_reader import CheckpointReader
 from bessemer.addons.distributed.collective import RankCollective
 from bessemer.addons.distributed.mesh import Layout, Mesh
-from bessemer.addons.distributed.model_shard import ModelShard, gather_into
-from bessemer.addons.distributed.whole import GatheredModel
+from bessemer.addons.distributed.model_shard import ModelShard
+from bessemer.addons.distributed.whole import GatheredModel, gather_into
 from bessemer.addons.r1.critic import Critic
 from bessemer.config.rl import RLConfig
 from bessemer.model.transformer import Scorer, Transformer

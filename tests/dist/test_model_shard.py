@@ -7,7 +7,8 @@ from test_executor import CFG, batch, model_of
 
 from bessemer.addons.distributed import model_shard
 from bessemer.addons.distributed.mesh import Layout, Mesh
-from bessemer.addons.distributed.model_shard import ModelShard, gather_into, rows_of
+from bessemer.addons.distributed.model_shard import ModelShard, rows_of
+from bessemer.addons.distributed.whole import gather_into
 from bessemer.errors import UserError
 from bessemer.model import transformer
 from bessemer.model.transformer import Transformer
@@ -30,7 +31,7 @@ def made(rank, cfg, layout, schedule, folder):
     biases = [t for n, t in read.model.state_dict().items() if n.endswith("bias_E")]
     assert all(t.abs().sum() > 0 for t in biases), "a directory has routing biases, too"
     into = Transformer(cfg) if rank != 1 else None
-    gather_into(read, into)
+    gather_into(read, into, [number for number in range(layout.world) if number != 1])
     return None if into is None else {n: t.numpy() for n, t in into.state_dict().items()}
 
 

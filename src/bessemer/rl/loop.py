@@ -39,7 +39,6 @@ from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
 from bessemer.train import checkpoint, setup
 from bessemer.train.plan import TrainingPlan
-from bessemer.train.runtime import RoundedModel
 
 
 class Loop:
@@ -85,7 +84,7 @@ class Loop:
         )
         self.policy = self.sampler_model = runtime.whole(self.trainer)
         if settings.rollout.precision == "bfloat16" and dtype != torch.bfloat16:
-            self.sampler_model = RoundedModel(self.policy, self.trainer, torch.bfloat16, self.workers)
+            self.sampler_model = self.policy.rounded(self.trainer, torch.bfloat16, self.workers)
         engine = Engine(self.sampler_model.model, self.tokenizer, self.workers)
         families = [task_of(settings, name) for name in (*settings.tasks, *settings.general_tasks)]
         self.carrier = runtime.carrier(self.trainer, settings, families)

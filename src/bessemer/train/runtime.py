@@ -8,12 +8,13 @@ run the stage and make the same calls in the same order.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from bessemer.hf.model_directory import load_scorer
 from bessemer.model.protocol import LanguageModel
@@ -47,13 +48,27 @@ ALONE = Share()
 
 
 class Whole:
-    """The whole network that a trainer trains, in this process, to sample from and to compare with."""
+    """The whole network that a trainer trains: in this process, to sample from and to compare with, or tensor by
+    tensor, for a sampler elsewhere."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
+        """Its weights are there after a `refresh`, until a `release`."""
 
     def refresh(self) -> None:
         """Copies the current weights, if they are elsewhere. Collective."""
+
+    def release(self) -> None:
+        """Gives the memory of the weights back until the next `refresh`, if they are a copy of some elsewhere."""
+
+    def weights(self, receivers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The current weights in these processes (None: in all): name and tensor, in the order of the state dict. A
+        tensor may change when the next one comes. Collective: all processes exhaust it."""
+        yield from self.model.state_dict().items()
+
+    def rounded(self, trainer: Trainer, dtype: torch.dtype, workers: Workers) -> Whole:
+        """The same network in another dtype, for sampling."""
+        return RoundedModel(self, trainer, dtype, workers)
 
 
 class RoundedModel(Whole):
@@ -67,13 +82,16 @@ class RoundedModel(Whole):
     @torch.no_grad()
     def refresh(self) -> None:
         """Rounds the current weights. Collective."""
-        self._policy.refresh()
         if self._copied_at != self._trainer.rows:  # every update counts its rows
-            for own, exact in zip(
-                self.model.state_dict().values(), self._policy.model.state_dict().values(), strict=True
-            ):
-                own.copy_(exact)
+            own = self.model.state_dict()
+            for name, exact in self._policy.weights():
+                own[name].copy_(exact)
             self._copied_at = self._trainer.rows
+
+    def weights(self, receivers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+        own = self.model.state_dict()
+        for name, exact in self._policy.weights(receivers):
+            yield name, exact.to(own[name].dtype)
 
 
 class Frozen:

@@ -4,8 +4,8 @@
     ModelShard.fresh(cfg, mesh, schedule, 7)  as `Transformer.initialise(7)` would have made it, without the rest
     ModelShard.read(folder, mesh, schedule)   out of a Hugging Face directory, reading no other tensors
 
-All three give the same parameters, under the names of the whole network. `gather_into` puts the whole network together
-again, `forward` runs it without a backward, `heldout_nats` measures its loss.
+All three give the same parameters, under the names of the whole network. `whole.stream` puts them together again,
+`forward` runs the network without a backward, `heldout_nats` measures its loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bessemer.hf import deepseek
 from bessemer.model.config import ModelConfig
 from bessemer.model.gate import Gate
 from bessemer.model.moe import EXPERTS
-from bessemer.model.protocol import LanguageModel, TrainOutputs
+from bessemer.model.protocol import TrainOutputs
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.train.loss import next_token_nats
 
@@ -153,30 +153,6 @@ class ModelShard:
             parameters[name].copy_(values[held_experts.start : held_experts.stop])
         elif expert in held_experts:
             parameters[name][expert - held_experts.start].copy_(values)
-
-
-@torch.no_grad()
-def gather_into(shard: ModelShard, into: LanguageModel | None) -> None:
-    """Copies the current weights of all shards into `into` on every rank that passes one. Collective over all ranks;
-    broadcasts one tensor at a time, in float32."""
-    own = shard.model.state_dict()
-    with torch.device("meta"):
-        network = type(shard.model)(shard.mesh.cfg).state_dict()
-    state = {} if into is None else into.state_dict()
-    layout, mesh = shard.mesh.layout, shard.mesh
-    for name, shape in network.items():
-        pp = min(holding(name, shard.slices, shard.holders))
-        for ep in range(layout.ep) if EXPERTS in name else (0,):
-            source = layout.rank(pp, 0, ep)
-            rows = slice(ep * len(mesh.experts), (ep + 1) * len(mesh.experts)) if EXPERTS in name else slice(None)
-            if source == mesh.me:
-                value = own[name].float().contiguous()
-            else:
-                value = torch.empty_like(shape[rows], dtype=torch.float32, device=shard.device)
-            with watchdog.waiting(name, range(layout.world) if source == mesh.me else [source]):
-                dist.broadcast(value, source)
-            if name in state:
-                state[name][rows].copy_(value)
 
 
 def rows_of(n_rows: int, n_pipelines: int, pipeline_index: int, micro: int) -> list[range]:
