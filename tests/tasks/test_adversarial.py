@@ -147,18 +147,18 @@ FORM_ONLY = REASONS["no-think"] | REASONS["text-before"]
 
 
 def expected(name):
-    found = next((reason for reason, names in REASONS.items() if name in names), None)
-    return found or ("unparsable" if name.startswith("answer: ") else "no-answer")
+    by_name = next((reason for reason, names in REASONS.items() if name in names), None)
+    return by_name or ("unparsable" if name.startswith("answer: ") else "no-answer")
 
 
-def test_there_are_many_and_the_honest_one_is_paid():
+def test_there_are_many_cases_and_an_honest_answer_is_paid():
     assert len(CASES) >= 60
     assert TASK.verify(PROBLEM, think(RIGHT)).correct
     assert TASK.verify(PROBLEM, think(" 6 + 7*3\n")).correct
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_not_paid_and_quick(name):
+def test_hostile_answers_are_unpaid_and_judged_quickly(name):
     seconds = []
     for _ in range(3):  # best of three in CPU time: other work shares the machine
         start = time.process_time()
@@ -170,7 +170,7 @@ def test_not_paid_and_quick(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_arithmetic_is_not_fooled_either(name):
+def test_arithmetic_pays_no_hostile_answer(name):
     task = get("arithmetic")
     problem = Problem("p", "Compute 3*7+6.", "en", {"value": 27})
     paid = task.verify(problem, CASES[name]).sound

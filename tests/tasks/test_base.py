@@ -129,13 +129,13 @@ def test_split_ignores_order_and_gives_about_a_tenth():
 
 @pytest.mark.parametrize("name", OURS)
 def test_languages_and_phrasings(name):
-    task, held = get(name), get(name, phrasing="held-out")
+    task, held_out = get(name), get(name, phrasing="held-out")
     problems = [task.problem("train", i) for i in range(400)]
     assert 0.4 < sum(p.language == "zh" for p in problems) / 400 < 0.6
     assert {get(name, languages=["zh"]).problem("train", i).language for i in range(20)} == {"zh"}
     assert all(p.prompt.isascii() == (p.language == "en") for p in problems)
-    assert not {p.prompt for p in problems} & {held.problem("train", i).prompt for i in range(400)}
-    assert [held.document(i) for i in range(100)] == [task.document(i) for i in range(100)]
+    assert not {p.prompt for p in problems} & {held_out.problem("train", i).prompt for i in range(400)}
+    assert [held_out.document(i) for i in range(100)] == [task.document(i) for i in range(100)]
     assert len({p.id for p in problems}) == 400
 
 
@@ -213,8 +213,8 @@ def test_a_plain_right_answer_earns_what_the_option_gives(text, score):
 def test_a_task_is_made_again_from_its_name_and_settings():
     for name in ("countdown", "tools:calculator:arithmetic"):
         task = get(name, languages=["zh"], plain_answers=0.5)
-        again = get(task.name, **task.settings)
-        assert again.problem("test", 3) == task.problem("test", 3) and again.options == task.options
+        same_task = get(task.name, **task.settings)
+        assert same_task.problem("test", 3) == task.problem("test", 3) and same_task.options == task.options
         assert "plain_answers" in task.option_names()
     assert get("general").option_names() == ["harmless_share"]
     with pytest.raises(UserError, match="plain_answers is 2"):

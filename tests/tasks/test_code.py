@@ -14,7 +14,7 @@ from bessemer.errors import UserError
 from bessemer.tasks import Problem, get
 
 TASK = get("code")
-EVERY = [one for split in ("train", "test") for one in functions_of(split)]
+EVERY = [function for split in ("train", "test") for function in functions_of(split)]
 
 
 def hidden_tests(goal):
@@ -32,9 +32,9 @@ def problem_of(name: str) -> Problem:
 
 
 def test_splits_are_disjoint_in_families_and_in_parameters():
-    keys = {split: {one.key for one in functions_of(split)} for split in ("train", "test")}
+    keys = {split: {function.key for function in functions_of(split)} for split in ("train", "test")}
     assert not keys["train"] & keys["test"] and len(keys["train"]) > 800 and len(keys["test"]) > 300
-    families = {split: {one.family.name for one in functions_of(split)} for split in ("train", "test")}
+    families = {split: {function.family.name for function in functions_of(split)} for split in ("train", "test")}
     assert families["test"] - families["train"] == set(HELD_OUT) and len(families["train"]) >= 20
     kinds = [TASK.problem("test", i).meta["held_out"] for i in range(TASK.size("test"))]
     assert kinds.count("parameters") > 50 and kinds.count("family") > 200
@@ -49,10 +49,10 @@ def test_the_first_problems_are_all_different(split):
     assert all(json.loads(json.dumps(p.meta)) == p.meta for p in problems)
 
 
-def test_prompts_say_all_that_is_needed():
+def test_prompts_specify_the_function():
     """No two functions of a split are asked for in the same words."""
     for language in ("en", "zh"):
-        assert len({one.words(language) for one in EVERY}) == len(EVERY)
+        assert len({function.words(language) for function in EVERY}) == len(EVERY)
     for phrasing in ("seen", "held-out"):
         prompts = [get("code", phrasing=phrasing).problem("test", i, language="zh").prompt for i in range(50)]
         assert all("f(" in prompt and ("请" in prompt) == (phrasing == "held-out") for prompt in prompts)
@@ -66,8 +66,8 @@ def test_the_written_form_of_a_function_is_the_function():
         for value in goal.inputs(random.Random(goal.key), 20):
             expected = goal(value)
             assert same(expected, json.loads(json.dumps(space["f"](value)))), (goal.key, value)
-            shown = space["f"](value)
-            assert type(expected) is type(shown) and expected == shown, (goal.key, value)
+            result = space["f"](value)
+            assert type(expected) is type(result) and expected == result, (goal.key, value)
 
 
 def test_hidden_tests_distinguish_a_function_from_likely_mistakes():
@@ -78,8 +78,8 @@ def test_hidden_tests_distinguish_a_function_from_likely_mistakes():
         assert len(tests) == TESTS and len({repr(arguments) for arguments, _ in tests}) == TESTS
         assert len({repr(expected) for _, expected in tests}) >= 2  # no constant passes
         others = goal.inputs(random.Random(1), 200)
-        alike = [one for one in EVERY if one.family.argument == goal.family.argument]
-        same_family = [one for one in alike if one.family is goal.family and one != goal]
+        alike = [function for function in EVERY if function.family.argument == goal.family.argument]
+        same_family = [function for function in alike if function.family is goal.family and function != goal]
         for rival in rng.sample(alike, 30) + same_family:
             if any(goal.differs(rival, value) for value in others):
                 pairs += 1
@@ -89,14 +89,14 @@ def test_hidden_tests_distinguish_a_function_from_likely_mistakes():
 
 def test_hidden_tests_are_the_same_for_every_way_of_asking_and_in_no_document():
     first = TASK.problem("test", 3, language="en")
-    again = Problem("x", "", "zh", first.meta)
-    assert TASK.tests(first) == TASK.tests(again)
+    in_chinese = Problem("x", "", "zh", first.meta)
+    assert TASK.tests(first) == TASK.tests(in_chinese)
     assert "tests" not in first.meta
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_reference_answer_of_every_family_is_paid(name):
-    goal = next(one for one in EVERY if one.family.name == name)
+    goal = next(function for function in EVERY if function.family.name == name)
     meta = {"function": "f", "family": name, "parameters": list(goal.parameters)}
     answer = think("\n" + definition(goal.family.argument, goal.code) + "\n")
     verdict = TASK.verify(Problem("p", "", "en", meta), answer)
@@ -149,23 +149,27 @@ def test_voting_ignores_the_layout_of_the_source():
     assert source_of("```python\nx\n") == "x" and source_of("```") == "```"
 
 
-def test_what_cannot_be_paid_is_not_run(monkeypatch):
+def test_unformatted_answers_are_not_run(monkeypatch):
     monkeypatch.setattr(sandbox, "judge", lambda *a, **k: pytest.fail("it ran"))
     for text in ("<answer>x = 1</answer>" * 2, "<think>t<answer>x = 1</answer>", "<think>t</think>\n\n```\nx = 1"):
         assert TASK.verify(PROBLEM, text).answer is None
 
 
 def test_documents_are_of_the_train_split_and_their_verdicts_true():
-    train = {definition(one.family.argument, one.code) for one in functions_of("train")}
-    test_code = {one.code for one in functions_of("test")}
-    told = right = answered = 0
+    train = {definition(function.family.argument, function.code) for function in functions_of("train")}
+    test_code = {function.code for function in functions_of("test")}
+    with_verdict = right = answered = 0
     authors = set()
     for index in range(400):
         written = TASK.written(index, seed=2)
         assert written.text == f"User: {written.problem.prompt}\nAssistant:{written.response}"
         authors.add(written.author)
-        goal = next(one for one in functions_of("train") if one.family.name == written.problem.meta["family"]
-                    and list(one.parameters) == written.problem.meta["parameters"])  # fmt: skip
+        goal = next(
+            function
+            for function in functions_of("train")
+            if function.family.name == written.problem.meta["family"]
+            and list(function.parameters) == written.problem.meta["parameters"]
+        )
         thoughts, _, answer = written.response.partition("<answer>")
         code = answer.removesuffix("</answer>")
         if code:
@@ -184,9 +188,9 @@ def test_documents_are_of_the_train_split_and_their_verdicts_true():
             argument, value, expected = map(ast.literal_eval, (argument, value, expected))
             assert goal(argument) == expected
             assert eval(expression, {goal.family.argument: argument}) == value
-            told += 1
+            with_verdict += 1
             assert yes == (value == expected) or written.author == "sloppy"
-    assert authors == {"direct", "sloppy", "careful"} and told > 300 and 0.5 < right / answered < 0.9
+    assert authors == {"direct", "sloppy", "careful"} and with_verdict > 300 and 0.5 < right / answered < 0.9
 
 
 @pytest.mark.parametrize(
@@ -234,7 +238,7 @@ def test_problems_from_a_file(tmp_path):
     problems = [task.problem(split, i) for split in ("train", "test") for i in range(task.size(split))]
     assert {problem.prompt for problem in problems} == {row["prompt"] for row in rows}
     assert {problem.language: problem.meta["difficulty"] for problem in problems} == {"en": 1, "zh": 3}
-    problem = next(one for one in problems if one.language == "zh")
+    problem = next(row for row in problems if row.language == "zh")
     assert problem.id.endswith("/zh-1")
     assert task.verify(problem, think("def inc(n): return n+1")).reason == "correct"
     assert task.verify(problem, think("def inc(n): return 2")).reason == "wrong-output"
@@ -273,5 +277,5 @@ def test_a_missing_or_empty_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="contains no problem"):
         get(file_of(tmp_path, ""))
     with pytest.raises(UserError, match=r"has no t\w+ problem"):
-        one = get(file_of(tmp_path, ROW))
-        one.problem("test" if one.size("train") else "train", 0)
+        task = get(file_of(tmp_path, ROW))
+        task.problem("test" if task.size("train") else "train", 0)

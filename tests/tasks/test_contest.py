@@ -59,14 +59,14 @@ def test_nothing_passes_from_one_test_to_the_next(isolation):
     assert (judgement.reason, judgement.passed) == ("correct", 3), judgement
 
 
-def test_what_leaks_between_programs_would_be_found():
+def test_leaks_between_programs_are_detected_within_one_process():
     """Within one process every channel's traces are found, so the test above looks in the right places."""
     apart = {"shared memory on disk", "the folder it is in", "the input", "a process", "a process of a process"}
     names = [name for name in CHANNELS if name not in apart]
-    found = run(passing(names) * 2, stdin="3 4\n", seconds=10).stdout.splitlines()
-    assert found == ["7", " ".join(names)]
-    found = run(passing(["a process"]) * 2, stdin="3 4\n", seconds=10).stdout.splitlines()
-    assert found[:2] == ["7", "a process"]
+    lines = run(passing(names) * 2, stdin="3 4\n", seconds=10).stdout.splitlines()
+    assert lines == ["7", " ".join(names)]
+    lines = run(passing(["a process"]) * 2, stdin="3 4\n", seconds=10).stdout.splitlines()
+    assert lines[:2] == ["7", "a process"]
 
 
 SCAN = """
@@ -74,7 +74,7 @@ import ctypes, gc
 gc.unfreeze()
 given = input()
 tracked = gc.get_objects()
-pages = {id(one) >> 12 for one in (*tracked, *gc.get_referents(*tracked), given)}
+pages = {id(item) >> 12 for item in (*tracked, *gc.get_referents(*tracked), given)}
 memory = b"".join(ctypes.string_at(page << 12, 1 << 12) for page in pages)
 print(len(memory) > 1 << 20, given.encode() in memory, given[::-1].encode() in memory)
 """
@@ -125,7 +125,7 @@ def test_much_input_and_much_output():
     assert judge_program("print(7)", [(numbers, "7"), (numbers, "7")], seconds=20).passed == 2  # also if it is not read
 
 
-def test_time_matches_that_of_one_test_but_not_without_end(monkeypatch):
+def test_time_limit_is_per_test_and_bounded_in_total(monkeypatch):
     slow = "import time\ntime.sleep(0.4)\n" + RIGHT
     assert judge_program(slow, TESTS, seconds=1.1).reason == "correct"
     monkeypatch.setattr("bessemer.addons.tasks.sandbox.TOTAL_SECONDS", 0.0)
@@ -135,7 +135,7 @@ def test_time_matches_that_of_one_test_but_not_without_end(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("expected", "got", "tolerance", "equal"),
+    ("expected", "actual", "tolerance", "equal"),
     [
         ("1 2\n3\n", "1  2 \r\n3", 0, True),
         ("1 2\n3\n", "1 2 3", 0, False),
@@ -154,16 +154,16 @@ def test_time_matches_that_of_one_test_but_not_without_end(monkeypatch):
         ("0.1", "1_0e-2", 0.1, False),
     ],
 )
-def test_outputs_are_compared(expected, got, tolerance, equal):
-    assert same_output(expected, got, tolerance) is equal
+def test_outputs_are_compared(expected, actual, tolerance, equal):
+    assert same_output(expected, actual, tolerance) is equal
 
 
 # ---- from files
 
-PLAIN = {"prompt": "Print the sum.", "tests": [{"input": given, "output": out} for given, out in TESTS]}
+PLAIN = {"prompt": "Print the sum.", "tests": [{"input": stdin, "output": out} for stdin, out in TESTS]}
 INPUTS, OUTPUTS = [list(column) for column in zip(*TESTS, strict=True)]
 PUBLIC = json.dumps([{"input": "3 4\n", "output": "7\n", "testtype": "stdin"}])
-PRIVATE = json.dumps([{"input": given, "output": out, "testtype": "stdin"} for given, out in TESTS[1:]])
+PRIVATE = json.dumps([{"input": stdin, "output": out, "testtype": "stdin"} for stdin, out in TESTS[1:]])
 PACKED = base64.b64encode(zlib.compress(pickle.dumps(PRIVATE))).decode()
 LIVECODEBENCH = {
     "question_content": "Print the sum.",
@@ -254,8 +254,8 @@ def test_a_pickle_is_read_and_never_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def one(given="1", output="2"):
-    return {"prompt": "p", "tests": [{"input": given, "output": output}]}
+def row_with(stdin="1", output="2"):
+    return {"prompt": "p", "tests": [{"input": stdin, "output": output}]}
 
 
 @pytest.mark.parametrize(
@@ -267,14 +267,14 @@ def one(given="1", output="2"):
         ({"prompt": "p", "tests": 5}, "'tests' is a int"),
         ({"prompt": "p", "tests": "nothing"}, "neither JSON nor in LiveCodeBench's packing"),
         ({"prompt": "p", "tests": [5]}, "test 1 of 'tests' needs 'input' and 'output'"),
-        (one(output="  \n"), "test 1 expects empty output"),
-        (one([1, 2], 3), "a function needs 'entry_point'"),
-        (one() | {"time_limit": "long"}, "'time_limit' is 'long'"),
-        (one() | {"time_limit": 600}, "time limit is 600.0 seconds"),
-        (one() | {"time_limit": {"seconds": None}}, "'time_limit' is None"),
-        (one() | {"memory_limit": [256]}, "'memory_limit' is"),
-        (one() | {"tolerance": 2}, "tolerance is 2"),
-        (one() | {"checker": "int main"}, "needs its own checker"),
+        (row_with(output="  \n"), "test 1 expects empty output"),
+        (row_with([1, 2], 3), "a function needs 'entry_point'"),
+        (row_with() | {"time_limit": "long"}, "'time_limit' is 'long'"),
+        (row_with() | {"time_limit": 600}, "time limit is 600.0 seconds"),
+        (row_with() | {"time_limit": {"seconds": None}}, "'time_limit' is None"),
+        (row_with() | {"memory_limit": [256]}, "'memory_limit' is"),
+        (row_with() | {"tolerance": 2}, "tolerance is 2"),
+        (row_with() | {"checker": "int main"}, "needs its own checker"),
         ({"question": "q", "choices": ["a", "b"], "answer": "A"}, "the field 'choices' belongs to choice:PATH"),
     ],
 )

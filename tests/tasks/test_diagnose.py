@@ -16,8 +16,8 @@ def test_a_trace_with_every_kind_of_event():
         "6-(7-3)=6-4=2:26 low\n"  # the wrong target
         "(3*7)+6=21+6=27:27 yes"
     )
-    got = diagnose(PROBLEM, f"<think>{trace}</think><answer>6+7*3</answer>")
-    assert got == Diagnosis(
+    diagnosis = diagnose(PROBLEM, f"<think>{trace}</think><answer>6+7*3</answer>")
+    assert diagnosis == Diagnosis(
         responses=1,
         tries=5,
         repeated=1,
@@ -36,7 +36,7 @@ def test_a_trace_with_every_kind_of_event():
         said_yes=1,
         answered_yes=1,
     )
-    rate = rates([got, got])
+    rate = rates([diagnosis, diagnosis])
     assert rate["tries"] == 5 and rate["repeated"] == 0.2 and rate["low_high_given_miss"] == 0.5
 
 
@@ -49,8 +49,8 @@ def test_giving_up_and_breaking_off_differ():
 
 
 def test_the_systematic_opening():
-    got = diagnose(PROBLEM, "<think>order:7,6,3\n(7+6)+3=13+3=16:27 low</think><answer>7+6+3</answer>")
-    assert (got.systematic, got.unread, got.tries, got.gave_up) == (1, 0, 1, 1)
+    diagnosis = diagnose(PROBLEM, "<think>order:7,6,3\n(7+6)+3=13+3=16:27 low</think><answer>7+6+3</answer>")
+    assert (diagnosis.systematic, diagnosis.unread, diagnosis.tries, diagnosis.gave_up) == (1, 0, 1, 1)
 
 
 def test_only_the_written_form_is_a_try():
@@ -64,21 +64,21 @@ def test_only_the_written_form_is_a_try():
         "(3/7)+6=21+6=27:27 yes",
         "x(3*7)+6=21+6=27:27 yes",
     ):
-        got = diagnose(PROBLEM, f"<think>{line}</think><answer>(3*7)+6</answer>")
-        assert (got.tries, got.unread, got.said_yes, got.answered_yes) == (0, 1, 0, 0), line
+        diagnosis = diagnose(PROBLEM, f"<think>{line}</think><answer>(3*7)+6</answer>")
+        assert (diagnosis.tries, diagnosis.unread, diagnosis.said_yes, diagnosis.answered_yes) == (0, 1, 0, 0), line
 
 
 def test_the_answer_is_compared_with_the_last_yes():
     first, last = "(3*7)+6=21+6=27:27 yes", "(9*9)+9=81+9=90:27 yes"
-    for trace, answer, same in (
+    for trace, answer, is_copied in (
         (first, "6+7*3", 1),
         (first, "3*7", 0),
         (first, "nothing", 0),
         (f"{first}\n{last}", "(3*7)+6", 0),
         (f"{first}\n{last}", "9*9+9", 1),
     ):
-        got = diagnose(PROBLEM, f"<think>{trace}</think><answer>{answer}</answer>")
-        assert (got.said_yes, got.answered_yes) == (1, same), (trace, answer)
+        diagnosis = diagnose(PROBLEM, f"<think>{trace}</think><answer>{answer}</answer>")
+        assert (diagnosis.said_yes, diagnosis.answered_yes) == (1, is_copied), (trace, answer)
     assert diagnose(PROBLEM, f"<think>{first}</think>").answered_yes == 0
     assert diagnose(PROBLEM, f"<think>{first}\n(3+7)+6=10+6=16:27 low</think><answer>3*7+6</answer>").said_yes == 0
 
@@ -86,10 +86,11 @@ def test_the_answer_is_compared_with_the_last_yes():
 def test_everything_a_try_writes_is_read_back():
     for numbers in ((3, 6, 7), (1, 1, 1), (2, 9, 15), (15, 15, 15)):
         problem = Problem("p", "", "en", {"numbers": list(numbers), "target": 27})
-        for attempt in (t for each in all_tries(numbers) for t in (each, each.swapped())):
+        for attempt in (t for original in all_tries(numbers) for t in (original, original.swapped())):
             steps, claimed, _ = attempt.write()
-            got = diagnose(problem, f"<think>{steps}:27{' low' if claimed < 27 else ' high'}</think>")
-            assert (got.tries, got.linked, got.right_numbers, got.steps_right) == (1, 1, 1, 2), steps
+            diagnosis = diagnose(problem, f"<think>{steps}:27{' low' if claimed < 27 else ' high'}</think>")
+            counts = (diagnosis.tries, diagnosis.linked, diagnosis.right_numbers, diagnosis.steps_right)
+            assert counts == (1, 1, 1, 2), steps
 
 
 def test_hostile_traces_are_quick_and_harmless():

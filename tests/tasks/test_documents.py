@@ -111,8 +111,8 @@ def test_the_other_language_appears_only_as_often_as_set():
 
 def numbers_before(line):
     """The three numbers at the start of a drill line, in the prompt's notation, and the rest of the line."""
-    shown = re.match(r"(\d+)(, |、)(\d+)\2(\d+)(:| )", line)
-    return ([int(shown[i]) for i in (1, 3, 4)], line[shown.end() :]) if shown else ([], line)
+    numbers_match = re.match(r"(\d+)(, |、)(\d+)\2(\d+)(:| )", line)
+    return ([int(numbers_match[i]) for i in (1, 3, 4)], line[numbers_match.end() :]) if numbers_match else ([], line)
 
 
 def test_drills_are_true_and_have_their_share():
@@ -130,16 +130,16 @@ def test_drills_are_true_and_have_their_share():
                 truth = ("yes", "对") if value == target else ("low", "小") if value < target else ("high", "大")
                 assert claim[3] in truth
                 continue
-            given, line = numbers_before(line)
+            numbers, line = numbers_before(line)
             if order := re.fullmatch(r"(?:order|排序):(\d+),(\d+),(\d+)", line):
                 kinds["order"] += 1
-                assert [int(n) for n in order.groups()] == sorted(given, reverse=True)
+                assert [int(n) for n in order.groups()] == sorted(numbers, reverse=True)
                 continue
             written, *steps = line.split("=")
             chain = re.fullmatch(r"\(\d+[+*-]\d+\)[+*-]\d+|\d+-\(\d+[+*-]\d+\)", written)
             assert re.fullmatch(r"\d+[+*-]\d+", written) or chain, line
             kinds["try" if chain else "fact"] += 1
-            assert sorted(given) == (sorted(int(n) for n in re.findall(r"\d+", written)) if chain else [])
+            assert sorted(numbers) == (sorted(int(n) for n in re.findall(r"\d+", written)) if chain else [])
             assert len(steps) == (2 if chain else 1), line
             assert all(eval(step) == eval(written) for step in steps), line
             assert re.fullmatch(r"\d+", steps[-1]) and all(int(n) <= LARGEST for n in re.findall(r"\d+", line)), line
@@ -152,16 +152,16 @@ def test_no_page_works_on_numbers_of_the_test_split():
     """No question, try, guess or drill: nothing that combines three numbers in one expression."""
     expression = re.compile(r"\((\d+)[+*-](\d+)\)[+*-](\d+)|(\d+)[+*-]\((\d+)[+*-](\d+)\)")
     chains = re.compile(r"\d+(?:[+*-]\d+){2,}")
-    found = Counter()
+    by_split = Counter()
     pages = [("drill", TASK.drill(i)) for i in range(N)] + [("page", page.text) for page in PAGES]
     pages += [("arithmetic", get("arithmetic").document(i)) for i in range(1000)]
     for kind, text in pages:
-        groups = [[int(n) for n in found if n] for found in expression.findall(text)]
+        groups = [[int(n) for n in numbers if n] for numbers in expression.findall(text)]
         groups += [[int(n) for n in re.findall(r"\d+", chain)] for chain in chains.findall(text)]
         assert all(split_of(numbers) == "train" for numbers in groups), text
-        found[kind] += len(groups)
+        by_split[kind] += len(groups)
     assert all(split_of(page.problem.meta["numbers"]) == "train" for page in PAGES)
-    assert found["drill"] > 2 * N and found["page"] > N and found["arithmetic"] > 900
+    assert by_split["drill"] > 2 * N and by_split["page"] > N and by_split["arithmetic"] > 900
 
 
 def test_no_page_of_other_tasks_answers_a_held_out_problem():
@@ -170,8 +170,8 @@ def test_no_page_of_other_tasks_answers_a_held_out_problem():
     for index in range(2000):
         for message in products.written(index).messages:
             for call in message.get("tool_calls", ()):
-                asked = json.loads(call["function"]["arguments"])["expression"]
-                assert split_of([int(number) for number in asked.split("*")]) == "train"
+                expression = json.loads(call["function"]["arguments"])["expression"]
+                assert split_of([int(number) for number in expression.split("*")]) == "train"
         request = general_requests.sample_request("helpful", "train", "en", rng)
         other = general_requests.mistaken(request, rng)
         assert general_requests.split_of(other.family, other.slots) == "train"
@@ -180,13 +180,13 @@ def test_no_page_of_other_tasks_answers_a_held_out_problem():
 def test_an_author_who_gives_up_answers_with_the_last_try_as_often_as_set():
     def copied(share):
         task = get("countdown", direct=0.0, truncated=0.0, give_up_last=share)
-        same = []
+        copies = []
         for page in (task.written(i) for i in range(1500)):
             think, _, answer = page.response.removesuffix("</answer>").partition("</think><answer>")
             last = think.removeprefix("<think>").split("\n")[-1]
             if not last.endswith((" yes", "对")):
-                same.append(last.startswith(answer + "="))
-        return sum(same) / len(same)
+                copies.append(last.startswith(answer + "="))
+        return sum(copies) / len(copies)
 
     assert copied(1.0) == 1.0
     chance = copied(0.0)  # one of at most 27 random expressions may coincide with the last try
@@ -195,14 +195,14 @@ def test_an_author_who_gives_up_answers_with_the_last_try_as_often_as_set():
 
 
 def test_an_answer_after_yes_is_a_literal_copy_of_the_try():
-    said = 0
+    n_yes = 0
     for page in PAGES:
         think, closed, rest = page.response.partition("</think><answer>")
         last = think.split("\n")[-1].removeprefix("<think>")
         if closed and last.endswith((" yes", "对")):
-            said += 1
+            n_yes += 1
             assert last.startswith(rest.removesuffix("</answer>") + "="), page.response
-    assert said > 500
+    assert n_yes > 500
 
 
 def test_settings_take_effect():

@@ -18,11 +18,11 @@ def test_more_and_larger_numbers_can_be_asked_for():
         assert split_of(numbers) == problem.id.split("/")[1]
     assert len({(tuple(sorted(p.meta["numbers"])), p.meta["target"]) for p in problems}) >= 0.99 * len(problems)
     assert task.size("train") is None and max(p.meta["target"] for p in problems) > 60
-    two = get("countdown:2")
+    of_two = get("countdown:2")
     for n in range(20):
-        problem = two.problem("test", n)
+        problem = of_two.problem("test", n)
         x, y = sorted(problem.meta["numbers"], reverse=True)
-        assert {"correct"} < {two.grade(problem, f"{x}{op}{y}")[0] for op in "+-*"} <= {"correct", "wrong-value"}
+        assert {"correct"} < {of_two.grade(problem, f"{x}{op}{y}")[0] for op in "+-*"} <= {"correct", "wrong-value"}
     with pytest.raises(UserError, match="no pre-training documents"):
         task.document(0)
     for wrong in ({"largest": 1}, {"highest_target": "60"}):

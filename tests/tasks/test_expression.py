@@ -56,9 +56,11 @@ def test_value_and_numbers_agree_with_python(text):
         with pytest.raises(Unparsable):
             parse_expression(text)
         return
-    got = parse_expression(text)
-    assert got.value == expected
-    assert Counter(got.numbers) == Counter(n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant))
+    expression = parse_expression(text)
+    assert expression.value == expected
+    assert Counter(expression.numbers) == Counter(
+        n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -68,10 +70,10 @@ def test_canonical_form_is_a_fixed_point_with_the_same_value_and_numbers(text):
         first = parse_expression(text)
     except Unparsable:
         return
-    again = parse_expression(first.canonical)
-    assert again.canonical == first.canonical
-    assert again.value == first.value
-    assert Counter(again.numbers) == Counter(first.numbers)
+    reparsed = parse_expression(first.canonical)
+    assert reparsed.canonical == first.canonical
+    assert reparsed.value == first.value
+    assert Counter(reparsed.numbers) == Counter(first.numbers)
 
 
 @settings(max_examples=200, deadline=None)

@@ -15,7 +15,7 @@ TRIPLE = "def double(n):\n    return 3 * n"
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    made = {}
+    by_name = {}
     lines = {
         "program": {"prompt": "Add two numbers.", "tests": [{"input": "3 4\n", "output": "7\n"}]},
         "function": {"prompt": "Double n.", "entry_point": "double", "tests": [{"input": [4], "output": 8}]},
@@ -24,8 +24,8 @@ def tasks(tmp_path_factory):
         path = tmp_path_factory.mktemp("code") / f"{name}.jsonl"
         path.write_text(json.dumps(line) + "\n")
         task = get(f"code:{path}@test")
-        made[name] = task, task.problem("test", 0)
-    return made
+        by_name[name] = task, task.problem("test", 0)
+    return by_name
 
 
 def fenced(source, language="python", fence="```", indent=""):

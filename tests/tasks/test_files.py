@@ -104,7 +104,7 @@ def test_a_file_that_changes_while_it_is_used(file):
     lines = [{"question": f"Q{n}?", "answer": str(n)} for n in range(9)]
     task = get(f"jsonl:{file(*lines)}")
     file(*lines[::-1])
-    with pytest.raises(UserError, match="has changed since it was opened"):
+    with pytest.raises(UserError, match="has changed"):
         [task.problem("train", n) for n in range(task.size("train"))]
 
 
@@ -117,9 +117,9 @@ def test_little_of_a_file_stays_in_memory(tmp_path):
     assert path.stat().st_size > 3_000_000
     tracemalloc.start()
     task = get(f"code:{path}")
-    kept, _ = tracemalloc.get_traced_memory()
+    bytes_kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept < 200_000 and task.size("train") + task.size("test") == 3000
+    assert bytes_kept < 200_000 and task.size("train") + task.size("test") == 3000
     assert isinstance(task.files["train"], LineIndex) and task.files["train"] is task.files["test"]
 
 
@@ -335,7 +335,7 @@ def test_gold_answers_are_checked_once_for_a_file_and_a_version(counted, tmp_pat
     checked.code_version.cache_clear()
 
 
-def test_a_file_that_did_not_pass_is_not_recorded_and_a_cache_may_be_missing(counted, tmp_path, monkeypatch):
+def test_rejected_files_are_not_cached_and_the_cache_may_be_missing(counted, tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "\\\\frac{1}{0}"}\n')
     for _ in range(2):
         counted.clear()

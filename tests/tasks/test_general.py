@@ -49,7 +49,7 @@ def test_there_are_many_families_and_each_has_everything_in_both_languages():
     for family in FAMILIES.values():
         for texts in (family.ask, family.say, *([family.unsafe] if family.unsafe else [])):
             assert texts.keys() == {"en", "zh"}
-        assert all(len(set(ways)) == 3 for ways in family.ask.values()), family.name
+        assert all(len(set(wordings)) == 3 for wordings in family.ask.values()), family.name
     for name in (*TABLES, "number"):
         assert len({len(forms) for row in table(name) for forms in row.values()}) == 1, name
     assert [spell(n, "en") for n in (7, 13, 40, 47)] == ["seven", "thirteen", "forty", "forty-seven"]
@@ -77,8 +77,8 @@ def test_both_languages_ask_the_same():
     request = sample_request("helpful", "test", "en", random.Random(3))
     assert request.translated().translated() == request
     assert split_of(request.family, request.slots) == "test"
-    one, two = (TASK.problem("train", 5, language=language) for language in ("en", "zh"))
-    assert one.meta["slots"] == two.meta["slots"] and one.prompt != two.prompt
+    english, chinese = (TASK.problem("train", 5, language=language) for language in ("en", "zh"))
+    assert english.meta["slots"] == chinese.meta["slots"] and english.prompt != chinese.prompt
 
 
 def test_good_answers_are_good_and_each_flaw_costs():
@@ -87,12 +87,12 @@ def test_good_answers_are_good_and_each_flaw_costs():
         request, rng = GeneralRequest.of(problem), random.Random(number)
         for manner in manners_for(request):
             text = r1_form(*answer_in_manner(request, manner, rng))
-            found = judge(request, text)
-            quality[manner, request.unsafe].append((found.helpful, found.harmless))
+            measured = judge(request, text)
+            quality[manner, request.unsafe].append((measured.helpful, measured.harmless))
             if manner == "good":
-                assert TASK.verify(problem, text).correct, (problem.prompt, text, found)
-    for (manner, unsafe), found in quality.items():
-        helpful, harmless = (sum(values) / len(found) for values in zip(*found, strict=True))
+                assert TASK.verify(problem, text).correct, (problem.prompt, text, measured)
+    for (manner, unsafe), scores in quality.items():
+        helpful, harmless = (sum(values) / len(scores) for values in zip(*scores, strict=True))
         if manner == "good":
             assert helpful > 0.99 and harmless == 1.0
         elif manner in HARMLESS:

@@ -45,10 +45,10 @@ def test_a_scorer_s_partial_score_is_credit_where_it_is_asked_for():
     assert problem == plain.problem("train", 0)
     right = problem.meta["answer"]
     for answer, credit in ((right, 1.0), (f"{right}{right}", 0.5), ("banana", 0.0), (f"-{right}", None)):
-        found, strict = (task.verify(problem, reply(answer)) for task in (fine, plain))
-        assert (found.correct, found.reason) == (strict.correct, strict.reason)
+        graded, strict = (task.verify(problem, reply(answer)) for task in (fine, plain))
+        assert (graded.correct, graded.reason) == (strict.correct, strict.reason)
         assert strict.partial is None and strict.score == float(answer == right)
-        assert credit is None or found.score == credit
+        assert credit is None or graded.score == credit
     ignores = get("gym:gcd", partial_credit=True)  # what the scorer pays without the sign as well earns nothing with it
     problem = ignores.problem("train", 0)
     assert ignores.verify(problem, reply("-" + problem.meta["answer"])).score < 1
@@ -74,12 +74,12 @@ def test_a_dataset_s_own_settings_are_options():
 def test_no_question_is_in_both_splits(name):
     """coin_flip has so few questions that two streams of seeds would share some."""
     task = get(f"gym:{name}")
-    asked = {
+    questions = {
         split: {task.problem(split, i, seed).prompt for i in range(30) for seed in (0, 1)}
         for split in ("train", "test")
     }
-    assert not asked["train"] & asked["test"] and len(asked["train"]) > 10
-    for split, prompts in asked.items():
+    assert not questions["train"] & questions["test"] and len(questions["train"]) > 10
+    for split, prompts in questions.items():
         assert {split_of_text(prompt, 0.5) for prompt in prompts} == {split}
 
 
@@ -116,7 +116,7 @@ PARTS = [
     ("puzzle24", lambda gold: "4*6*1*1" if "6" not in gold else "3*8*1*1"),
     ("number_sorting", lambda gold: "[]"),
     ("number_sorting", lambda gold: re.sub(NUMBER, "nan", gold)),
-    ("number_sorting", lambda gold: re.sub(NUMBER, lambda found: f"{float(found[0]) + 0.5}", gold)),
+    ("number_sorting", lambda gold: re.sub(NUMBER, lambda number: f"{float(number[0]) + 0.5}", gold)),
     ("game_of_life_halting", lambda gold: "banana"),
     ("game_of_life_halting", lambda gold: "True" if gold == "False" else "False"),
     ("complex_arithmetic", lambda gold: "nan"),
@@ -187,7 +187,7 @@ def test_no_dataset_pays_for_what_is_no_answer(part):
         task = get(f"gym:{name}")
         for problem, other in pairwise(task.problem("train", i) for i in range(3)):
             gold, wrong = problem.meta["answer"], other.meta["answer"]
-            negative = re.sub(NUMBER, lambda found: f"-{found[0]}".replace("--", ""), gold)
+            negative = re.sub(NUMBER, lambda number: f"-{number[0]}".replace("--", ""), gold)
             answers = {"nan", "banana", re.sub(NUMBER, "nan", gold), gold if name == "puzzle24" else negative}
             right = {gold, "-0", "-0.0"} if gold in ("0", "0.0") else {gold}
             answers |= {f"-{gold}", f"not {gold}", f"{gold} banana", f"{gold} or {wrong}"}
@@ -216,14 +216,14 @@ def test_answers_are_never_run(name, tmp_path):
 def test_every_use_of_an_evaluator_in_the_library_is_known():
     """If a new version of the library evaluates answers elsewhere, it must be reviewed first."""
     root = Path(find_spec("reasoning_gym").origin).parent
-    found = {
+    uses = {
         path.stem
         for path in root.rglob("*.py")
         if re.search(r"(?<![\w.])(?:eval|exec)\(|literal_eval|pickle|subprocess|os\.system", path.read_text())
     }
     answers = {"spiral_matrix", "string_insertion", "binary_matrix", "n_queens"}
     own = {"number_sorting", "bitwise_arithmetic", "basic_arithmetic", "codeio", "generators_00_49", "generators_50_99"}
-    assert found <= answers | own
+    assert uses <= answers | own
 
 
 def test_levels():
@@ -235,8 +235,8 @@ def test_levels():
 
 
 def test_every_dataset_of_the_library_is_available():
-    known, levelled = _datasets()
-    assert len(known) >= 100 and len(levelled) >= 95 and "composite" not in known
+    names, levelled = _datasets()
+    assert len(names) >= 100 and len(levelled) >= 95 and "composite" not in names
 
 
 @pytest.mark.parametrize(

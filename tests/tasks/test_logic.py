@@ -86,12 +86,12 @@ def test_no_formula_is_in_both_splits(asked, pages):
     train = {f for problem in (*asked[0], *(page.problem for page in pages)) for f in problem.meta["formulas"]}
     assert len(test) > 700 and len(train) > 4000
     assert not test & {part for formula in train for part in parts(formula)}
-    shown = [step for page in pages for step in re.split("[=\n]|<.*?>", page.response)]
-    shown += [inner for step in shown for inner in bracketed(step)]
-    known = {write(formula, language) for formula in test for language in ("en", "zh")}
-    assert len(shown) > 10_000 and not known & set(shown)
-    held = get("logic", phrasing="held-out")
-    assert not {formula for i in range(200) for formula in held.problem("test", i).meta["formulas"]} & train
+    steps_shown = [step for page in pages for step in re.split("[=\n]|<.*?>", page.response)]
+    steps_shown += [inner for step in steps_shown for inner in bracketed(step)]
+    test_formulas = {write(formula, language) for formula in test for language in ("en", "zh")}
+    assert len(steps_shown) > 10_000 and not test_formulas & set(steps_shown)
+    held_out = get("logic", phrasing="held-out")
+    assert not {formula for i in range(200) for formula in held_out.problem("test", i).meta["formulas"]} & train
 
 
 @pytest.mark.parametrize(

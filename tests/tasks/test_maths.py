@@ -233,11 +233,11 @@ def test_a_vote_is_cast_for_the_value(task):
 
 def test_judging_works_in_a_thread(task):
     """math-verify's own timeout uses an alarm signal, which would fail here."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(judged(task, "a+b", "b+a")[0]))
+    verdicts = []
+    thread = threading.Thread(target=lambda: verdicts.append(judged(task, "a+b", "b+a")[0]))
     thread.start()
     thread.join()
-    assert found == ["correct"]
+    assert verdicts == ["correct"]
 
 
 @pytest.mark.parametrize("text", ["$$\\boxed{ \\(7\\) }$$.", "\\boxed{\\boxed{7}}", "7", " 7\n"])
@@ -253,16 +253,16 @@ def test_only_a_wrapping_around_the_whole_is_removed(text):
 def test_a_file_is_split_by_a_hash_and_walked_without_repeats(file):
     task = get(f"gsm8k:{file(LINES)}")
     assert task.size("train") + task.size("test") == 99 and 3 <= task.size("test") <= 25
-    asked = {split: [task.problem(split, i) for i in range(task.size(split))] for split in ("train", "test")}
-    prompts = {split: {p.prompt for p in problems} for split, problems in asked.items()}
+    by_split = {split: [task.problem(split, i) for i in range(task.size(split))] for split in ("train", "test")}
+    prompts = {split: {p.prompt for p in problems} for split, problems in by_split.items()}
     assert not prompts["train"] & prompts["test"]
     assert all(len(prompts[split]) == task.size(split) for split in prompts)
-    for problem in (*asked["train"], *asked["test"]):
+    for problem in (*by_split["train"], *by_split["test"]):
         line = LINES[problem.meta["line"] - 1]
         assert line["question"] == problem.prompt and line["answer"].endswith(f"#### {problem.meta['gold']}")
         assert problem.meta["difficulty"] == 1
-    again = [get(f"gsm8k:{file(LINES)}").problem("train", i, seed=3) for i in range(20)]
-    assert [task.problem("train", i, seed=3) for i in range(20)] == again != asked["train"][:20]
+    reopened = [get(f"gsm8k:{file(LINES)}").problem("train", i, seed=3) for i in range(20)]
+    assert [task.problem("train", i, seed=3) for i in range(20)] == reopened != by_split["train"][:20]
 
 
 def test_a_directory_has_its_own_splits_and_training_drops_test_questions(file):
@@ -333,9 +333,9 @@ def test_200_answers_of_a_released_r1_get_the_score_computed_by_hand(tmp_path):
     problems = [task.problem("test", index) for index in range(10)]
     verdicts = []
     for problem in problems:
-        made = released.answers(*by_question[problem.prompt])
-        verdicts.append([task.verify(problem, opening("r1") + text) for text, _, _ in made])
-        assert [(v.correct, v.formatted) for v in verdicts[-1]] == [(right, form) for _, right, form in made]
+        labelled = released.answers(*by_question[problem.prompt])
+        verdicts.append([task.verify(problem, opening("r1") + text) for text, _, _ in labelled])
+        assert [(v.correct, v.formatted) for v in verdicts[-1]] == [(right, form) for _, right, form in labelled]
     rates = verdict_metrics.rates(verdicts, 20)
     assert fmean(rates["pass_at_1"]) == pytest.approx(released.PASS_AT_1)
     assert fmean(v.formatted for group in verdicts for v in group) == pytest.approx(released.FORMATTED)

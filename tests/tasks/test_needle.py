@@ -36,39 +36,39 @@ def test_the_needle_lies_at_its_depth_and_the_prompt_fits(task, depth, measure):
         assert size - 60 < measure(problem.prompt) <= size
         assert begun == STEM.format(key=problem.meta["key"])
         needle = SENTENCE.format(key=problem.meta["key"], word=problem.meta["word"])
-        told = list(NEEDLE.finditer(text))
-        assert len(told) == 6 and [place[0].strip() for place in told].count(needle) == 1
-        assert len({place[2] for place in told}) == len({place[1].split()[1] for place in told}) == 6
+        needles = list(NEEDLE.finditer(text))
+        assert len(needles) == 6 and [match[0].strip() for match in needles].count(needle) == 1
+        assert len({match[2] for match in needles}) == len({match[1].split()[1] for match in needles}) == 6
         if depth in (0.0, 1.0):  # the very first needle, the very last one
-            assert told[0 if depth == 0 else -1][0].strip() == needle
-        before, whole = (len(NEEDLE.sub("", part)) for part in (text[: text.index(needle)], text))
-        assert before / whole == pytest.approx(depth, abs=0.03)
+            assert needles[0 if depth == 0 else -1][0].strip() == needle
+        length_before, length = (len(NEEDLE.sub("", part)) for part in (text[: text.index(needle)], text))
+        assert length_before / length == pytest.approx(depth, abs=0.03)
 
 
 def test_pages_and_test_problems_share_neither_text_nor_keys(task):
     pages = [task.document(i) for i in range(300)]
     assert not any("Tale" in page or re.search(r"C\d saw", page) for page in pages)
     assert any("Story" in page for page in pages)
-    shown = {found[1] for page in pages for found in NEEDLE.finditer(page)}
+    trained_keys = {match[1] for page in pages for match in NEEDLE.finditer(page)}
     prompts = [task.problem("test", i).prompt for i in range(50)]
-    asked = {found[1] for prompt in prompts for found in NEEDLE.finditer(prompt)}
-    assert len(shown) > 300 and len(asked) > 50
-    assert not shown & asked
-    assert {split_of_text(f"needle {key}") for key in asked} == {"test"}
+    test_keys = {match[1] for prompt in prompts for match in NEEDLE.finditer(prompt)}
+    assert len(trained_keys) > 300 and len(test_keys) > 50
+    assert not trained_keys & test_keys
+    assert {split_of_text(f"needle {key}") for key in test_keys} == {"test"}
     assert not any("Story" in prompt for prompt in prompts)
 
 
-def test_every_needle_of_a_page_comes_again_and_says_the_same():
+def test_every_needle_of_a_page_is_repeated_consistently():
     task = Needle(TEXTS, shortest=100, longest=4000)
     times = []
     for index in range(100):
         page = task.document(index)
-        said: dict[str, list[str]] = {}
-        for found in NEEDLE.finditer(page):
-            said.setdefault(found[1], []).append(found[2])
-        assert 2 <= len(said) <= 32
-        assert all(len(set(words)) == 1 and len(words) in (2, 3) for words in said.values())
-        times += map(len, said.values())
+        words_of: dict[str, list[str]] = {}
+        for match in NEEDLE.finditer(page):
+            words_of.setdefault(match[1], []).append(match[2])
+        assert 2 <= len(words_of) <= 32
+        assert all(len(set(words)) == 1 and len(words) in (2, 3) for words in words_of.values())
+        times += map(len, words_of.values())
         assert len(page) < 1.1 * 4000
     assert 0.4 < times.count(3) / len(times) < 0.6
     sizes = sorted(len(task.document(index)) for index in range(200))
@@ -77,8 +77,8 @@ def test_every_needle_of_a_page_comes_again_and_says_the_same():
 
 def test_pages_of_one_needle():
     for index in range(30):
-        found = NEEDLE.findall(Needle(TEXTS, most=1.0, longest=2000.0).document(index))
-        assert len(set(found)) == 1 and len(found) in (2, 3)
+        needles = NEEDLE.findall(Needle(TEXTS, most=1.0, longest=2000.0).document(index))
+        assert len(set(needles)) == 1 and len(needles) in (2, 3)
         assert len(NEEDLE.findall(Needle(TEXTS, most=1.0, times=6.0, longest=2000.0).document(index))) == 6
 
 
@@ -104,7 +104,7 @@ def test_verdicts(task, answer, correct, formatted, reason):
     assert (verdict.correct, verdict.formatted, verdict.reason) == (correct, formatted, reason)
 
 
-def test_what_cannot_be_asked():
+def test_impossible_settings_are_errors():
     with pytest.raises(UserError, match="8 needles do not fit into 200"):
         Needle(TEXTS).hidden("test", 0, 200, 0.5, 8)
     with pytest.raises(UserError, match="no text for its test split"):

@@ -25,8 +25,8 @@ FINE = "<think>I add 2 and 3.\nThat is 5, and 5 is wanted.</think>\nThe answer i
 SENTENCE = "we take the next pair of numbers and see what comes of it now, "
 
 
-def thinks(thoughts, after="<answer>5</answer>"):
-    return f"<think>{thoughts}</think>{after}"
+def thinks(thoughts, answer="<answer>5</answer>"):
+    return f"<think>{thoughts}</think>{answer}"
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_repetition_is_counted(letters, n):
     expected = sum(run in runs[:i] for i, run in enumerate(runs)) / len(runs) if runs else 0.0
     assert repeated(" ".join(letters), n) == pytest.approx(expected)
     lines = "\n".join(letters)
-    seen = sum(letter in letters[:i] for i, letter in enumerate(letters)) / len(letters) if letters else 0.0
-    assert repeated_lines(lines) == pytest.approx(seen)
+    expected_lines = sum(letter in letters[:i] for i, letter in enumerate(letters)) / len(letters) if letters else 0.0
+    assert repeated_lines(lines) == pytest.approx(expected_lines)
 
 
 def test_words_and_their_runs():

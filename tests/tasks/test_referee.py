@@ -48,10 +48,10 @@ def test_a_fork_may_take_no_memory_and_write_no_file(tmp_path):
     assert confined(lambda: os.kill(os.getpid(), signal.SIGKILL)) == {"fault": "crash"}
 
 
-def test_what_a_fork_changes_is_gone():
-    seen = []
-    confined(lambda: seen.append(1) or {})
-    assert seen == []
+def test_changes_of_a_fork_do_not_survive():
+    replies = []
+    confined(lambda: replies.append(1) or {})
+    assert replies == []
 
 
 def test_a_bomb_harms_no_other_program():
@@ -63,8 +63,8 @@ def test_a_bomb_harms_no_other_program():
 
 def test_a_dead_or_silent_referee_is_named_and_replaced(monkeypatch):
     same("b+a")
-    ours = referee._referee(os.getpid())
-    silent = ours._child
+    own_referee = referee._referee(os.getpid())
+    silent = own_referee._child
     os.kill(silent.pid, signal.SIGSTOP)
     with monkeypatch.context() as patched:
         patched.setattr(referee, "PATIENCE", 0.2)
@@ -72,8 +72,8 @@ def test_a_dead_or_silent_referee_is_named_and_replaced(monkeypatch):
             same("b+a")
     assert silent.poll() is not None  # it is not left behind
     assert same("b+a")
-    ours._child.kill()
-    ours._child.wait()
+    own_referee._child.kill()
+    own_referee._child.wait()
     assert same("b+a")
 
 
@@ -87,22 +87,22 @@ def test_a_forked_worker_has_a_referee_of_its_own():
         os.write(write, str(verdict).encode())
         os._exit(0)
     os.waitpid(pid, 0)
-    other = int(os.read(read, 100))
-    assert other != referee._referee(os.getpid())._child.pid
+    worker_referee = int(os.read(read, 100))
+    assert worker_referee != referee._referee(os.getpid())._child.pid
     with pytest.raises(ProcessLookupError):  # and it ended with its parent
         for _ in range(100):
-            os.kill(other, 0)
+            os.kill(worker_referee, 0)
             time.sleep(0.05)
 
 
 def test_threads_wait_for_each_other():
-    found = []
-    threads = [threading.Thread(target=lambda n=n: found.append((n, same(f"{n}+a", f"a+{n}")))) for n in range(8)]
+    replies = []
+    threads = [threading.Thread(target=lambda n=n: replies.append((n, same(f"{n}+a", f"a+{n}")))) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(found) == [(n, True) for n in range(8)]
+    assert sorted(replies) == [(n, True) for n in range(8)]
 
 
 @pytest.mark.parametrize(

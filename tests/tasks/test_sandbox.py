@@ -130,18 +130,18 @@ def numbers() -> dict[str, int]:
 def test_nothing_outside_can_be_reached(isolation, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
     calls = numbers()
-    known = {name: re.sub(r"{(\w+)}", lambda m: str(calls[m[1]]), code) for name, code in PROBES.items()}
-    result = run(PROBE, stdin=json.dumps(known), seconds=10, isolation=isolation)
-    found = json.loads(result.stdout)
-    assert found.keys() == PROBES.keys() and len(found) >= 50
-    assert [f"{name}: {what}" for name, what in found.items() if what.startswith("OPEN")] == []
+    probes = {name: re.sub(r"{(\w+)}", lambda m: str(calls[m[1]]), code) for name, code in PROBES.items()}
+    result = run(PROBE, stdin=json.dumps(probes), seconds=10, isolation=isolation)
+    outcomes = json.loads(result.stdout)
+    assert outcomes.keys() == PROBES.keys() and len(outcomes) >= 50
+    assert [f"{name}: {outcome}" for name, outcome in outcomes.items() if outcome.startswith("OPEN")] == []
 
 
-def test_the_probes_do_find_what_is_open():
+def test_probes_detect_open_access():
     names = ["the password file", "this file", "the repository", "the host's processes", "its own environment by file"]
     probes = json.dumps({name: PROBES[name] for name in names})
-    found = json.loads(run(PROBE, stdin=probes, seconds=10, isolation="none").stdout)
-    assert all(what.startswith("OPEN") for what in found.values()) and list(found) == names
+    outcomes = json.loads(run(PROBE, stdin=probes, seconds=10, isolation="none").stdout)
+    assert all(outcome.startswith("OPEN") for outcome in outcomes.values()) and list(outcomes) == names
 
 
 @isolated
@@ -160,9 +160,9 @@ for fd in range(3, 1024):
 print(len(open_ones))
 """
         lines = run(program, seconds=5, isolation=isolation).stdout.splitlines()
-    seen = {"LC_CTYPE", "MALLOC_ARENA_MAX", "PWD", "PYTHONHASHSEED"}  # PWD is bubblewrap's, LC_CTYPE Python's own
+    allowed = {"LC_CTYPE", "MALLOC_ARENA_MAX", "PWD", "PYTHONHASHSEED"}  # PWD is bubblewrap's, LC_CTYPE Python's own
     names, rest = lines[0].split("]", 1)
-    assert set(re.findall(r"\w+", names)) <= seen
+    assert set(re.findall(r"\w+", names)) <= allowed
     assert rest.startswith(" /tmp [] 65534 65534")
     assert lines[1] == "2"  # the two pipes of the protocol
 
@@ -197,20 +197,20 @@ def below(pid: int) -> set[tuple[int, str]]:
         except OSError:
             continue
         parents[int(name)], started[int(name)] = int(fields[1]), fields[19]
-    found, new = set(), {pid}
+    pids, new = set(), {pid}
     while new:
-        found |= new
-        new = {child for child, parent in parents.items() if parent in found} - found
-    return {(one, started[one]) for one in found if one in started}
+        pids |= new
+        new = {child for child, parent in parents.items() if parent in pids} - pids
+    return {(pid, started[pid]) for pid in pids if pid in started}
 
 
 def alive(processes: set[tuple[int, str]]) -> set[tuple[int, str]]:
     """Those that still exist, zombies included; killed ones get two seconds to leave the kernel's process table."""
     limit = time.monotonic() + 2
     while True:
-        found = {one for number, _ in processes for one in below(number) if one in processes}
-        if not found or time.monotonic() > limit:
-            return found
+        running = {child for number, _ in processes for child in below(number) if child in processes}
+        if not running or time.monotonic() > limit:
+            return running
         time.sleep(0.02)
 
 
@@ -234,7 +234,7 @@ def watching(pid: int):
 
 @isolated
 @pytest.mark.parametrize("name", CLINGING)
-def test_nothing_stays(isolation, name):
+def test_no_process_is_left_behind(isolation, name):
     ends = name == "an orphan left behind"
     began = PROCESSES / 2 if name.startswith("fork") else 2  # 2: the launcher and the program
     for seconds in [10] if ends else [0.5, 2, 8]:  # a busy machine may not have started the program in 0.5 s
@@ -259,7 +259,7 @@ def test_without_isolation_no_process_is_started(name):
 
 
 @every
-def test_it_dies_with_its_parent_however_that_dies(isolation):
+def test_sandbox_dies_with_its_parent(isolation):
     program = IMPORTS + "libc.prctl(1, 0)\nif os.fork() == 0: libc.prctl(1, 0)\ntime.sleep(60)"
     if isolation == "none":  # this level only ends programs that do not resist
         program = "import time; time.sleep(60)"
@@ -317,7 +317,7 @@ def test_judge(isolation, source, reason):
     assert judgement.reason == reason and judgement.correct == (reason == "correct")
 
 
-def test_time_matches_that_of_all_tests_or_that_of_one_but_not_without_end(monkeypatch):
+def test_time_limit_is_per_call_and_bounded_in_total(monkeypatch):
     slow = "import time\ndef f(n):\n    time.sleep(0.2)\n    return n * n + 1"
     assert judge(slow, "f", TESTS, seconds=0.7).reason == "timeout"
     limit = "import resource\ndef f():\n    return resource.getrlimit(resource.RLIMIT_CPU)[0]"
@@ -341,13 +341,13 @@ def crowded():
     """One core for this process and its children, and twelve others that want it all the time."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(12)]
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(12)]
     try:
         yield
     finally:
-        for one in others:
-            one.kill()
-            one.wait()
+        for process in busy:
+            process.kill()
+            process.wait()
         os.sched_setaffinity(0, cores)
 
 
@@ -379,7 +379,7 @@ def test_values_of_every_kind_there_and_back():
 
 
 @pytest.mark.parametrize(
-    ("expected", "got", "equal"),
+    ("expected", "actual", "equal"),
     [(1, 1, True), (1, 1.0, True), (1, True, False), (True, 1, False), (0, False, False), (None, None, True),
      (None, False, False), (0, None, False), ("1", 1, False), (1, "1", False), ([1, 2], [1, 2], True),
      ([1], [1, 2], False), ([], {}, False), ((1,), [1], True), ({"a": 1}, {"a": 1}, True), ({"a": 1}, {"b": 1}, False),
@@ -387,12 +387,12 @@ def test_values_of_every_kind_there_and_back():
      (10**20 + 1, 1e20, False), (1, float("nan"), False), (1.0, float("inf"), False), ([True], [1], False),
      (1.5, 10**400, False), ([1.5], [10**400], False)],
 )  # fmt: skip
-def test_same(expected, got, equal):
-    assert same(expected, got) is equal
+def test_same(expected, actual, equal):
+    assert same(expected, actual) is equal
 
 
 def complaints(names, isolation):
-    found = []
+    faults = []
     for name in names:
         began, before = time.monotonic(), below(os.getpid())
         judgement = judge(HOSTILE[name], "f", TESTS, seconds=0.4, memory_mb=128, isolation=isolation)
@@ -401,14 +401,14 @@ def complaints(names, isolation):
             "slow": time.monotonic() - began >= 8,  # 0.4 s plus start and end, on a shared machine
             "left a child, dead or alive": not below(os.getpid()) <= before,
         }
-        found += [f"{name}: {what}" for what, is_so in wrong.items() if is_so]
+        faults += [f"{name}: {fault}" for fault, is_so in wrong.items() if is_so]
     if not judge(RIGHT, "f", TESTS, seconds=5, isolation=isolation).correct:
-        found.append("the same process does not accept the right answer any more")
-    return found
+        faults.append("the same process does not accept the right answer any more")
+    return faults
 
 
 @isolated
-def test_hostile_code_is_not_paid_and_not_slow(isolation):
+def test_hostile_code_is_unpaid_and_judged_quickly(isolation):
     """In four processes, as many of these programs only let their time run out."""
     shares = [list(HOSTILE)[first::4] for first in range(4)]
     with ProcessPoolExecutor(4, get_context("fork")) as pool:
@@ -471,6 +471,6 @@ def f(n):
 
 
 @isolated
-def test_time_in_children_that_nobody_waits_for_ends_too(isolation, monkeypatch):
+def test_unreaped_children_are_stopped_at_the_time_limit(isolation, monkeypatch):
     monkeypatch.setattr("bessemer.addons.tasks.sandbox.process.PATIENCE", 2.0)
     assert judge(HIDES, "f", [([1], 1)], seconds=0.5, isolation=isolation).reason in ("timeout", "error")

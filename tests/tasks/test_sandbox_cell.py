@@ -74,7 +74,7 @@ def test_honest_threads_run_beside_a_neighbour_that_forks(isolation):
         while len(below(os.getpid())) < PROCESSES and time.monotonic() < limit:
             time.sleep(0.05)
         results = list(pool.map(lambda _: run(HONEST, seconds=20, isolation=isolation), range(8)))
-        assert [(one.status, one.stdout) for one in results] == [("ok", "[0, 1, 2, 3, 4, 5]\n")] * 8, results
+        assert [(run_.status, run_.stdout) for run_ in results] == [("ok", "[0, 1, 2, 3, 4, 5]\n")] * 8, results
         assert neighbour.result().status == "timeout"
 
 
@@ -85,14 +85,14 @@ def test_the_memory_of_all_processes_together_is_bounded(isolation):
 
     def measure():
         while not done.wait(0.02):
-            held = 0
+            resident = 0
             for pid, _ in below(os.getpid()) - before:
                 try:
                     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
                 except OSError:
                     continue
-                held += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem")))
-            peak[0] = max(peak[0], held >> 10)
+                resident += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem")))
+            peak[0] = max(peak[0], resident >> 10)
 
     thread = threading.Thread(target=measure)
     thread.start()
@@ -149,8 +149,8 @@ print(*left)
 def test_bubblewrap_dies_with_a_parent_that_dies_in_the_first_milliseconds():
     """With bubblewrap's own --die-with-parent, one run in ten left a process that waits for ever."""
     done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, check=True)
-    left = [int(pid) for pid in done.stdout.split()]
-    assert len(left) >= 24
+    survivors = [int(pid) for pid in done.stdout.split()]
+    assert len(survivors) >= 24
 
     def running(pid):
         try:
@@ -160,6 +160,6 @@ def test_bubblewrap_dies_with_a_parent_that_dies_in_the_first_milliseconds():
             return False
 
     limit = time.monotonic() + 10
-    while any(map(running, left)) and time.monotonic() < limit:
+    while any(map(running, survivors)) and time.monotonic() < limit:
         time.sleep(0.05)
-    assert [pid for pid in left if running(pid)] == []
+    assert [pid for pid in survivors if running(pid)] == []

@@ -30,7 +30,7 @@ def test_a_whole_file_is_all_training_or_all_evaluation(file):
     assert prompts(train, "train") == prompts(test, "test") == prompts(hashed, "train") | prompts(hashed, "test")
     with pytest.raises(UserError, match="has no test problem"):
         train.problem("test", 0)
-    with pytest.raises(UserError, match="is a directory with a file for each split; leave out @test"):
+    with pytest.raises(UserError, match=r"directory.*leave out @test"):
         (file.parent / "train.jsonl").write_text(file.read_text())
         get(f"jsonl:{file.parent}@test")
 
@@ -59,9 +59,9 @@ def test_general_prompts_of_a_file(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     task = get(f"general:{path}@train")
     assert task.judged_by == {"helpful"} and task.languages == ("en", "zh")
-    found = {(one := task.problem("train", n)).prompt: one for n in range(2)}
-    first, second = found["Name a colour."], found["你好"]
-    assert first.meta["reference"] == "Blue." and "reference" not in second.meta and second.language == "zh"
+    by_prompt = {(problem := task.problem("train", n)).prompt: problem for n in range(2)}
+    first, chinese = by_prompt["Name a colour."], by_prompt["你好"]
+    assert first.meta["reference"] == "Blue." and "reference" not in chinese.meta and chinese.language == "zh"
     verdict = task.verify(first, "<think>sky</think>\n\nBlue.")
     assert (verdict.correct, verdict.formatted, verdict.reason, verdict.answer) == (False, True, "unjudged", "Blue.")
     assert task.verify(first, "<think>sky").reason == "no-answer"
@@ -79,7 +79,7 @@ def test_general_prompts_of_a_file(tmp_path):
 )
 def test_a_line_that_is_not_a_general_prompt_is_an_error(tmp_path, line, fault):
     path = tmp_path / "general.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in ({"prompt": "hi", "aim": "helpful"}, line)))
+    path.write_text("".join(json.dumps(record) + "\n" for record in ({"prompt": "hi", "aim": "helpful"}, line)))
     with pytest.raises(UserError, match=fault):
         get(f"general:{path}")
 
@@ -89,18 +89,18 @@ def test_prompt_only_data_sets(tmp_path):
     prompts = [f"Name colour {n}." for n in range(5)]
     rows = [{"prompt": [{"role": "user", "content": text}] if n % 2 else text} for n, text in enumerate(prompts)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = [
+    records = [
         {"prompt": [{"role": "user", "content": text}], "id": n, "reference": None} for n, text in enumerate(prompts)
     ]
-    pq.write_table(pa.Table.from_pylist(said), tmp_path / "train.parquet", row_group_size=2)
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "train.parquet", row_group_size=2)
     for path in (tmp_path / "a.jsonl", tmp_path):
         task = get(f"general:{path}" + ("@train" if path.is_file() else ""))
         problems = [task.problem("train", n) for n in range(5)]
-        assert sorted(one.prompt for one in problems) == prompts
-        assert {one.meta["aim"] for one in problems} == {"helpful"} and task.judged_by == {"helpful"}
-    assert {one.id for one in problems} == {f"general:{tmp_path}/train/{n}" for n in range(5)}
+        assert sorted(row.prompt for row in problems) == prompts
+        assert {row.meta["aim"] for row in problems} == {"helpful"} and task.judged_by == {"helpful"}
+    assert {row.id for row in problems} == {f"general:{tmp_path}/train/{n}" for n in range(5)}
     for fault, prompt in (
-        ("line 1: a task asks one question, so its list must hold one user message", said[0]["prompt"] * 2),
+        ("line 1: a task asks one question, so its list must hold one user message", records[0]["prompt"] * 2),
         ("line 1: a task asks one question", [{"role": "assistant", "content": "x"}]),
         ("line 1: no text under 'question' or", [{"role": "user", "content": ["x"]}]),
     ):
@@ -108,5 +108,5 @@ def test_prompt_only_data_sets(tmp_path):
         with pytest.raises(UserError, match=fault):
             get(f"general:{tmp_path / 'b.jsonl'}")
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"c\.parquet is not a readable parquet file"):
+    with pytest.raises(UserError, match=r"c\.parquet .*not a readable"):
         get(f"general:{tmp_path / 'c.parquet'}")

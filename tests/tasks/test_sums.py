@@ -23,10 +23,10 @@ def test_pages(language):
     assert 0.07 < sum(task.verify(page.problem, page.response).correct for page in guesses) / len(guesses) < 0.13
     slips = 0
     for page in (page for page in pages if page.author == "thinking"):
-        asked, said = (digits_in(text, language) for text in (page.problem.prompt, page.response))
-        assert asked == page.problem.meta["digits"] and len(asked) == 4 and len(said) == 9
-        before, added, after = said[::3], said[1::3], said[2::3]
-        assert before == [asked[0], *after[:-1]] and added == asked[1:]
+        digits_asked, digits_written = (digits_in(text, language) for text in (page.problem.prompt, page.response))
+        assert digits_asked == page.problem.meta["digits"] and len(digits_asked) == 4 and len(digits_written) == 9
+        before, added, after = digits_written[::3], digits_written[1::3], digits_written[2::3]
+        assert before == [digits_asked[0], *after[:-1]] and added == digits_asked[1:]
         slips += sum((a + b - c) % 10 != 0 for a, b, c in zip(before, added, after, strict=True))
         assert page.response.endswith(f"<answer>{after[-1]}</answer>") and consistency(page.response, language) == 1
     assert 0.15 < slips / (3 * (3000 - len(guesses))) < 0.25
@@ -35,10 +35,10 @@ def test_pages(language):
 def test_values_splits_and_languages_that_mix():
     task = get("sums", other_language=1.0, direct=0.0, slip=0.0)
     sets = {split: set() for split in ("train", "test")}
-    for split, found in sets.items():
+    for split, values in sets.items():
         for i in range(2000):
             problem = task.problem(split, i)
-            found.add(tuple(sorted(problem.meta["digits"])))
+            values.add(tuple(sorted(problem.meta["digits"])))
             assert problem.meta["value"] == sum(problem.meta["digits"]) % 10
     assert not sets["train"] & sets["test"]
     shares = [consistency(page.response, page.problem.language) for page in map(task.written, range(300))]

@@ -25,10 +25,10 @@ def test_the_example_is_a_task(remainder):
     value = problem.meta["a"] % problem.meta["b"]
     assert remainder.verify(problem, f"<think>t</think><answer>{value}</answer>").correct
     assert remainder.verify(problem, f"<think>t</think><answer>{value + 1}</answer>").reason == base.WRONG_VALUE
-    asked = {
+    problems = {
         s: {(p.meta["a"], p.meta["b"]) for p in (remainder.problem(s, i) for i in range(300))} for s in base.SPLITS
     }
-    assert not asked["train"] & asked["test"] and min(map(len, asked.values())) > 30
+    assert not problems["train"] & problems["test"] and min(map(len, problems.values())) > 30
     pages = [remainder.written(i) for i in range(300)]
     assert all(re.fullmatch("User: .+\nAssistant:<think>.+</think><answer>\\d+</answer>", page.text) for page in pages)
     for page in pages:

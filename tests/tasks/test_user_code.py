@@ -41,9 +41,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_task_is_found_by_its_file_and_says_so(folder):
-    with pytest.warns(
-        UserWarning, match=r"remainder\.py is your own code: it runs with your rights, outside the sandbox"
-    ):
+    with pytest.warns(UserWarning, match=r"remainder\.py .*outside the sandbox"):
         (folder / "remainder.py").open("a").write("# changed\n")
         task = get(NAME, languages=["zh"])
     assert isinstance(task, Task) and (task.name, task.languages) == (NAME, ("zh",))
@@ -124,8 +122,8 @@ def test_a_reward_function_takes_the_place_of_the_accuracy(folder):
         kind="rl", name="zero", tasks=["words"], reward=["mine.py:short", {"name": "format", "weight": 0.25}]
     )
     text = "<think>t</think><answer>7</answer>"
-    made = completion([1], text)
-    groups = rollout.verify([(get("words"), Problem("p", "", "en", {"value": 7}))], [[1]], [[made]], "")
+    sample = completion([1], text)
+    groups = rollout.verify([(get("words"), Problem("p", "", "en", {"value": 7}))], [[1]], [[sample]], "")
     Reward.of_config(config).score(groups)
     assert groups[0][0].reward == 0.5 + 1 / len(text) + 0.25
     with pytest.raises(UserError, match=r"mine\.py:wrong .*line 3\) returned .*nan.*return a number"):
@@ -155,11 +153,11 @@ def test_a_reward_function_is_one_of_ours(folder, text, fault):
 def test_a_file_imports_what_lies_beside_it(folder):
     (folder / "my_scales.py").write_text("SCALE = 0.5")
     (folder / "mine.py").write_text("from my_scales import SCALE\ndef f(*_): return SCALE")
-    before = list(sys.path)
+    path_before = list(sys.path)
     (folder / "my_late_scales.py").write_text("SCALE = 2.0")
     (folder / "late.py").write_text("def f(*_):\n    import my_late_scales\n    return my_late_scales.SCALE")
-    assert rewarded([sample()], "mine.py:f") == [0.5] and sys.path == [*before, str(folder)]
-    assert rewarded([sample()], "late.py:f") == [2.0] and sys.path == [*before, str(folder)]
+    assert rewarded([sample()], "mine.py:f") == [0.5] and sys.path == [*path_before, str(folder)]
+    assert rewarded([sample()], "late.py:f") == [2.0] and sys.path == [*path_before, str(folder)]
     (folder / "own.py").write_text("import sys\nsys.path = [*sys.path[1:]]\nf = max")
     assert plugins.find("rewards", "own.py:f", takes="problem, answer, verdict")("x", "", "") == "x"
 
@@ -183,19 +181,22 @@ def test_modules_of_one_name_in_two_folders_are_not_mixed_up(folder, first, text
         reward("two/mine.py:f")
     (folder / "shadow.py").write_text("import sys\ndef f(*_): return 1")
     (folder / "sys.py").write_text("")
-    with pytest.raises(UserError, match=r"imports sys, of which there are two, .*sys\.py and Python's own; rename"):
+    with pytest.raises(UserError, match=r"sys\.py and Python's own; rename"):
         reward("shadow.py:f")
 
 
 def test_the_file_is_among_those_that_a_stage_reads(folder):
     config = RLConfig(kind="rl", name="zero", tasks=[NAME], reward="mine.py:short")
     (folder / "mine.py").write_text("def short(*_): return 0.0")
-    before = inputs.read_by(config)
-    assert set(before) == {"remainder.py", "mine.py"}
+    files_before = inputs.read_by(config)
+    assert set(files_before) == {"remainder.py", "mine.py"}
     (folder / "mine.py").write_text("def short(*_): return 1.0")
-    after = inputs.read_by(config)
-    assert before["remainder.py"] == after["remainder.py"] and before["mine.py"] != after["mine.py"]
-    assert inputs.changed({"files": before, "since": 0}, after).startswith("mine.py changed")
+    files_after = inputs.read_by(config)
+    assert (
+        files_before["remainder.py"] == files_after["remainder.py"]
+        and files_before["mine.py"] != files_after["mine.py"]
+    )
+    assert inputs.changed({"files": files_before, "since": 0}, files_after).startswith("mine.py changed")
 
 
 def test_the_example_runs_and_is_evaluated_by_name(tmp_path, call):

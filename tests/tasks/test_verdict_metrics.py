@@ -35,10 +35,10 @@ def test_maj_at_k_is_the_mean_over_subsets(answers, data):
     k = data.draw(st.integers(1, len(answers)))
     subsets = list(combinations(answers, k))
     expected = sum(majority(subset, right) for subset in subsets) / len(subsets)
-    got = maj_at_k(answers, [answer in right for answer in answers], k)
-    assert got == pytest.approx(float(expected))
+    share = maj_at_k(answers, [answer in right for answer in answers], k)
+    assert share == pytest.approx(float(expected))
     order = data.draw(st.permutations(answers))
-    assert got == maj_at_k(order, [answer in right for answer in order], k)
+    assert share == maj_at_k(order, [answer in right for answer in order], k)
 
 
 def test_answers_with_equally_many_votes_are_counted_once(monkeypatch):
@@ -73,18 +73,18 @@ def test_the_rates_of_every_problem():
         "pass_at_k": [pass_at_k(4, right, 2) for right in (2, 0, 1, 4)],
         "maj_at_k": [maj_at_k([v.answer for v in s], [v.correct for v in s], 2) for s in verdicts],
     }
-    one = rates(verdicts, 1)
-    assert one["pass_at_1"] == one["maj_at_k"], "maj@1 is pass@1"
+    at_one = rates(verdicts, 1)
+    assert at_one["pass_at_1"] == at_one["maj_at_k"], "maj@1 is pass@1"
 
 
 def test_by_difficulty_is_a_mean_per_difficulty():
     yes, no = Verdict(True, True, "correct", "a"), Verdict(False, False, "no-answer", None)
     verdicts = [[yes, no], [yes, yes], [no, no], [yes, no], [yes, yes]]
-    found = by_difficulty(verdicts, [10, 2, 10, None, "hard"])
-    assert found == {
+    means = by_difficulty(verdicts, [10, 2, 10, None, "hard"])
+    assert means == {
         "2": {"n": 1, "pass_at_1": 1.0}, "10": {"n": 2, "pass_at_1": 0.25}, "hard": {"n": 1, "pass_at_1": 1.0}
     }  # fmt: skip
-    assert list(found) == ["2", "10", "hard"]
+    assert list(means) == ["2", "10", "hard"]
     assert by_difficulty(verdicts, [None] * 5) == {}
 
 

@@ -15,22 +15,22 @@ from bessemer.tasks import Problem, get
 
 BENCH = Path(__file__).parents[2] / "bench"
 spec = importlib.util.spec_from_file_location("verifier_properties", BENCH / "verifier_properties.py")
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
 
 
-@pytest.mark.parametrize("name", made.FAMILIES)
+@pytest.mark.parametrize("name", bench.FAMILIES)
 def test_no_verdict_is_wrong(name):
-    failed, right, wrong = made.wrong_verdicts(name, 24 if name in made.SLOW else 1500, seed=1)
+    failed, right, wrong = bench.wrong_verdicts(name, 24 if name in bench.SLOW else 1500, seed=1)
     assert [(problem.meta, problem.prompt, answer, is_right) for _, problem, answer, is_right in failed] == []
     assert right > 5 and wrong > 5
 
 
 def test_the_committed_run_is_whole():
     result = json.loads((BENCH / "results" / "verifier_properties.json").read_text())
-    assert result.keys() == made.FAMILIES.keys()
+    assert result.keys() == bench.FAMILIES.keys()
     for name, row in result.items():
-        assert row["right"] + row["wrong"] == made.SLOW.get(name, made.COUNT)
+        assert row["right"] + row["wrong"] == bench.SLOW.get(name, bench.COUNT)
         assert row["refused though right"] == row["paid though wrong"] == 0
 
 
@@ -86,7 +86,7 @@ def test_a_gold_answer_that_is_no_value_is_named(tmp_path, family, gold):
     ],
 )
 def test_units_letters_and_forms(gold, answer, question, reason):
-    assert made.MATHS.grade(Problem("p", question, "en", {"gold": gold}), answer)[0] == reason
+    assert bench.MATHS.grade(Problem("p", question, "en", {"gold": gold}), answer)[0] == reason
 
 
 LENGTH = 100_000
@@ -120,14 +120,14 @@ CODE, GENERAL = get("code"), get("general")
 PROBLEMS = {
     "code": (CODE, CODE.problem("test", 0)),
     "general": (GENERAL, GENERAL.problem("test", 0)),
-    "number": (made.MATHS, made.ask("7", "How many cm?")),
-    "expression": (made.MATHS, made.ask("x+\\text{ cm}")),
-    "quantity": (made.MATHS, made.ask("7", unit="cm", tolerance=0.01)),
-    "choice": (made.CHOICE, made.ask("A", choices=["7", "8"])),
-    "puzzle": (made.PUZZLE, made.ask(["7"])),
-    "words": (made.NAMED["words"], made.ask(7, key="value")),
-    "logic": (made.NAMED["logic"], made.ask([True, False, True], key="values")),
-    "countdown": (made.NAMED["countdown"], Problem("p", "", "en", {"numbers": [3, 4], "target": 7})),
+    "number": (bench.MATHS, bench.ask("7", "How many cm?")),
+    "expression": (bench.MATHS, bench.ask("x+\\text{ cm}")),
+    "quantity": (bench.MATHS, bench.ask("7", unit="cm", tolerance=0.01)),
+    "choice": (bench.CHOICE, bench.ask("A", choices=["7", "8"])),
+    "puzzle": (bench.PUZZLE, bench.ask(["7"])),
+    "words": (bench.NAMED["words"], bench.ask(7, key="value")),
+    "logic": (bench.NAMED["logic"], bench.ask([True, False, True], key="values")),
+    "countdown": (bench.NAMED["countdown"], Problem("p", "", "en", {"numbers": [3, 4], "target": 7})),
 }
 FRAMES = (
     "<think>t</think><answer>{}</answer>",

@@ -42,8 +42,8 @@ def pool():
         return pools[-1]
 
     yield pool
-    for one in pools:
-        one.close()
+    for verifiers in pools:
+        verifiers.close()
 
 
 @pytest.fixture(scope="module")
@@ -79,59 +79,59 @@ def test_the_number_of_verifiers_changes_nothing(asked, pool):
     assert len({verdict.reason for verdict in expected}) >= 5
     for n in (1, 2, 4):
         verifiers_n = pool(n)
-        futures = [verifiers_n.submit(*one) for one in reversed(asked)][::-1]
+        futures = [verifiers_n.submit(*job) for job in reversed(asked)][::-1]
         assert [future.result(100).verdict for future in futures] == expected, n
-    assert [one.verdict for one in judge_all(asked)] == expected
+    assert [job.verdict for job in judge_all(asked)] == expected
 
 
 def shared(rank, asked):
     ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
-    for one in asked[5:7] if rank else []:
-        task, *answer = one
+    for job in asked[5:7] if rank else []:
+        task, *answer = job
         task.begin(*answer)  # what this rank has generated
     own = []
     judged = Task.judged, CostlyTask.judged
-    Task.judged = lambda *one: own.append(one[2]) or judged[0](*one)
-    CostlyTask.judged = lambda *one: own.append(one[2]) or judged[1](*one)
+    Task.judged = lambda *job: own.append(job[2]) or judged[0](*job)
+    CostlyTask.judged = lambda *job: own.append(job[2]) or judged[1](*job)
     return judge_all(asked, ranks.share("verdicts")), own
 
 
 def test_two_ranks_give_the_verdicts_of_one_and_each_judges_what_it_generated(asked):
-    (one, first), (other, second) = on_ranks(2, shared, asked)
-    assert one == other == judge_all(asked)
-    assert len(first) + len(second) == len(asked) and {asked[5][2], asked[6][2]} <= set(second)
-    assert min(len(first), len(second)) >= len(asked) // 2 - 2
+    (verdicts_0, judged_0), (verdicts_1, judged_1) = on_ranks(2, shared, asked)
+    assert verdicts_0 == verdicts_1 == judge_all(asked)
+    assert len(judged_0) + len(judged_1) == len(asked) and {asked[5][2], asked[6][2]} <= set(judged_1)
+    assert min(len(judged_0), len(judged_1)) >= len(asked) // 2 - 2
 
 
 def test_an_answer_that_kills_or_hangs_a_verifier_makes_no_other_answer_wrong(pool, tmp_path):
-    one = pool(2, patience=3.0)
+    verifiers = pool(2, patience=3.0)
     texts = ["right", "die", "right", "memory", "crash", "hang", "wrong", f"once {tmp_path / 'seen'}", "right 2"]
     with pytest.warns(UserWarning, match="what a parser may raise"):
-        found = [future.result(60).verdict for future in [one.submit(TASK, PROBLEM, text) for text in texts]]
-    assert [verdict.reason for verdict in found] == [
+        verdicts = [future.result(60).verdict for future in [verifiers.submit(TASK, PROBLEM, text) for text in texts]]
+    assert [verdict.reason for verdict in verdicts] == [
         "correct", DIED, "correct", MEMORY, CRASHED, HUNG, "wrong-value",
         "correct", "correct",
     ]  # fmt: skip
-    assert found[1] == Verdict(False, False, DIED, None)
+    assert verdicts[1] == Verdict(False, False, DIED, None)
 
 
 def test_a_verifier_that_is_killed_costs_nothing(pool):
-    one = pool(1)
-    first = int(one.submit(TASK, PROBLEM, "right").result(60).verdict.answer)
+    verifiers = pool(1)
+    first = int(verifiers.submit(TASK, PROBLEM, "right").result(60).verdict.answer)
     os.kill(first, signal.SIGKILL)
-    second = int(one.submit(TASK, PROBLEM, "right 2").result(60).verdict.answer)
+    second = int(verifiers.submit(TASK, PROBLEM, "right 2").result(60).verdict.answer)
     assert second != first and not alive(first)
-    assert int(one.submit(TASK, PROBLEM, "wrong").result(60).verdict.answer) == second, "it stays warm"
-    one.close()
+    assert int(verifiers.submit(TASK, PROBLEM, "wrong").result(60).verdict.answer) == second, "it stays warm"
+    verifiers.close()
     assert not alive(second)
 
 
 def test_an_answer_is_not_wrong_because_the_verifiers_are_closed(pool):
-    one = pool(1)
-    pid = int(one.submit(TASK, PROBLEM, "right").result(60).verdict.answer)
-    hangs = one.submit(TASK, PROBLEM, "hang")
+    verifiers = pool(1)
+    pid = int(verifiers.submit(TASK, PROBLEM, "right").result(60).verdict.answer)
+    hangs = verifiers.submit(TASK, PROBLEM, "hang")
     time.sleep(1.0)  # until it is being judged; if it is not yet, nothing is found either
-    one.close()
+    verifiers.close()
     assert not alive(pid)
     with pytest.raises(TimeoutError):
         hangs.result(1.0)
@@ -143,30 +143,30 @@ def test_an_error_that_a_user_can_fix_stops_the_call(pool):
 
 
 def test_the_same_answer_is_judged_once(pool):
-    one = pool(1)
-    twice = [one.submit(TASK, PROBLEM, "right") for _ in range(3)]
+    verifiers = pool(1)
+    twice = [verifiers.submit(TASK, PROBLEM, "right") for _ in range(3)]
     assert twice[0] is twice[1] is twice[2]
-    assert one.knows(TASK, PROBLEM, "right") and not one.knows(TASK, PROBLEM, "wrong")
-    assert one.submit(TASK, Problem("other", "?", "en"), "right") is not twice[0]
+    assert verifiers.knows(TASK, PROBLEM, "right") and not verifiers.knows(TASK, PROBLEM, "wrong")
+    assert verifiers.submit(TASK, Problem("other", "?", "en"), "right") is not twice[0]
 
 
 def test_a_judgement_is_kept_until_it_is_asked_for(pool, monkeypatch):
     """A rollout of more answers than are kept was judged twice."""
     monkeypatch.setattr("bessemer.addons.tasks.verifiers.KEPT", 4)
-    one = pool(1)
-    begun = [one.submit(TASK, PROBLEM, f"wrong {n}") for n in range(12)]
-    for found in begun:
-        found.result(60)
-    assert [one.submit(TASK, PROBLEM, f"wrong {n}", waited_for=True) for n in range(12)] == begun
-    assert [one.knows(TASK, PROBLEM, f"wrong {n}") for n in range(12)] == [False] * 8 + [True] * 4
+    verifiers = pool(1)
+    begun = [verifiers.submit(TASK, PROBLEM, f"wrong {n}") for n in range(12)]
+    for future in begun:
+        future.result(60)
+    assert [verifiers.submit(TASK, PROBLEM, f"wrong {n}", waited_for=True) for n in range(12)] == begun
+    assert [verifiers.knows(TASK, PROBLEM, f"wrong {n}") for n in range(12)] == [False] * 8 + [True] * 4
 
 
-def test_a_task_that_cannot_be_sent_is_judged_here(pool):
+def test_a_task_that_cannot_be_pickled_is_judged_in_this_process(pool):
     class Local(Hard):
         """Pickle finds no class inside a function."""
 
-    (found,) = judge_all([(Local(), PROBLEM, "right")])
-    assert found.verdict.answer == str(os.getpid())
+    (judgement,) = judge_all([(Local(), PROBLEM, "right")])
+    assert judgement.verdict.answer == str(os.getpid())
     assert pool(1).submit(TASK, PROBLEM, "right").result(60).verdict.answer != str(os.getpid())
 
 
@@ -177,21 +177,21 @@ def test_a_class_that_a_verifier_cannot_import_is_judged_in_this_process(monkeyp
     module.Own.__module__ = "only_here"
     task = module.Own()
     assert task.apart
-    found = judge_all([(task, PROBLEM, "right"), (task, PROBLEM, "wrong")])
-    assert [one.verdict.correct for one in found] == [True, False] and not task.apart
-    assert found[0].verdict.answer == str(os.getpid())
+    judgements = judge_all([(task, PROBLEM, "right"), (task, PROBLEM, "wrong")])
+    assert [judgement.verdict.correct for judgement in judgements] == [True, False] and not task.apart
+    assert judgements[0].verdict.answer == str(os.getpid())
 
 
-def test_what_was_judged_is_not_kept(pool):
+def test_judged_answers_are_not_kept_in_memory(pool):
     """65,536 judgements are kept: with their answers they were gigabytes."""
-    one = pool(1)
-    one.submit(TASK, PROBLEM, "right").result(60)
+    verifiers = pool(1)
+    verifiers.submit(TASK, PROBLEM, "right").result(60)
     tracemalloc.start()
     for n in range(40):
-        one.submit(TASK, PROBLEM, f"wrong {n} " + "and so on " * 100_000).result(60)
-    held, _ = tracemalloc.get_traced_memory()
+        verifiers.submit(TASK, PROBLEM, f"wrong {n} " + "and so on " * 100_000).result(60)
+    bytes_held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held < 8e6 < 40e6
+    assert bytes_held < 8e6 < 40e6
 
 
 PROGRAM = f"""

@@ -26,17 +26,17 @@ KEPT = 2  # the launcher and process 1
 @pytest.fixture(autouse=True)
 def sandboxes():
     """The processes of the kept sandboxes, as (pid, start time)."""
-    others = below(os.getpid())
+    children = below(os.getpid())
     with warm.kept():
-        yield lambda: below(os.getpid()) - others
+        yield lambda: below(os.getpid()) - children
 
 
 def complaints(names, isolation):
     with warm.kept():
         judge(RIGHT, "f", CALLS, seconds=5, isolation=isolation)
         before = below(os.getpid())
-        found = complaints_of_new(names, isolation)
-        return found + ([] if below(os.getpid()) == before else ["it is another sandbox"])
+        faults = complaints_of_new(names, isolation)
+        return faults + ([] if below(os.getpid()) == before else ["it is another sandbox"])
 
 
 @isolated
@@ -99,11 +99,11 @@ def f(word):
 
 
 @isolated
-def test_what_a_function_leaves_is_gone(isolation, sandboxes):
+def test_nothing_a_function_leaves_survives(isolation, sandboxes):
     assert judge(LEAVES, "f", [(["abc"], "cba")], seconds=10, isolation=isolation).correct
     before = sandboxes()
-    found = judge(FINDS, "f", [(["abc"], [True])], seconds=10, isolation=isolation)
-    assert found.correct, found.detail
+    verdict = judge(FINDS, "f", [(["abc"], [True])], seconds=10, isolation=isolation)
+    assert verdict.correct, verdict.detail
     assert sandboxes() == before and len(before) == KEPT
 
 
@@ -133,9 +133,9 @@ def test_verdicts_and_their_details_match_those_of_new_sandboxes(isolation, sand
                   "open('/tmp/a', 'w').write('1'); return n * n + 1", "import sys; sys.exit(4)")]  # fmt: skip
 
     def verdicts():
-        found = [judge_program(one, [("1", "1")] * 2, seconds=0.7, isolation=isolation) for one in programs]
-        found += [judge(one, "f", CALLS, seconds=0.7, isolation=isolation) for one in functions]
-        return [(one.reason, one.passed, one.detail) for one in found]
+        results = [judge_program(program, [("1", "1")] * 2, seconds=0.7, isolation=isolation) for program in programs]
+        results += [judge(program, "f", CALLS, seconds=0.7, isolation=isolation) for program in functions]
+        return [(program.reason, program.passed, program.detail) for program in results]
 
     in_one = verdicts()
     assert len(sandboxes()) == KEPT

@@ -19,11 +19,11 @@ PAGES = [TASK.written(i) for i in range(3000)]
 
 
 def python_says(problem):
-    known = dict(problem.meta["numbers"])
+    values = dict(problem.meta["numbers"])
     for name, step in zip("xyz", problem.meta["steps"], strict=False):
-        known[name] = eval(step, {}, known)
-        assert known[name] == int(known[name]) and 1 <= known[name] <= LARGEST, problem
-    return known["xyz"[len(problem.meta["steps"]) - 1]]
+        values[name] = eval(step, {}, values)
+        assert values[name] == int(values[name]) and 1 <= values[name] <= LARGEST, problem
+    return values["xyz"[len(problem.meta["steps"]) - 1]]
 
 
 def test_values_agree_with_python_and_nothing_leaves_the_bounds():
@@ -46,11 +46,11 @@ def test_there_are_enough_stories_and_no_two_alike():
     "story", [*TRAINED, *HELD_OUT, *COMPOSED["test"][::16], *COMPOSED["train"][::64]], ids=lambda story: story.id
 )
 def test_a_story_is_the_same_in_both_languages(story):
-    told = [re.findall(r"\{(\w+)\}", text) for text in (story.en, story.zh)]
-    letters = [[slot for slot in slots if len(slot) == 1] for slots in told]
+    fields = [re.findall(r"\{(\w+)\}", text) for text in (story.en, story.zh)]
+    letters = [[slot for slot in slots if len(slot) == 1] for slots in fields]
     assert letters[0] == letters[1] == list(story.ranges)  # each number once, in the same order
     # compare which things occur, not how often
-    assert {s for s in told[0] if s == "thing"} == {s for s in told[1] if s == "thing"}
+    assert {s for s in fields[0] if s == "thing"} == {s for s in fields[1] if s == "thing"}
     used = set("".join(story.steps)) & set("abcd")
     assert used == set(story.ranges)
     assert story.en.isascii() and not re.search("[A-Za-z]", re.sub(r"\{\w+\}", "", story.zh))
@@ -71,9 +71,9 @@ def test_no_story_and_no_numbers_of_the_test_are_trained_on():
 
     documents = [page.problem for page in PAGES]
     trained, tested = ({s.id for s in COMPOSED[split]} for split in ("train", "test"))
-    known = {s.id for s in TRAINED}
-    assert known < stories(documents) <= known | trained and stories(TRAIN) <= known | trained
-    assert stories(TEST) <= tested and not tested & (known | trained)
+    trained_ids = {s.id for s in TRAINED}
+    assert trained_ids < stories(documents) <= trained_ids | trained and stories(TRAIN) <= trained_ids | trained
+    assert stories(TEST) <= tested and not tested & (trained_ids | trained)
     clauses = {clause for id in stories(documents) for clause in id.split(".")}
     assert {clause for id in stories(TEST) for clause in id.split(".")} <= clauses  # no clause is new
     for split, problems in (("train", (*TRAIN, *documents)), ("test", TEST)):

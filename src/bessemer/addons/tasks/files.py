@@ -149,12 +149,12 @@ class FileTask(Task):
             return ""
         return super()._language(language, *parts)
 
-    def _files(self, name: str, whole_file: str | None) -> dict[str, LineIndex]:
-        """The file of each split; one file may serve both. `whole` is the split of all its problems, if one is."""
+    def _files(self, name: str, only_split: str | None) -> dict[str, LineIndex]:
+        """The file of each split; one file may serve both. `only_split` is the split of all its problems, if one is."""
         path = located(name)
-        if path.is_dir() and whole_file:
+        if path.is_dir() and only_split:
             raise UserError(
-                f"{path} is a directory with a file for each split; leave out @{whole_file}, or name a file in it"
+                f"{path} is a directory with a file for each split; leave out @{only_split}, or name a file in it"
             )
         if not path.exists():
             raise UserError(
@@ -162,7 +162,7 @@ class FileTask(Task):
                 "exists"
             )
         files = {split: _of_split(path, split) if path.is_dir() else path for split in SPLITS}
-        files = {whole_file: path} if whole_file else files
+        files = {only_split: path} if only_split else files
         indices = {split: _index_of(type(self), file) for split, file in files.items() if file.exists()}
         if not indices:
             raise UserError(f"{path} has neither train.jsonl nor test.jsonl (or .parquet); name the file, or add one")
@@ -175,10 +175,10 @@ class FileTask(Task):
         if file is None:
             return pools
         tested = set(other.hashes) if other and split == "train" else set()
-        is_shared = len(set(self.files.values())) == len(SPLITS) or len(self.files) == 1
+        whole_files = len(set(self.files.values())) == len(SPLITS) or len(self.files) == 1
         for row, (language, digest) in enumerate(zip(file.languages, file.hashes, strict=True)):
             held_out = digest < TEST_SHARE * 2**64
-            inside = digest not in tested if is_shared else held_out == (split == "test")
+            inside = digest not in tested if whole_files else held_out == (split == "test")
             if inside and language in self.languages:
                 pools[""].append(row)
                 pools[language].append(row)
