@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-OPEN = {"torch", "triton", "bessemer", "vllm", "llama-cpp-python", "gigatoken", "inspect-ai"}
+OPEN = {"torch", "triton", "bessemer", "vllm", "llama-cpp-python", "gigatoken", "inspect-ai", "verifiers"}
 
 ROOT = Path(__file__).parents[1]
 project, claims = (

@@ -1,25 +1,30 @@
-"""`verifiers:NAME`: an environment of the package verifiers, as `verifiers.load_environment(NAME)` finds it.
+"""`verifiers:NAME`: an environment of Prime Intellect's package verifiers, version 0.4.
 
-The environment runs its own loop (`Environment.rollout`: its turns, tools, stop conditions, time limits and cleanup) in
-a thread, and asks our client for every answer; the client returns what the model has written. The environment's rubric
-scores the episode: a reward of `solved` or more is correct, and one below it earns its share. So every class of
-environment works that only adds to its messages. One that rewrites them fails its episodes, because the model would
-then read something other than what it wrote.
+There an environment is a set of tasks and a loop, and agents play it: programs ("harnesses") that ask an
+OpenAI-compatible endpoint for every turn. Ours (env_endpoint.py) hands each request to the episode as what the model
+reads, and answers it with what the model has written. The environment's own loop, tools, stop conditions, time limits
+and rewards run unchanged; an episode whose reward is `solved` or more is correct, and one below it earns its share.
 
-Written for the environments of versions 0.1 to 0.3 (in 0.3 `verifiers.legacy`); 0.4 has others, around agents that run
-by themselves, and is refused. The package needs some fifty others and pins some, so it is not one of our extras.
+A program may only add to a conversation. One that rewrites what was said before fails its episodes, because the model
+would then read something other than what it wrote.
+
+NAME is the id of an installed set of tasks. NAME.toml is a file with the package's own table, as under [env] in its
+configurations: other settings, another environment or program, other agents' models. One agent plays with the policy:
+the one without a model of its own. Without a setting, a program is a plain chat loop in this process (env_chat.py). A
+program that runs commands of the model must run in a container.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
+import itertools
 import queue
-import threading
+import tomllib
+import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from importlib import import_module
-from typing import Any
+from concurrent.futures import CancelledError
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar
 
 from bessemer.addons.tasks.environment import (
     Environment,
@@ -32,24 +37,38 @@ from bessemer.addons.tasks.environment import (
     finite,
     verdict_of_reward,
 )
+from bessemer.config.places import located, looked_in
 from bessemer.errors import UserError
-from bessemer.tasks.base import WRONG_VALUE, Problem, Verdict
+from bessemer.tasks.base import WRONG_VALUE, Problem, Verdict, split_of_text
+
+OLDEST, NEWEST = (0, 4), (0, 5)
+"""Versions from the first, before the second."""
+MOST_TASKS = 100_000
+"""Tasks that are listed of a set without an end."""
+SPLITS = ("train", "test")
 
 
 def library() -> Any:
-    """The module with `load_environment`, `Client` and `types`."""
+    """The module `verifiers.v1`. UserError unless the package is installed in a version that this file is written
+    for."""
+    advice = 'pip install "bessemer[verifiers]"'
     try:
-        for name in ("verifiers", "verifiers.legacy"):
-            module = import_module(name)
-            if hasattr(module, "load_environment"):
-                return module
+        installed = version("verifiers")
+    except PackageNotFoundError:
+        raise UserError(f"verifiers:NAME needs the package verifiers: {advice}") from None
+    numbers = tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
+    if not OLDEST <= numbers < NEWEST:
+        raise UserError(f"verifiers {installed} is installed, and verifiers:NAME needs >=0.4,<0.5: {advice}")
+    try:
+        import verifiers.v1
     except ImportError as error:
-        raise UserError(f'verifiers environments need the package ({error}): pip install "verifiers<0.4"') from error
-    raise UserError('this version of verifiers has no load_environment: pip install "verifiers<0.4"')
+        raise UserError(f"verifiers {installed} cannot be loaded ({error}): {advice}") from error
+    return verifiers.v1
 
 
 class VerifiersEnvironment(Environment):
-    """`verifiers:NAME`. Problems are the rows of its data set, held-out ones the rows of its evaluation set."""
+    """`verifiers:NAME` or `verifiers:FILE.toml`, with @train or @test if all its tasks belong to that split. Otherwise
+    a task is held out if the hash of its key says so, about one in ten."""
 
     domain = "tools"
     all_languages = ("en",)
@@ -62,169 +81,175 @@ class VerifiersEnvironment(Environment):
     """The least reward of a correct episode."""
     max_turns = 1_000
     """The environment's own bound decides."""
+    suffix: ClassVar = ".toml"
 
     def __init__(self, environment: str, **settings: Any) -> None:
+        from bessemer.addons.tasks import env_endpoint
+
         self.name = f"verifiers:{environment}"
         super().__init__(**settings)
         self.solved = self.options.solved or self.solved
         self.vf = library()
+        source, only_split = _split_of_name(environment)
+        table = _table(source) if source.endswith(self.suffix) else {"taskset": {"id": source}}
         try:
-            self.environment = self.vf.load_environment(environment)
-            self.rows = {"train": self.environment.get_dataset(), "test": self.environment.get_eval_dataset()}
+            self.loaded = env_endpoint.loaded(table, self.name)
+            tasks = list(itertools.islice(self.loaded.environment.taskset, MOST_TASKS))
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
-                f"{self.name}: verifiers cannot load it ({error}); install the environment's package first"
+                f"{self.name}: verifiers cannot load it ({error}); install the package of the environment first"
             ) from error
+        self.rows: dict[str, list[Any]] = {split: [] for split in SPLITS}
+        for task in tasks:
+            self.rows[only_split or split_of_text(f"verifiers {task.key}")].append(task)
+
+    @classmethod
+    def source(cls, argument: str) -> tuple[str, str | None] | None:
+        name, only_split = _split_of_name(argument)
+        return (name, only_split) if name.endswith(cls.suffix) else None
 
     def size(self, split: str) -> int | None:
         return len(self.rows[split])
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
-        row = dict(self.rows[split][index % len(self.rows[split])])
-        prompt = row.get("prompt")
-        text = prompt if isinstance(prompt, str) else "\n".join(_content(message) for message in prompt or [])
-        meta = {"row": row, "difficulty": 0}
-        return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", text, language, meta)
+        rows = self.rows[split]
+        if not rows:
+            raise UserError(
+                f"{self.name} has no {split} task among its {sum(map(len, self.rows.values()))}; write "
+                f"{self.name}@{split} if all of them belong to it"
+            )
+        row = index % len(rows)
+        meta = {"split": split, "row": row, "difficulty": 0}
+        return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", rows[row].data.prompt_text, language, meta)
 
     def reset(self, problem: Problem, seed: int) -> Episode:
-        return _Episode(self, problem)
+        task = self.rows[problem.meta["split"]][problem.meta["row"]]
+        episode = VerifiersEpisode(self, task)
+        if episode.tools != self.schemas:
+            episode.close()
+            raise EnvironmentFailure("its tools are other than those of its first task")
+        return episode
 
-    @property
+    @cached_property
     def schemas(self) -> list[dict[str, Any]]:
-        return [_function(tool) for tool in getattr(self.environment, "tool_defs", None) or ()]
+        """The tools of the first task, which its program names in its first request."""
+        if not self.loaded.has_tools:
+            return []
+        episode = VerifiersEpisode(self, next(task for rows in self.rows.values() for task in rows))
+        episode.close()
+        return episode.tools
+
+    @cached_property
+    def endpoint(self) -> Any:
+        from bessemer.addons.tasks.env_endpoint import PolicyEndpoint
+
+        endpoint = PolicyEndpoint(self.vf, self.loaded.environment, self.seconds)
+        weakref.finalize(self, endpoint.close)
+        return endpoint
 
 
-class _Episode:
-    """One rollout of the environment in a thread with an event loop of its own."""
+class VerifiersEpisode:
+    """One episode of the environment, in the endpoint's event loop. A thread of ours waits for its requests."""
 
-    def __init__(self, task: VerifiersEnvironment, problem: Problem) -> None:
-        self.task, self.seconds = task, task.seconds
-        self.asked: queue.Queue[Sequence[Any] | None] = queue.Queue()
-        """Prompts of the environment; None after the last."""
-        self.waiting: tuple[asyncio.AbstractEventLoop, asyncio.Future[ModelTurn | None]] | None = None
-        """Where the environment waits for the model's turn; a turn of None gives up the episode."""
-        self.state: Mapping[str, Any] = {}
-        self.error: BaseException | None = None
-        row = problem.meta["row"]
-        threading.Thread(target=self._run, args=(row,), name="bessemer-episode", daemon=True).start()
-        self.seen: list[Any] = list(self._next() or [])
-        if not self.seen:
-            raise EnvironmentFailure("the environment asked nothing")
-        self.start: Sequence[Message] = [{"role": _role(one), "content": _content(one)} for one in self.seen]
+    def __init__(self, task: VerifiersEnvironment, row: Any) -> None:
+        self.task, self.fault = task, ""
+        self.requests: queue.Queue[Mapping[str, Any] | None] = queue.Queue()
+        """Bodies of the program's requests; None after the last."""
+        self.messages: list[Message] = []
+        """All that was said before the model's next turn."""
+        self.running = task.endpoint.play(self, row)
+        self.running.add_done_callback(lambda _: self.requests.put(None))
+        first = self._next()
+        if first is None:
+            raise EnvironmentFailure(self._failure() or "it asked the model for nothing")
+        self.messages = _messages(first)
+        self.tools: list[dict[str, Any]] = list(first.get("tools") or ())
+        self.start: Sequence[Message] = list(self.messages)
 
     def step(self, action: ModelTurn) -> Observation:
-        self._reply(action)
-        prompt = self._next()
-        if prompt is None:
+        self.task.endpoint.reply(self, action)
+        request = self._next()
+        if request is None:
+            if failure := self._failure():
+                raise EnvironmentFailure(failure)
             return Observation(done=True)
-        known = len(self.seen) + 1  # its messages, the answer, and the new ones
-        before = [_content(one) for one in prompt[: len(self.seen)]]
-        if before != [_content(one) for one in self.seen] or len(prompt) <= known:
-            raise EnvironmentFailure("the environment rewrote the conversation, which is not supported")
-        self.seen = list(prompt)
-        return Observation([{"role": _role(one), "content": _content(one)} for one in prompt[known:]])
+        known = [*self.messages, {"role": "assistant", "content": action.text}]
+        messages = _messages(request)
+        if messages[: len(known)] != known or len(messages) == len(known):
+            self.close()
+            raise EnvironmentFailure("its program rewrote the conversation, which is not supported")
+        self.messages = messages
+        return Observation(messages[len(known) :])
 
     def verdict(self, text: str) -> Verdict:
-        reward = self.state.get("reward")
-        if not isinstance(reward, int | float):  # a bound of ours ended it before its own loop did
+        if not self.running.done():  # a bound of ours ended it before its own loop did
             return Verdict(False, True, WRONG_VALUE, None, partial=0.0)
+        if failure := self._failure():
+            raise EnvironmentFailure(failure)
+        reward = self._trace().reward
         if not finite(reward):
             raise EnvironmentFailure(f"its reward is {reward}")
         return verdict_of_reward(reward, self.task.solved)
 
     def close(self) -> None:
-        self._reply(None)
+        self.running.cancel()
 
-    def _reply(self, action: ModelTurn | None) -> None:
-        if self.waiting is not None:
-            (loop, future), self.waiting = self.waiting, None
-            if not future.done():  # else the environment has given up waiting; it may have ended, and its loop with it
-                with suppress(RuntimeError):
-                    loop.call_soon_threadsafe(future.set_result, action)
-
-    def _next(self) -> Sequence[Any] | None:
+    def _next(self) -> Mapping[str, Any] | None:
         try:
-            prompt = self.asked.get(timeout=self.seconds)
+            return self.requests.get(timeout=self.task.seconds)
         except queue.Empty:
             self.close()
-            raise EnvironmentFailure(f"{self.task.name} did not answer within {self.seconds:g} s") from None
-        if self.error is not None:
-            raise EnvironmentFailure(f"{type(self.error).__name__}: {self.error}") from self.error
-        return prompt
+            raise EnvironmentFailure(f"it did not answer within {self.task.seconds:g} s") from None
 
-    def _run(self, row: Mapping[str, Any]) -> None:
+    def _failure(self) -> str:
+        """Why the episode, which is over, has no reward; "" if it has one."""
+        if self.fault:
+            return self.fault
         try:
-            asyncio.run(self._rollout(row))
-        except BaseException as error:
-            self.error = error
-        self.asked.put(None)
+            episode = self.running.result()
+        except CancelledError:
+            return "it was given up"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        if not episode.traces or not episode.ok:
+            errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
+            return " ".join(f"{errors[-1].type}: {errors[-1].message}".split()) if errors else "it was not completed"
+        return ""
 
-    async def _rollout(self, row: Mapping[str, Any]) -> None:
-        environment = self.task.environment
-        state = await environment.rollout(dict(row), _client(self.task.vf, self), "policy", {})
-        if state.get("error") is not None:
-            raise RuntimeError(str(state["error"]))
-        await environment.rubric.score_rollout(state)
-        self.state = state
-
-    async def answer(self, prompt: Sequence[Any]) -> ModelTurn:
-        """The model's turn on a prompt; called by the client in the episode's thread."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[ModelTurn | None] = loop.create_future()
-        self.waiting = loop, future  # no thread of a pool may wait here: the interpreter would wait for it at exit
-        self.asked.put(list(prompt))
-        action = await future
-        if action is None:
-            raise RuntimeError("the episode was given up")
-        return action
+    def _trace(self) -> Any:
+        """What the policy's agent did last."""
+        traces = self.running.result().traces
+        return [trace for trace in traces if trace.agent is None or trace.agent.name == self.task.loaded.seat][-1]
 
 
-def _client(vf: Any, episode: _Episode) -> Any:
-    """A client for the library that answers with the episode's turns."""
-    types = import_module(f"{vf.__name__}.types")
-
-    class PolicyClient(vf.Client):
-        def __init__(self) -> None:
-            pass
-
-        def setup_client(self, config: Any) -> Any:
-            return None
-
-        async def close(self) -> None:
-            pass
-
-        async def get_response(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-            action = await episode.answer(prompt)
-            calls = [
-                types.ToolCall(id=str(number), name=call.name, arguments=json.dumps(dict(call.arguments)))
-                for number, call in enumerate(action.calls)
-            ]
-            message = types.ResponseMessage(
-                content=action.text, tool_calls=calls or None, finish_reason="tool_calls" if calls else "stop",
-                is_truncated=False, tokens=None,
-            )  # fmt: skip
-            return types.Response(id="1", created=0, model="policy", usage=None, message=message)
-
-    for name in getattr(PolicyClient, "__abstractmethods__", ()):
-        setattr(PolicyClient, name, lambda self, *args, **kwargs: None)
-    PolicyClient.__abstractmethods__ = frozenset()  # the calls to a server, which are never made
-    return PolicyClient()
+def _split_of_name(argument: str) -> tuple[str, str | None]:
+    """NAME@train gives (NAME, "train")."""
+    name, mark, split = argument.rpartition("@")
+    return (name, split) if mark and split in SPLITS else (argument, None)
 
 
-def _role(message: Any) -> str:
+def _table(name: str) -> dict[str, Any]:
+    path = located(name)
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}{looked_in(name)} holds no settings of an environment ({error})") from error
+
+
+def _messages(request: Mapping[str, Any]) -> list[Message]:
+    """The messages of a request for a chat completion, as text."""
+    return [{"role": _role(message), "content": _content(message)} for message in request["messages"]]
+
+
+def _role(message: Mapping[str, Any]) -> str:
     role = message["role"]
     return role if role in ("system", "user", "assistant", "tool") else "user"
 
 
-def _content(message: Any) -> str:
-    content = message["content"]
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
     if isinstance(content, str) or content is None:
         return content or ""
-    parts = [part.get("text", "") if hasattr(part, "get") else getattr(part, "text", "") for part in content]
-    return "\n".join(parts)
-
-
-def _function(tool: Any) -> dict[str, Any]:
-    """One of their tools in OpenAI's format."""
-    named = {name: getattr(tool, name, None) or "" for name in ("name", "description")}
-    return {"type": "function", "function": {**named, "parameters": getattr(tool, "parameters", None) or {}}}
+    return "\n".join(part.get("text", "") for part in content)
