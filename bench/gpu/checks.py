@@ -52,7 +52,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """Where the checks run, and at what size."""
 
     rehearse: bool
@@ -77,26 +77,26 @@ class Place:
         return preset(table.pop("preset"), **table)
 
 
-def median_seconds(place: Place, run: Callable[[], Any], times: int) -> float:
+def median_seconds(site: Site, run: Callable[[], Any], times: int) -> float:
     """Median seconds of a call after two that warm up, all of its work on the device included."""
-    taken = []
+    times_taken = []
     for number in range(times + 2):
-        place.wait()
+        site.wait()
         began = time.perf_counter()
         run()
-        place.wait()
+        site.wait()
         if number >= 2:
-            taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+            times_taken.append(time.perf_counter() - began)
+    return statistics.median(times_taken)
 
 
-def machine(place: Place) -> Finding:
+def machine(site: Site) -> Finding:
     """What is here: the card, its driver, the libraries, and whether torch can use them."""
-    said = subprocess.run([sys.executable, "-m", "bessemer", "doctor", "--json"], capture_output=True, text=True)
-    figures: dict[str, Any] = {"doctor": json.loads(said.stdout or "null"), "torch": torch.__version__}
-    if not place.gpu:
-        return Finding(LEFT if place.rehearse else BAD, "no GPU that torch can use", figures)
-    card = torch.cuda.get_device_properties(place.device)
+    doctor = subprocess.run([sys.executable, "-m", "bessemer", "doctor", "--json"], capture_output=True, text=True)
+    figures: dict[str, Any] = {"doctor": json.loads(doctor.stdout or "null"), "torch": torch.__version__}
+    if not site.gpu:
+        return Finding(LEFT if site.rehearse else BAD, "no GPU that torch can use", figures)
+    card = torch.cuda.get_device_properties(site.device)
     figures |= {
         "card": card.name, "capability": list(torch.cuda.get_device_capability()), "cuda": torch.version.cuda,
         "gib": card.total_memory / 2**30, "cards": torch.cuda.device_count(), "bf16": torch.cuda.is_bf16_supported(),
@@ -107,34 +107,34 @@ def machine(place: Place) -> Finding:
     return Finding(GOOD, f"{figures['cards']} x {card.name}, {figures['gib']:.1f} GiB, CUDA {figures['cuda']}", figures)
 
 
-def compiler(place: Place) -> Finding:
+def compiler(site: Site) -> Finding:
     """torch.compile on a layer: does it work at all, how long does it take, and what does it gain?"""
     from bessemer.model.transformer import Transformer
 
-    cfg = place.network(n_layers=2, n_dense_layers=1)
-    model = Transformer(cfg).initialise(0).to(place.device).to_compute(torch.bfloat16)
-    tokens = torch.randint(0, cfg.vocab_size, (4, min(1024, cfg.max_seq_len)), device=place.device)
+    cfg = site.network(n_layers=2, n_dense_layers=1)
+    model = Transformer(cfg).initialise(0).to(site.device).to_compute(torch.bfloat16)
+    tokens = torch.randint(0, cfg.vocab_size, (4, min(1024, cfg.max_seq_len)), device=site.device)
 
     def step() -> None:
         model(tokens).float().square().mean().backward()
 
-    plain = median_seconds(place, step, 3)
+    plain = median_seconds(site, step, 3)
     began = time.perf_counter()
     for layer in model.layers:
         layer.compile(dynamic=False)
     step()
-    place.wait()
+    site.wait()
     first = time.perf_counter() - began
-    compiled = median_seconds(place, step, 3)
+    compiled = median_seconds(site, step, 3)
     figures = {"eager_seconds": plain, "compiled_seconds": compiled, "first_seconds": first}
     says = f"the first step took {first:.0f} s; after it {plain / compiled:.2f} times as fast as without"
-    return Finding(GOOD if compiled < plain or place.rehearse else BAD, says, figures)
+    return Finding(GOOD if compiled < plain or site.rehearse else BAD, says, figures)
 
 
-def fp8(place: Place) -> Finding:
+def fp8(site: Site) -> Finding:
     """Every FP8 kernel against the emulation, and its speed (bench/gpu/fp8.py)."""
     command = [sys.executable, str(Path(__file__).parent / "fp8.py")]
-    if not place.gpu:
+    if not site.gpu:
         return Finding(LEFT, "needs a GPU; on a CPU: TRITON_INTERPRET=1 python bench/gpu/fp8.py --interpret")
     if torch.cuda.get_device_capability() < (8, 9):
         return Finding(LEFT, "this card has no FP8 products")
@@ -160,16 +160,16 @@ def fp8(place: Place) -> Finding:
     return Finding(BAD if fault else GOOD, says + (f"; {fault}" if fault else ""), facts)
 
 
-def values(place: Place) -> Finding:
+def values(site: Site) -> Finding:
     """Loss and gradients of the network with packed documents and an expert without tokens: in float32 against the
     CPU, in BF16 against that."""
     from bessemer.data.batch import Batch
     from bessemer.model.transformer import Transformer
     from bessemer.train import objective
 
-    cfg = place.network(n_layers=3, n_routed_experts=16 if place.rehearse else 32, vocab_size=4096)
+    cfg = site.network(n_layers=3, n_routed_experts=16 if site.rehearse else 32, vocab_size=4096)
     generator = torch.Generator().manual_seed(3)
-    length = min(512, cfg.max_seq_len) // (4 if place.rehearse else 1)
+    length = min(512, cfg.max_seq_len) // (4 if site.rehearse else 1)
     tokens = torch.randint(0, cfg.vocab_size, (2, length), generator=generator)
     segments = (torch.arange(length) * 3 // length).expand(2, -1).contiguous()
     weight = torch.ones(2, length)
@@ -183,20 +183,22 @@ def values(place: Place) -> Finding:
         model = Transformer(cfg).initialise(0).to(device).to_compute(dtype)
         for gate in model.gates().values():
             gate.bias_E[0] = -10
-        torch.full((2**24 if place.rehearse else 2**28,), float("nan"), device=device)  # memory that nothing wrote
+        torch.full((2**24 if site.rehearse else 2**28,), float("nan"), device=device)  # memory that nothing wrote
         loss = objective.next_token(model, batch.to(device), mtp_lambda=0.3, balance_alpha=1e-4).total
         loss.backward()
-        found = {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
         routed.update({name: gate.load_E.tolist() for name, gate in model.gates().items()})
-        garbage.update(f"{name} in {dtype}" for name, g in found.items() if g.dim() == 3 and g[0].count_nonzero())
-        return loss.item() / (2 * (length - 1)), found
+        garbage.update(f"{name} in {dtype}" for name, g in gradients.items() if g.dim() == 3 and g[0].count_nonzero())
+        return loss.item() / (2 * (length - 1)), gradients
 
-    def off(found: dict[str, torch.Tensor]) -> dict[str, float]:
-        return {name: ((found[name] - g).norm() / g.norm()).item() for name, g in wanted.items() if g.norm()}
+    def off(gradients: dict[str, torch.Tensor]) -> dict[str, float]:
+        return {
+            name: ((gradients[name] - g).norm() / g.norm()).item() for name, g in exact_gradients.items() if g.norm()
+        }
 
-    exact, wanted = run(torch.device("cpu"), torch.float32)
-    full, full_gradients = run(place.device, torch.float32)
-    half, half_gradients = run(place.device, torch.bfloat16)
+    exact, exact_gradients = run(torch.device("cpu"), torch.float32)
+    full, full_gradients = run(site.device, torch.float32)
+    half, half_gradients = run(site.device, torch.bfloat16)
     figures: dict[str, Any] = {"loss": {"cpu": exact, "float32": full, "bfloat16": half}}
     figures |= {"float32": off(full_gradients), "bfloat16": off(half_gradients), "tokens_of_experts": routed}
     worst = max(figures["float32"], key=figures["float32"].__getitem__)
@@ -207,41 +209,41 @@ def values(place: Place) -> Finding:
     )
     if garbage:
         says += f"; not zero for the expert without tokens: {', '.join(sorted(garbage))}"
-    good = not garbage and all(one < 1e-3 for one in figures["float32"].values()) and abs(full - exact) < 1e-5 * exact
+    good = not garbage and all(gap < 1e-3 for gap in figures["float32"].values()) and abs(full - exact) < 1e-5 * exact
     return Finding(GOOD if good and middle < 0.1 and abs(half - exact) < 5e-3 * exact else BAD, says, figures)
 
 
-def layer(place: Place) -> Finding:
+def layer(site: Site) -> Finding:
     """Kernels that one MoE layer launches in forward and backward, at two numbers of experts, and waits of the host."""
     from torch.profiler import ProfilerActivity, profile
 
     from bessemer.model.segments import Packed
     from bessemer.model.transformer import Transformer
 
-    if not place.gpu:
+    if not site.gpu:
         return Finding(LEFT, "needs a GPU; the counts that a CPU can make are tests/model/test_gpu_path.py")
     launches: dict[str, int] = {}
     segments = (torch.arange(1024) // 300).expand(4, -1).contiguous()
-    for n_experts, packed in ((16, None), (64, None), (64, Packed.of(segments, place.device))):
-        cfg = place.network(n_layers=2, n_routed_experts=n_experts, n_mtp=0)
-        model = Transformer(cfg).initialise(0).to(place.device).to_compute(torch.bfloat16)
-        one = model.layers[1]
-        x = torch.randn(4, 1024, cfg.dim, device=place.device, dtype=torch.bfloat16, requires_grad=True)
+    for n_experts, packed in ((16, None), (64, None), (64, Packed.of(segments, site.device))):
+        cfg = site.network(n_layers=2, n_routed_experts=n_experts, n_mtp=0)
+        model = Transformer(cfg).initialise(0).to(site.device).to_compute(torch.bfloat16)
+        block = model.layers[1]
+        x = torch.randn(4, 1024, cfg.dim, device=site.device, dtype=torch.bfloat16, requires_grad=True)
         angles = model.rope_table(1024)
 
-        def step(one: Any = one, x: Any = x, angles: Any = angles, packed: Any = packed) -> None:
-            y, balance = one(x, angles, packed)
+        def step(block: Any = block, x: Any = x, angles: Any = angles, packed: Any = packed) -> None:
+            y, balance = block(x, angles, packed)
             (y.float().sum() + balance).backward()
 
         for _ in range(3):
             step()
-        place.wait()
+        site.wait()
         with waits_are_errors():
             step()
-        place.wait()
+        site.wait()
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
             step()
-            place.wait()
+            site.wait()
         name = f"{n_experts} experts{', packed' if packed is not None else ''}"
         launches[name] = sum("Launch" in event.name for event in profiler.events())
     says = ", ".join(f"{count} launches with {name}" for name, count in launches.items())
@@ -271,25 +273,25 @@ def waits_of(run: Callable[[], Any]) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def step(place: Place) -> Finding:
+def step(site: Site) -> Finding:
     """Training steps: MFU in BF16, FP8 against BF16, and memory against the planner's."""
     from bessemer.model.accounting import flops_per_token
 
-    cfg = place.network()
-    rows, length = (4, 64) if place.rehearse else (16, 2048)
+    cfg = site.network()
+    rows, length = (4, 64) if site.rehearse else (16, 2048)
     cases = {"BF16": dict(dtype=torch.bfloat16, fp8=None, compile=False)}
-    if place.gpu:
+    if site.gpu:
         cases["BF16, compiled"] = dict(dtype=torch.bfloat16, fp8=None, compile=True)
         if torch.cuda.get_device_capability() >= (8, 9):
             cases["FP8"] = dict(dtype=torch.bfloat16, fp8="paper", compile=False)
-    peak, predicted = _card(place, cfg, rows, length)
+    peak, predicted = _card(site, cfg, rows, length)
     flops, figures = flops_per_token(cfg, length).training, {}
     for name, case in cases.items():
-        figures[name] = one = _steps(place, cfg, case, rows, length)
-        rate = rows * length / one["seconds"]
-        one |= {"tokens_per_second": rate, "mfu": None if peak is None else rate * flops / peak}
-        one |= {"planned_gib": predicted["fp8" if case["fp8"] else "bf16"]}
-        print(name, one, flush=True)
+        figures[name] = result = _steps(site, cfg, case, rows, length)
+        rate = rows * length / result["seconds"]
+        result |= {"tokens_per_second": rate, "mfu": None if peak is None else rate * flops / peak}
+        result |= {"planned_gib": predicted["fp8" if case["fp8"] else "bf16"]}
+        print(name, result, flush=True)
     best = max((case for name, case in figures.items() if name != "FP8"), key=lambda case: case["tokens_per_second"])
     says, good = f"BF16 {best['tokens_per_second']:,.0f} tokens/s", True
     if best["mfu"] is not None:
@@ -305,27 +307,27 @@ def step(place: Place) -> Finding:
     return Finding(verdict, says, figures)
 
 
-def _steps(place: Place, cfg: Any, case: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
+def _steps(site: Site, cfg: Any, case: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
     """Seconds, peak memory and waits of one case's steps. Its trainer ends with the call, before the next is made."""
     import fp8_step
 
     gc.collect()
-    if place.gpu:
+    if site.gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    trainer, numbers = fp8_step.trainer(cfg, case, place.device, rows), iter(range(10_000))
+    trainer, numbers = fp8_step.trainer(cfg, case, site.device, rows), iter(range(10_000))
 
     def update() -> None:
         trainer.update([fp8_step.fresh(cfg, rows, length, next(numbers))])
 
     return {
-        "seconds": median_seconds(place, update, 6),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if place.gpu else None,
-        "waits": waits_of(update) if place.gpu else None,
+        "seconds": median_seconds(site, update, 6),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if site.gpu else None,
+        "waits": waits_of(update) if site.gpu else None,
     }
 
 
-def _card(place: Place, cfg: Any, rows: int, length: int) -> tuple[float | None, dict[str, float]]:
+def _card(site: Site, cfg: Any, rows: int, length: int) -> tuple[float | None, dict[str, float]]:
     """(dense BF16 FLOPs a second of the card if the planner knows it, GiB that it predicts by number format)."""
     from bessemer.addons.distributed.mesh import Layout
     from bessemer.addons.distributed.schedules import schedule
@@ -333,18 +335,18 @@ def _card(place: Place, cfg: Any, rows: int, length: int) -> tuple[float | None,
     from bessemer.addons.plan.cost import setup_memory
     from bessemer.addons.plan.training_setup import ModelShape, Setup
 
-    name = torch.cuda.get_device_name().replace(" ", "") if place.gpu else ""
-    found = next((key for key in hardware.devices() if key.split("-")[0] in name), None)
-    device, gib = hardware.device(found or "H100"), {}
+    name = torch.cuda.get_device_name().replace(" ", "") if site.gpu else ""
+    card_key = next((key for key in hardware.devices() if key.split("-")[0] in name), None)
+    device, gib = hardware.device(card_key or "H100"), {}
     for form in ("bf16", "fp8"):
         planned = Setup(
             ModelShape.of(cfg), Layout(1, 1, 1, 8), device, "1f1b", 1, rows, length, form == "fp8", cfg.n_mtp > 0
         )
         gib[form] = max(sum(kinds.values()) for kinds in setup_memory(cfg, planned, schedule("1f1b", 1, 1))) / 2**30
-    return (device.bf16 * 1e12 if found else None), gib
+    return (device.bf16 * 1e12 if card_key else None), gib
 
 
-def decode(place: Place) -> Finding:
+def decode(site: Site) -> Finding:
     """Decoding with the engine, from one row to many; against vLLM where it is installed."""
     from bessemer.data.tokenizer import Tokenizer
     from bessemer.engine.engine import Engine
@@ -354,28 +356,28 @@ def decode(place: Place) -> Finding:
     tokenizer = Tokenizer.train(texts, 300)
 
     def drawn(n_mtp: int) -> Transformer:
-        network = Transformer(place.network(n_mtp=n_mtp)).initialise(0)
-        return network.to(place.device).to_compute(torch.bfloat16).eval()
+        network = Transformer(site.network(n_mtp=n_mtp)).initialise(0)
+        return network.to(site.device).to_compute(torch.bfloat16).eval()
 
     model = drawn(0)
     engine = Engine(model, tokenizer)
-    new, figures = (8 if place.rehearse else 256), {}
+    new, figures = (8 if site.rehearse else 256), {}
     generator = torch.Generator().manual_seed(0)
-    for rows in (1, 4) if place.rehearse else (1, 64, 256):
+    for rows in (1, 4) if site.rehearse else (1, 64, 256):
         prompts = torch.randint(3, 290, (rows, 32), generator=generator).tolist()
 
         def run(rows: int = rows, prompts: Any = prompts) -> None:
             engine.generate(prompts, samples=1, max_new_tokens=new, stop_ids=(), batch_rows=rows)
 
-        figures[f"{rows} rows"] = rows * new / median_seconds(place, run, 2)
+        figures[f"{rows} rows"] = rows * new / median_seconds(site, run, 2)
         print(rows, "rows", figures[f"{rows} rows"], "tokens/s", flush=True)
-    few = 4 if place.rehearse else 64
-    figures[f"{few} rows with a draft"] = _with_a_draft(place, Engine(drawn(1), tokenizer), few, new)
+    few = 4 if site.rehearse else 64
+    figures[f"{few} rows with a draft"] = _with_a_draft(site, Engine(drawn(1), tokenizer), few, new)
     says = rates(figures)
-    if not place.gpu or importlib.util.find_spec("vllm") is None:
+    if not site.gpu or importlib.util.find_spec("vllm") is None:
         return Finding(SHOWN, says + "; vLLM is not installed here", figures)
-    figures["vllm"] = theirs = _vllm(model, tokenizer, new)
-    return Finding(SHOWN, says + f"; {figures['64 rows'] / theirs:.2f} of vLLM's at 64 rows", figures)
+    figures["vllm"] = peer_rate = _vllm(model, tokenizer, new)
+    return Finding(SHOWN, says + f"; {figures['64 rows'] / peer_rate:.2f} of vLLM's at 64 rows", figures)
 
 
 def rates(figures: dict[str, float]) -> str:
@@ -383,11 +385,11 @@ def rates(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in figures.items())
 
 
-def _with_a_draft(place: Place, engine: Any, rows: int, new: int) -> float:
+def _with_a_draft(site: Site, engine: Any, rows: int, new: int) -> float:
     """Tokens per second with drafts: the cost alone, since random weights have hardly a draft accepted."""
     prompts = [[3 + i % 280] * 32 for i in range(rows)]
     options = {"max_new_tokens": new, "stop_ids": (), "drafts": 1}
-    return rows * new / median_seconds(place, lambda: engine.generate(prompts, **options), 2)
+    return rows * new / median_seconds(site, lambda: engine.generate(prompts, **options), 2)
 
 
 def _vllm(model: Any, tokenizer: Any, new: int) -> float:
@@ -400,30 +402,30 @@ def _vllm(model: Any, tokenizer: Any, new: int) -> float:
         del model
         gc.collect()
         torch.cuda.empty_cache()
-        other = LLM(str(Path(folder) / "model"), dtype="bfloat16", gpu_memory_utilization=0.5, max_model_len=512)
+        llm = LLM(str(Path(folder) / "model"), dtype="bfloat16", gpu_memory_utilization=0.5, max_model_len=512)
         options = SamplingParams(max_tokens=new, ignore_eos=True, detokenize=False)
         prompts = [{"prompt_token_ids": [3 + i % 280] * 32} for i in range(64)]
-        other.generate(prompts, options, use_tqdm=False)
+        llm.generate(prompts, options, use_tqdm=False)
         began = time.perf_counter()
-        other.generate(prompts, options, use_tqdm=False)
+        llm.generate(prompts, options, use_tqdm=False)
         return 64 * new / (time.perf_counter() - began)
 
 
-def save(place: Place) -> Finding:
+def save(site: Site) -> Finding:
     """A checkpoint while training goes on: how long training waits, and how long its steps take."""
     import fp8_step
 
     from bessemer.addons.accelerate.background import CheckpointWriter
 
-    cfg = place.network()
-    rows, length = (2, 32) if place.rehearse else (8, 2048)
-    one = fp8_step.trainer(cfg, dict(dtype=torch.bfloat16, fp8=None, compile=False), place.device, rows)
+    cfg = site.network()
+    rows, length = (2, 32) if site.rehearse else (8, 2048)
+    saver = fp8_step.trainer(cfg, dict(dtype=torch.bfloat16, fp8=None, compile=False), site.device, rows)
     numbers = iter(range(10_000))
 
     def step() -> float:
         began = time.perf_counter()
-        one.update([fp8_step.fresh(cfg, rows, length, next(numbers))])
-        place.wait()
+        saver.update([fp8_step.fresh(cfg, rows, length, next(numbers))])
+        site.wait()
         return time.perf_counter() - began
 
     alone = statistics.median([step() for _ in range(6)][2:])
@@ -432,8 +434,8 @@ def save(place: Place) -> Finding:
         waits, beside = [], []
         for _ in range(2):  # the first allocates the buffer
             began = time.perf_counter()
-            state = one.state()
-            one.optimizer.copied = writer.save(one.step, state)
+            state = saver.state()
+            saver.optimizer.copied = writer.save(saver.step, state)
             waits.append(time.perf_counter() - began)
             while writer.background.busy:
                 beside.append(step())
@@ -445,34 +447,34 @@ def save(place: Place) -> Finding:
         f"{size / 1e9:.2f} GB; training lost {lost:.2f} s, {waits[1]:.2f} of them waiting; a step takes {alone:.2f} s"
     )
     share = lost / 60  # a checkpoint a minute, the default
-    verdict = SHOWN if place.rehearse else GOOD if share < 0.05 else BAD
+    verdict = SHOWN if site.rehearse else GOOD if share < 0.05 else BAD
     return Finding(verdict, says + f"; {share:.1%} of a minute (aim under 5 %)", figures)
 
 
-def repeat(place: Place) -> Finding:
+def repeat(site: Site) -> Finding:
     """Five steps twice from one seed, as they are and in deterministic mode: the same bits, and at what price?"""
     import fp8_step
 
     from bessemer.addons.accelerate import determinism
 
-    cfg = place.network(n_layers=2)
-    rows, length = (2, 32) if place.rehearse else (8, 1024)
+    cfg = site.network(n_layers=2)
+    rows, length = (2, 32) if site.rehearse else (8, 1024)
 
     def run() -> tuple[list[float], float]:
         """Sums over all weights after each step, and median seconds of a step."""
-        one = fp8_step.trainer(cfg, dict(dtype=torch.bfloat16, fp8=None, compile=False), place.device, rows)
-        found, taken = [], []
+        built = fp8_step.trainer(cfg, dict(dtype=torch.bfloat16, fp8=None, compile=False), site.device, rows)
+        losses, durations = [], []
         for n in range(5):
-            taken.append(fp8_step.seconds(one, fp8_step.fresh(cfg, rows, length, n)))
-            found.append(sum(float(p.detach().double().sum()) for p in one.model.parameters()))
-        return found, statistics.median(taken)
+            durations.append(fp8_step.seconds(built, fp8_step.fresh(cfg, rows, length, n)))
+            losses.append(sum(float(p.detach().double().sum()) for p in built.model.parameters()))
+        return losses, statistics.median(durations)
 
     figures: dict[str, Any] = {}
     for name, on in (("plain", False), ("deterministic", True)):
         with determinism.kept(on, print):
             (first, _), (second, seconds) = run(), run()
-        same = sum(a == b for a, b in zip(first, second, strict=True))
-        figures[name] = {"same": same, "seconds": seconds, "first": first, "second": second}
+        n_equal = sum(a == b for a, b in zip(first, second, strict=True))
+        figures[name] = {"same": n_equal, "seconds": seconds, "first": first, "second": second}
     slower = figures["deterministic"]["seconds"] / figures["plain"]["seconds"]
     says = (
         f"after {figures['plain']['same']} of 5 steps the weights are the same, in deterministic mode after "
@@ -481,13 +483,13 @@ def repeat(place: Place) -> Finding:
     return Finding(GOOD if figures["deterministic"]["same"] == 5 else BAD, says, figures)
 
 
-def recipe(place: Place) -> Finding:
+def recipe(site: Site) -> Finding:
     """recipes/tiny.toml from its corpus to its RL with the devices of this machine, shortened."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tiny"
-        sets = {"pretrain.tokens": "40K" if place.rehearse else "800K", "zero.rollouts": "1" if place.rehearse else "4",
+        sets = {"pretrain.tokens": "40K" if site.rehearse else "800K", "zero.rollouts": "1" if site.rehearse else "4",
                 "zero.minimum_pass": "0", "zero.eval_problems": "4"}  # fmt: skip
-        if place.rehearse:
+        if site.rehearse:
             sets |= {"zero.prompts_per_rollout": "2", "zero.samples": "2", "zero.max_new_tokens": "8",
                      "corpus.limits.countdown": "60K", "corpus.limits.arithmetic": "60K"}  # fmt: skip
         words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
@@ -495,25 +497,25 @@ def recipe(place: Place) -> Finding:
         began = time.monotonic()
         ended = subprocess.run([*command, "--until", "zero", *words], capture_output=True, text=True)
         seconds = time.monotonic() - began
-        said = (ended.stdout + ended.stderr).splitlines()
-        print("\n".join(said), flush=True)
-        computed = [line for line in said if line.startswith("compute in")]
+        output = (ended.stdout + ended.stderr).splitlines()
+        print("\n".join(output), flush=True)
+        computed = [line for line in output if line.startswith("compute in")]
         losses = []
         if (path := out / "metrics.jsonl").exists():
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             losses = [line["values"]["train/loss"] for line in lines if "train/loss" in line["values"]]
-    figures = {"seconds": seconds, "compute": computed, "losses": losses, "said": said[-20:]}
+    figures = {"seconds": seconds, "compute": computed, "losses": losses, "said": output[-20:]}
     if ended.returncode:
-        return Finding(BAD, f"ended with {ended.returncode}: {said[-1] if said else ''}", figures)
+        return Finding(BAD, f"ended with {ended.returncode}: {output[-1] if output else ''}", figures)
     named = computed[0] if computed else "no device named"
-    there = bool(computed) and (not place.gpu or all(torch.cuda.get_device_name() in line for line in computed))
+    there = bool(computed) and (not site.gpu or all(torch.cuda.get_device_name() in line for line in computed))
     says = f"{seconds:.0f} s; loss {losses[0]:.2f} -> {losses[-1]:.2f}; {named}"
     return Finding(GOOD if there and losses[-1] < losses[0] else BAD, says, figures)
 
 
-def layouts(place: Place) -> Finding:
+def layouts(site: Site) -> Finding:
     """The same steps under every layout that the cards allow (bench/layouts.py)."""
-    cards = torch.cuda.device_count() if place.gpu else 0
+    cards = torch.cuda.device_count() if site.gpu else 0
     if cards < 2:
         return Finding(LEFT, "needs two GPUs; on CPUs: python bench/layouts.py --out runs/layouts")
     with tempfile.TemporaryDirectory() as folder:
@@ -528,33 +530,33 @@ def layouts(place: Place) -> Finding:
     return Finding(GOOD if worst["first_20"] < 2e-3 else BAD, says, {"rows": rows})
 
 
-def exchange(place: Place) -> Finding:
+def exchange(site: Site) -> Finding:
     """Tokens between ranks that share experts: every backend available, timed and compared with all-to-all."""
-    cards = torch.cuda.device_count() if place.gpu else 0
+    cards = torch.cuda.device_count() if site.gpu else 0
     ranks = max((n for n in (2, 4, 8) if n <= cards), default=2)
-    if cards < 2 and not place.rehearse:
+    if cards < 2 and not site.rehearse:
         return Finding(LEFT, "needs two GPUs")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "exchange.json"
         command = [sys.executable, str(Path(__file__).with_name("exchange.py")), "--ranks", str(ranks)]
-        ended = subprocess.run([*command, "--json", str(path), *(["--rehearse"] if place.rehearse else [])]).returncode
+        ended = subprocess.run([*command, "--json", str(path), *(["--rehearse"] if site.rehearse else [])]).returncode
         if not path.exists():
             return Finding(BAD, f"the command ended with {ended}")
         facts = json.loads(path.read_text())
-    told = [
+    reports = [
         f"{row['backend']} in {row['rows']}: there {1e3 * row['dispatch_seconds']:.2f}, back "
         f"{1e3 * row['combine_seconds']:.2f}, backward {1e3 * row['backward_seconds']:.2f} ms"
         for row in facts["rows"]
     ]
     wrong = [f"{row['backend']} by {row['off']:.1e}" for row in facts["rows"] if row["off"] > 1e-2]
     missing = [f"{name}: {why}" for name, why in facts["missing"].items()]
-    says = "; ".join([f"{facts['ranks']} ranks", *told, *missing])
+    says = "; ".join([f"{facts['ranks']} ranks", *reports, *missing])
     return Finding(BAD if wrong else GOOD, says + (f"; other results: {', '.join(wrong)}" if wrong else ""), facts)
 
 
-def streams(place: Place) -> Finding:
+def streams(site: Site) -> Finding:
     """Ten steps under torch's stream sanitizer: does a kernel touch what another stream still uses?"""
-    if not place.gpu:
+    if not site.gpu:
         return Finding(LEFT, "needs a GPU")
     environment = os.environ | {"TORCH_CUDA_SANITIZER": "1"}
     command = [sys.executable, str(Path(__file__)), "repeat", "--json", os.devnull]
@@ -564,7 +566,7 @@ def streams(place: Place) -> Finding:
     return Finding(BAD if races or ended.returncode else GOOD, f"{races} possible races", figures)
 
 
-CHECKS: dict[str, tuple[Callable[[Place], Finding], float]] = {
+CHECKS: dict[str, tuple[Callable[[Site], Finding], float]] = {
     "machine": (machine, 60), "compiler": (compiler, 300), "values": (values, 300), "layer": (layer, 180),
     "fp8": (fp8, 900), "step": (step, 600), "decode": (decode, 420), "save": (save, 180), "repeat": (repeat, 180),
     "streams": (streams, 240), "recipe": (recipe, 420), "layouts": (layouts, 600), "exchange": (exchange, 240),
@@ -578,11 +580,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
-    place = Place(args.rehearse, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    site = Site(args.rehearse, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if args.rehearse:
         torch.set_num_threads(1)
-    found = CHECKS[args.check][0](place)
-    args.json.write_text(json.dumps(asdict(found)) + "\n")
+    finding = CHECKS[args.check][0](site)
+    args.json.write_text(json.dumps(asdict(finding)) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def reference(q, kv, k_rope, q_table, k_table, segments, scale):
     return out, score.logsumexp(-1).flatten(0, 1)
 
 
-def close(found, wanted, bound):
-    return float((found.double() - wanted).norm()) <= bound * max(1.0, float(wanted.norm()))
+def close(actual, expected, bound):
+    return float((actual.double() - expected).norm()) <= bound * max(1.0, float(expected.norm()))
 
 
 def segments_of(kind, B, T):
@@ -70,29 +70,29 @@ def test_equals_the_equation(instructions, dtype, bound, kind):
         segments = segments_of(kind, *shape[:2])
         assert kernel.serves(q, kv, k_rope, segments, 0.3)
         exact = [x.double().requires_grad_() for x in (q, kv, k_rope)]
-        wanted, wanted_lse = reference(*exact, table, table, segments, 0.3)
-        gradients = torch.autograd.grad(wanted, exact, dout.double())
+        expected, wanted_lse = reference(*exact, table, table, segments, 0.3)
+        gradients = torch.autograd.grad(expected, exact, dout.double())
         out, lse = kernel.attention(q, kv, k_rope, table, table, segments, 0.3)
-        found = kernel.attention_backward(dout, q, kv, k_rope, table, segments, 0.3, out, lse)
+        actual = kernel.attention_backward(dout, q, kv, k_rope, table, segments, 0.3, out, lse)
         assert out.dtype == dtype and lse.dtype == FLOAT
-        assert close(out, wanted.detach(), bound) and close(lse, wanted_lse.detach(), bound), shape
-        for a, b in zip(found, gradients, strict=True):
+        assert close(out, expected.detach(), bound) and close(lse, wanted_lse.detach(), bound), shape
+        for a, b in zip(actual, gradients, strict=True):
             assert a.dtype == dtype and close(a, b, bound), shape
 
 
 def test_new_queries_after_cached_keys(instructions):
     """Bit for bit what the same queries give among all: a prompt in pieces gives what the whole prompt gives."""
     q, kv, k_rope, table, _ = drawn(2, 150, 2, 32, 16, 32)
-    whole, whole_lse = kernel.attention(q, kv, k_rope, table, table, None, 0.3)
+    full, whole_lse = kernel.attention(q, kv, k_rope, table, table, None, 0.3)
     for T in (1, 30, 97):
         out, lse = kernel.attention(q[:, -T:], kv, k_rope, table[-T:], table, None, 0.3)
-        assert torch.equal(out, whole[:, -T:]) and torch.equal(lse, whole_lse[:, -T:])
-    wanted, _ = reference(q[:, -30:], kv, k_rope, table[-30:], table, None, 0.3)
+        assert torch.equal(out, full[:, -T:]) and torch.equal(lse, whole_lse[:, -T:])
+    expected, _ = reference(q[:, -30:], kv, k_rope, table[-30:], table, None, 0.3)
     plain = torch.stack((torch.ones(150, 8), torch.zeros(150, 8)), -1)
     rotated = torch.view_as_complex(k_rope.unflatten(-1, (-1, 2))) * torch.view_as_complex(table)
     rotated = torch.view_as_real(rotated).flatten(-2)
-    assert close(kernel.attention(q[:, -30:], kv, rotated, table[-30:], None, None, 0.3)[0], wanted, 1e-6)
-    assert close(kernel.attention(q[:, -30:], kv, rotated, table[-30:], plain, None, 0.3)[0], wanted, 1e-6)
+    assert close(kernel.attention(q[:, -30:], kv, rotated, table[-30:], None, None, 0.3)[0], expected, 1e-6)
+    assert close(kernel.attention(q[:, -30:], kv, rotated, table[-30:], plain, None, 0.3)[0], expected, 1e-6)
 
 
 def test_results_depend_on_neither_threads_nor_other_rows(instructions):
@@ -101,13 +101,13 @@ def test_results_depend_on_neither_threads_nor_other_rows(instructions):
     for threads, rows in ((1, slice(None)), (2, slice(None)), (1, slice(1, 2))):
         torch.set_num_threads(threads)
         try:
-            mine = [x[rows] for x in (q, kv, k_rope)]
-            out, lse = kernel.attention(*mine, table, table, None, 0.3)
-            results.append((out, *kernel.attention_backward(dout[rows], *mine, table, None, 0.3, out, lse)))
+            own_inputs = [x[rows] for x in (q, kv, k_rope)]
+            out, lse = kernel.attention(*own_inputs, table, table, None, 0.3)
+            results.append((out, *kernel.attention_backward(dout[rows], *own_inputs, table, None, 0.3, out, lse)))
         finally:
             torch.set_num_threads(1)
-    for one, two, alone in zip(*results, strict=True):
-        assert torch.equal(one, two) and torch.equal(one[1:2], alone)
+    for single_thread, two_threads, alone in zip(*results, strict=True):
+        assert torch.equal(single_thread, two_threads) and torch.equal(single_thread[1:2], alone)
 
 
 def test_scores_far_apart_and_tiny(instructions):
@@ -115,16 +115,16 @@ def test_scores_far_apart_and_tiny(instructions):
     generator = torch.Generator().manual_seed(0)
     q, kv, k_rope, _, dout = drawn(1, 100, 2, 32, 16, 32)
     kv[..., :32] = torch.randint(-1, 2, kv[..., :32].shape, generator=generator)
-    k_rope, whole = (torch.randint(-1, 2, x.shape, generator=generator).float() for x in (k_rope, q))
+    k_rope, signs = (torch.randint(-1, 2, x.shape, generator=generator).float() for x in (k_rope, q))
     table = torch.eye(2)[torch.randint(0, 2, (100, 8), generator=generator)]  # none, or a quarter turn
-    for given, bound in ((whole * 1000, None), (whole * 16, 3e-5), (q * 1e-20, 3e-6)):
-        exact = [x.double().requires_grad_() for x in (given, kv, k_rope)]
-        wanted, _ = reference(*exact, table, table, None, 0.3)
-        out, lse = kernel.attention(given, kv, k_rope, table, table, None, 0.3)
-        assert close(out, wanted.detach(), 1e-6)
+    for scaled, bound in ((signs * 1000, None), (signs * 16, 3e-5), (q * 1e-20, 3e-6)):
+        exact = [x.double().requires_grad_() for x in (scaled, kv, k_rope)]
+        expected, _ = reference(*exact, table, table, None, 0.3)
+        out, lse = kernel.attention(scaled, kv, k_rope, table, table, None, 0.3)
+        assert close(out, expected.detach(), 1e-6)
         if bound:  # at thousands, float32 stores the log-sum-exp to three decimal places
-            found = kernel.attention_backward(dout, given, kv, k_rope, table, None, 0.3, out, lse)
-            for a, b in zip(found, torch.autograd.grad(wanted, exact, dout.double()), strict=True):
+            actual = kernel.attention_backward(dout, scaled, kv, k_rope, table, None, 0.3, out, lse)
+            for a, b in zip(actual, torch.autograd.grad(expected, exact, dout.double()), strict=True):
                 assert close(a, b, bound)
 
 
@@ -133,9 +133,9 @@ def test_no_denormal_numbers(instructions):
     """Small probabilities times small gradients made backward 20 times slower. Outside the kernel denormals remain."""
     q, kv, k_rope, table, dout = drawn(1, 256, 2, 32, 16, 32)
     out, lse = kernel.attention(q * 20, kv, k_rope, table, table, None, 0.14)
-    found = kernel.attention_backward(dout * 1e-20, q * 20, kv, k_rope, table, None, 0.14, out, lse)
+    actual = kernel.attention_backward(dout * 1e-20, q * 20, kv, k_rope, table, None, 0.14, out, lse)
     smallest = torch.finfo(FLOAT).tiny
-    for x in (out, *found):
+    for x in (out, *actual):
         assert x.any() and not ((x != 0) & (x.abs() < smallest)).any()
     assert torch.full((64,), smallest).mul(0.5).all()
 
@@ -158,13 +158,13 @@ def test_non_finite_values_reach_their_readers(instructions, dtype, column, valu
 
 def test_inputs_need_not_be_contiguous(instructions):
     q, kv, k_rope, table, dout = drawn(2, 50, 2, 32, 16, 32)
-    given = [torch.stack((x, x), -1)[..., 0] for x in (q, kv, k_rope, table, dout)]
-    assert not any(x.is_contiguous() for x in given)
+    strided = [torch.stack((x, x), -1)[..., 0] for x in (q, kv, k_rope, table, dout)]
+    assert not any(x.is_contiguous() for x in strided)
     segments = (torch.arange(50) // 20).expand(2, -1)
     for a, b in zip(*(
-        (*(made := kernel.attention(*x[:3], x[3], x[3], segments, 0.3)),
-         *kernel.attention_backward(x[4], *x[:3], x[3], segments, 0.3, *made))
-        for x in ((q, kv, k_rope, table, dout), given)
+        (*(forward := kernel.attention(*x[:3], x[3], x[3], segments, 0.3)),
+         *kernel.attention_backward(x[4], *x[:3], x[3], segments, 0.3, *forward))
+        for x in ((q, kv, k_rope, table, dout), strided)
     ), strict=True):  # fmt: skip
         assert torch.equal(a, b)
 

@@ -8,7 +8,7 @@ from bessemer.model import ops
 
 
 @pytest.mark.parametrize(
-    ("setting", "gpu", "compiler", "kernels", "flops", "wanted"),
+    ("setting", "gpu", "compiler", "kernels", "flops", "expected"),
     [
         ("on", False, None, True, 0.0, True),
         ("off", True, "g++", False, 1e20, False),
@@ -20,13 +20,13 @@ from bessemer.model import ops
         ("auto", False, None, False, 1e20, False),
     ],
 )
-def test_auto_compiles_where_it_pays(monkeypatch, setting, gpu, compiler, kernels, flops, wanted):
+def test_auto_compiles_where_it_pays(monkeypatch, setting, gpu, compiler, kernels, flops, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(compiling, "cpp_compiler", lambda: compiler)
-    found = [(lambda: True, lambda: "avx2" if kernels else "off")]
-    monkeypatch.setattr(ops.instructions, "implementations", found)
+    facts = [(lambda: True, lambda: "avx2" if kernels else "off")]
+    monkeypatch.setattr(ops.instructions, "implementations", facts)
     monkeypatch.setattr(compiling, "gpu_compiler_trouble", lambda: None)
-    assert compiling.want_compile(setting, flops) is wanted
+    assert compiling.want_compile(setting, flops) is expected
 
 
 @pytest.mark.parametrize("setting", ["auto", "on"])
@@ -34,15 +34,15 @@ def test_a_gpu_without_a_compiler_runs_uncompiled_and_says_why(monkeypatch, sett
     """Without CUDA the trial fails like any other failure; the warning names the cause and the fix."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     compiling.gpu_compiler_trouble.cache_clear()
-    said = []
-    assert compiling.want_compile(setting, 1e20, said.append) is False
+    messages = []
+    assert compiling.want_compile(setting, 1e20, messages.append) is False
     assert (
-        len(said) == 1
-        and ("CUDA" in said[0] or "NVIDIA" in said[0])
-        and "layers run uncompiled" in said[0]
-        and "\n" not in said[0]
+        len(messages) == 1
+        and ("CUDA" in messages[0] or "NVIDIA" in messages[0])
+        and "layers run uncompiled" in messages[0]
+        and "\n" not in messages[0]
     )
-    assert not compiling.want_compile("off", 1e20, said.append) and len(said) == 1, "off asks nothing"
+    assert not compiling.want_compile("off", 1e20, messages.append) and len(messages) == 1, "off asks nothing"
     compiling.gpu_compiler_trouble.cache_clear()
 
 

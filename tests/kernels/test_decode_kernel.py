@@ -64,12 +64,12 @@ def distance(x, y):
 @torch.inference_mode()
 def test_steps_equal_float64(instructions, variant):
     model = network(**VARIANTS[variant])
-    held = Rows(model, texts(1, 5, 63, 64, 70, 130))
+    cached = Rows(model, texts(1, 5, 63, 64, 70, 130))
     trace = None if variant == "dense" else RoutingTrace(model.cfg.n_routed_experts)
     for T in (1, 3, 1):
-        logits = held.go_on(KernelSteps.of(model), torch.tensor(texts(*[T] * 6)), trace).logits_BTV
+        logits = cached.go_on(KernelSteps.of(model), torch.tensor(texts(*[T] * 6)), trace).logits_BTV
         chosen = None if trace is None else trace.take().unflatten(0, (6, T)).long()
-        for b, row in enumerate(held.rows):
+        for b, row in enumerate(cached.rows):
             exact, routes = exact_network.forward(model, row)
             assert distance(logits[b].double(), exact[-T:]) < 3e-6, (b, T)
             assert chosen is None or torch.equal(chosen[b], routes[-T:])
@@ -81,10 +81,10 @@ def test_bfloat16_equals_float64_up_to_its_rounding(instructions, variant):
     """Every token takes every expert: between two almost equal ones, rounding could pick the other."""
     every = dict(n_routed_experts=4, n_activated_experts=4, n_expert_groups=1, n_limited_groups=1)
     model = network(torch.bfloat16, **VARIANTS[variant], **every)
-    held = Rows(model, texts(1, 5, 70, 130, 2, *[8] * 15))
+    cached = Rows(model, texts(1, 5, 70, 130, 2, *[8] * 15))
     for T in (1, 3):
-        logits = held.go_on(KernelSteps.of(model), torch.tensor(texts(*[T] * 20))).logits_BTV
-        for b, row in enumerate(held.rows[:6]):
+        logits = cached.go_on(KernelSteps.of(model), torch.tensor(texts(*[T] * 20))).logits_BTV
+        for b, row in enumerate(cached.rows[:6]):
             assert distance(logits[b].double(), exact_network.forward(model, row)[0][-T:]) < 0.02, (b, T)
 
 
@@ -95,16 +95,16 @@ def test_a_row_does_not_depend_on_the_others_on_threads_or_on_guesses(instructio
         steps, rows = KernelSteps.of(model), texts(*range(1, 20), 64, 127, 66)
         new_BT = torch.tensor(texts(*[3] * len(rows)))
         together = Rows(model, rows).go_on(steps, new_BT).logits_BTV
-        held = Rows(model, rows)
-        one_by_one = torch.cat([held.go_on(steps, new_BT[:, t : t + 1]).logits_BTV for t in range(3)], 1)
+        rows_held = Rows(model, rows)
+        one_by_one = torch.cat([rows_held.go_on(steps, new_BT[:, t : t + 1]).logits_BTV for t in range(3)], 1)
         assert torch.equal(one_by_one, together), "tokens one after the other"
         for part in ([0], [21], [19, 20], [3, 7, 5], [9, 2, 0, 21], [*range(21, 9, -1)]):
-            found = Rows(model, [rows[b] for b in part]).go_on(steps, new_BT[part]).logits_BTV
-            assert torch.equal(found, together[part]), "other rows, another order"
-        held, before = Rows(model, rows), torch.get_num_threads()  # prefill's sums may depend on threads
+            actual = Rows(model, [rows[b] for b in part]).go_on(steps, new_BT[part]).logits_BTV
+            assert torch.equal(actual, together[part]), "other rows, another order"
+        rows_held, before = Rows(model, rows), torch.get_num_threads()  # prefill's sums may depend on threads
         try:
             torch.set_num_threads(2)
-            assert torch.equal(held.go_on(steps, new_BT).logits_BTV, together), "two threads"
+            assert torch.equal(rows_held.go_on(steps, new_BT).logits_BTV, together), "two threads"
         finally:
             torch.set_num_threads(before)
 
@@ -145,11 +145,11 @@ def test_prefill_equals_float64_and_does_not_depend_on_company_or_cuts(instructi
                 assert all(map(torch.equal, other[k], expected[where]))
 
 
-def prefilled(model, rows, cuts=(), drafts=0, asked=None, steps=None):
+def prefilled(model, rows, cuts=(), drafts=0, n_prompt=None, steps=None):
     """(logits after the last part, routes, latents of the last layer) of prompts that are cut at these positions."""
     steps = steps or KernelSteps.of(model)
     cache, trace = TorchSteps(model).new_cache(drafts=drafts), RoutingTrace(model.cfg.n_routed_experts)
-    prompts = [cache.open(row, asked=asked) for row in rows]
+    prompts = [cache.open(row, asked=n_prompt) for row in rows]
     logits = {}
     for cut in (*cuts, max(map(len, rows))):
         chunks = [PrefillChunk(p, end) for p in prompts if (end := min(cut, len(p.ids))) > p.length]
@@ -175,12 +175,12 @@ def test_the_expanded_form_equals_float64_and_does_not_depend_on_company_cuts_or
 ):
     model, rows = network(**VARIANTS[variant] | {"max_seq_len": 700}), texts(330, 1, 129, 128, 65)
     steps = KernelSteps.of(model)
-    found = prefilled(model, rows, steps=steps)
+    actual = prefilled(model, rows, steps=steps)
     few = int(steps.attention_products)
     for b, row in enumerate(rows):
         exact, chosen = exact_network.forward(model, row)
-        assert distance(found[0][b].double(), exact[-1]) < 3e-6, b
-        assert torch.equal(found[1][b].long(), chosen)
+        assert distance(actual[0][b].double(), exact[-1]) < 3e-6, b
+        assert torch.equal(actual[1][b].long(), chosen)
     again, before = [prefilled(model, rows, (1, 63, 64, 100, 256, 300))], torch.get_num_threads()
     try:
         for threads in (2, 7):  # the second: more than heads
@@ -189,10 +189,10 @@ def test_the_expanded_form_equals_float64_and_does_not_depend_on_company_cuts_or
     finally:
         torch.set_num_threads(before)
     alone = [prefilled(model, [row]) for row in rows]
-    again.append([[one[k][0] for one in alone] for k in range(3)])
+    again.append([[result[k][0] for result in alone] for k in range(3)])
     for other in again:
         for k in range(3):
-            assert all(map(torch.equal, other[k], found[k]))
+            assert all(map(torch.equal, other[k], actual[k]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_steps, "LONG", 1 << 40)
         absorbed = KernelSteps.of(model)
@@ -223,7 +223,7 @@ def test_tokens_that_a_sequence_made_before_it_was_preempted_get_the_same_bits_a
         logits = steps.forward(torch.tensor([[token]]), torch.tensor([len(row) + n]), cache).logits_BTV
     total = len(row) + len(new)
     latents = cache.layers[2].index_select(0, torch.tensor(cache.row_pages[0])).flatten(0, 1)[:total]
-    again = prefilled(model, [row + new], asked=len(row))
+    again = prefilled(model, [row + new], n_prompt=len(row))
     assert torch.equal(again[0][0], logits[0, 0]) and torch.equal(again[2][0], latents)
     assert not torch.equal(prefilled(model, [row + new])[2][0], latents), "as a prompt they would be other bits"
 
@@ -248,21 +248,21 @@ def test_a_long_prefill_multiplies_hardly_more_than_the_model_s_own_forward():
 def test_steps_equal_the_torch_path_after_every_update(instructions):
     """Weights that change in place, weights that move, and a cache that grows."""
     model, rows = network(), texts(3, 9, 60)
-    steps, ours, theirs = KernelSteps.of(model), Rows(model, rows), Rows(model, rows)
+    steps, kernel_rows, torch_rows = KernelSteps.of(model), Rows(model, rows), Rows(model, rows)
     for n in range(12):
         if n == 4:
             model.head.weight.mul_(0.5)
         if n == 6:
             weight = model.layers[1].attn.wo.weight
             weight.data = weight.data * 1.5
-        token_B, position_B = torch.tensor([n, n + 5, n + 9]), torch.tensor([len(row) for row in ours.rows])
+        token_B, position_B = torch.tensor([n, n + 5, n + 9]), torch.tensor([len(row) for row in kernel_rows.rows])
         trace, expected_trace = RoutingTrace(model.cfg.n_routed_experts), RoutingTrace(model.cfg.n_routed_experts)
-        out = TorchSteps(model).forward(token_B[:, None], position_B, theirs.cache, expected_trace)
+        out = TorchSteps(model).forward(token_B[:, None], position_B, torch_rows.cache, expected_trace)
         expected = out.logits_BTV[:, 0]
-        found = ours.go_on(steps, token_B[:, None], trace)
-        assert distance(found.logits_BTV[:, 0], expected) < 3e-6
+        actual = kernel_rows.go_on(steps, token_B[:, None], trace)
+        assert distance(actual.logits_BTV[:, 0], expected) < 3e-6
         assert torch.equal(trace.take(), expected_trace.take())
-        assert distance(model.head(found.state_BTD), found.logits_BTV) < 1e-6
+        assert distance(model.head(actual.state_BTD), actual.logits_BTV) < 1e-6
 
 
 @torch.inference_mode()

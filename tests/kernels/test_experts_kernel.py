@@ -13,9 +13,9 @@ SHAPES = [(1, 1, 1, 1, 1), (50, 6, 5, 5, 2), (40, 40, 7, 24, 1), (300, 96, 8, 48
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
-def relative(found, wanted):
+def relative(actual, expected):
     """Distance relative to the norm of the expected tensor."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def routed_reference(x_ND, expert_NK, weight_NK, w13, w2):
@@ -52,8 +52,8 @@ def run(function, arguments):
     """Output and gradients under a fixed cotangent."""
     out = function(*arguments)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
-    wanted = [a for a in arguments if a.requires_grad]
-    return [out.detach(), *torch.autograd.grad(out, wanted, cotangent)]
+    leaves = [a for a in arguments if a.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
 
 
 def in_float64(arguments):
@@ -61,8 +61,8 @@ def in_float64(arguments):
 
 
 def assert_near(function, reference, arguments, dtype):
-    for found, wanted in zip(run(function, arguments), run(reference, in_float64(arguments)), strict=True):
-        assert relative(found, wanted) < BOUND[dtype] if wanted.any() else not found.any()
+    for actual, expected in zip(run(function, arguments), run(reference, in_float64(arguments)), strict=True):
+        assert relative(actual, expected) < BOUND[dtype] if expected.any() else not actual.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,14 +101,14 @@ def test_a_bad_row_reaches_its_own_token_only(instructions, dtype, bad):
     poisoned = x.detach().clone()
     poisoned[11] = bad
     poisoned.requires_grad_()
-    clean, found = (run(routed_ffn, (t, choice, gate, w13, w2)) for t in (x, poisoned))
+    clean, actual = (run(routed_ffn, (t, choice, gate, w13, w2)) for t in (x, poisoned))
     others = torch.arange(70) != 11
-    assert not found[0][11].isfinite().any()
+    assert not actual[0][11].isfinite().any()
     for i in (0, 1, 2):  # output, gradients of tokens and of gates
-        assert torch.equal(clean[i][others], found[i][others])
+        assert torch.equal(clean[i][others], actual[i][others])
     used = torch.zeros(4, dtype=torch.bool)
     used[choice[11]] = True
-    assert not found[3][used].isfinite().all() and torch.equal(clean[3][~used], found[3][~used])
+    assert not actual[3][used].isfinite().all() and torch.equal(clean[3][~used], actual[3][~used])
 
 
 def test_large_and_tiny_gates(instructions):
@@ -157,9 +157,9 @@ def test_gradients_are_added_where_they_belong(instructions):
     assert all(bool((grad == 0.5).all()) for grad in before)
     for times in (1, 2):
         routed_ffn(x, choice, gate, *weights).sum().backward()
-        for weight, mine, grad in zip(weights, before, returned, strict=True):
-            assert weight.grad is mine
-            assert relative(mine - 0.5, times * grad.float()) < 3e-3
+        for weight, earlier, grad in zip(weights, before, returned, strict=True):
+            assert weight.grad is earlier
+            assert relative(earlier - 0.5, times * grad.float()) < 3e-3
     exact = [grad.clone() for grad in before]
     weights[0].register_hook(lambda grad: grad * 0)  # a hook still sees the gradient before it is added
     routed_ffn(x, choice, gate, *weights).sum().backward()

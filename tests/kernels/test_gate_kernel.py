@@ -36,18 +36,18 @@ def test_forward_and_backward_equal_the_plain_gate_in_float64(instructions, rule
     x = torch.randn(S * T, cfg.dim, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     x64 = x.detach().double().requires_grad_()
     slope = torch.randn(S * T, cfg.n_activated_experts, generator=torch.Generator().manual_seed(2))
-    found, wanted = gate(x, S), exact(x64, S)
-    same = (found.expert_NK == wanted.expert_NK).all(-1)
-    assert same.double().mean() > 0.995, "choices differ only where scores are equal to the last digits"
-    again = exact(x64, S, found.expert_NK)
-    torch.testing.assert_close(found.weight_NK.double(), again.weight_NK, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.balance.double(), again.balance.double(), atol=1e-5, rtol=1e-5)
-    (found.weight_NK.mul(slope).sum() + 3 * found.balance).backward()
+    actual, expected = gate(x, S), exact(x64, S)
+    agree = (actual.expert_NK == expected.expert_NK).all(-1)
+    assert agree.double().mean() > 0.995, "choices differ only where scores are equal to the last digits"
+    again = exact(x64, S, actual.expert_NK)
+    torch.testing.assert_close(actual.weight_NK.double(), again.weight_NK, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.balance.double(), again.balance.double(), atol=1e-5, rtol=1e-5)
+    (actual.weight_NK.mul(slope).sum() + 3 * actual.balance).backward()
     (again.weight_NK.mul(slope.double()).sum() + 3 * again.balance).backward()
     tolerance = 2e-5 if dtype == torch.float32 else 8e-3
     torch.testing.assert_close(x.grad.double(), x64.grad, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(gate.weight.grad.double(), exact.weight.grad, atol=3e-4, rtol=1e-4)
-    assert torch.equal(gate.load_E, torch.bincount(found.expert_NK.flatten(), minlength=cfg.n_routed_experts).float())
+    assert torch.equal(gate.load_E, torch.bincount(actual.expert_NK.flatten(), minlength=cfg.n_routed_experts).float())
 
 
 def test_a_given_choice_is_kept_and_gaps_are_filled(instructions):
@@ -56,9 +56,9 @@ def test_a_given_choice_is_kept_and_gaps_are_filled(instructions):
     free = gate(x, 1).expert_NK
     choice = (free + 1) % 16
     choice[10:20] = -1
-    kept = gate(x, 1, choice.to(torch.int16)).expert_NK
-    assert torch.equal(kept[:10], choice[:10])
-    assert torch.equal(kept[10:20], free[10:20])
+    actual = gate(x, 1, choice.to(torch.int16)).expert_NK
+    assert torch.equal(actual[:10], choice[:10])
+    assert torch.equal(actual[10:20], free[10:20])
 
 
 def test_equal_scores_take_the_first_experts_and_nan_stays_in_its_row(instructions):

@@ -51,7 +51,7 @@ pytestmark = needs_gxx
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
+def cache_dir(tmp_path, monkeypatch):
     """An empty cache and a small source tree."""
     folder, sources = tmp_path / "cache", tmp_path / "cpp"
     sources.mkdir()
@@ -101,13 +101,13 @@ def forked(work: Callable[[], object]) -> object:
             pipe.send(str(error))
 
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=answer, args=(theirs,))
+    parent_end, child_end = context.Pipe()
+    child = context.Process(target=answer, args=(child_end,))
     child.start()
-    theirs.close()
+    child_end.close()
     try:
-        assert ours.poll(60)
-        return ours.recv()
+        assert parent_end.poll(60)
+        return parent_end.recv()
     finally:
         child.join()
 
@@ -129,14 +129,14 @@ def refused() -> str:
     return str(why.value)
 
 
-def test_it_is_built_once_and_silently(place, compiler, tmp_path, capfd):
+def test_it_is_built_once_and_silently(cache_dir, compiler, tmp_path, capfd):
     compiler(f'echo noise; echo noise >&2; exec {GXX} "$@"')
     path = build.built("baseline")
     assert build.built("baseline") == path and cache.intact(path) and runs(tmp_path) == 2
     assert ctypes.CDLL(str(path)).bessemer_start() == 0
     assert capfd.readouterr() == ("", "")
-    assert stat.S_IMODE(place.stat().st_mode) == 0o700
-    assert sorted(p.suffix for p in place.iterdir()) == [".lock", ".sha256", ".so"]
+    assert stat.S_IMODE(cache_dir.stat().st_mode) == 0o700
+    assert sorted(p.suffix for p in cache_dir.iterdir()) == [".lock", ".sha256", ".so"]
 
 
 def test_what_it_follows_from_is_in_the_name(compiler, tmp_path, monkeypatch):
@@ -161,11 +161,11 @@ def test_a_compiler_may_have_arguments(compiler, tmp_path, monkeypatch):
 def test_processes_that_start_together_build_once(compiler, tmp_path):
     compiler(f'sleep 0.2; exec {GXX} "$@"')
     started = [process(build.SOURCES) for _ in range(4)]
-    assert len({one.communicate(timeout=60)[0] for one in started}) == 1
+    assert len({job.communicate(timeout=60)[0] for job in started}) == 1
     assert runs(tmp_path) == 2 and cache.intact(build.built("baseline"))
 
 
-def test_no_compiler(place, tmp_path, monkeypatch):
+def test_no_compiler(cache_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert refused() == "no C++ compiler; install g++"
     monkeypatch.setenv("CXX", "icpx-of-the-future")
@@ -233,20 +233,20 @@ def test_a_compiler_that_was_mended_is_tried_again(compiler, tmp_path):
     assert cache.intact(build.built("baseline"))
 
 
-def test_a_build_killed_in_the_middle_starts_again(place, compiler, tmp_path):
+def test_a_build_killed_in_the_middle_starts_again(cache_dir, compiler, tmp_path):
     compiler(f'[ -e {tmp_path}/go ] || touch {tmp_path}/begun; [ -e {tmp_path}/go ] || sleep 3; exec {GXX} "$@"')
     first = process(build.SOURCES)
     while not (tmp_path / "begun").exists():
         time.sleep(0.02)
     first.kill()
     first.wait()
-    (left,) = place.glob("build-*")
+    (leftover,) = cache_dir.glob("build-*")
     (tmp_path / "go").touch()
-    assert cache.intact(build.built("baseline")) and left.exists()
+    assert cache.intact(build.built("baseline")) and leftover.exists()
     long_ago = time.time() - 2 * cache.LEFT_SECONDS
-    os.utime(left, (long_ago, long_ago))
+    os.utime(leftover, (long_ago, long_ago))
     build.built("neon" if platform.machine() == "aarch64" else "avx2")
-    assert not left.exists()
+    assert not leftover.exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "no digest", "digest of bytes", "empty"])
@@ -268,28 +268,28 @@ def test_a_damaged_library_is_built_again(compiler, tmp_path, damage):
     assert build.built("baseline") == path and cache.intact(path) and runs(tmp_path) == 4
 
 
-def test_a_cache_that_can_only_be_read(place):
+def test_a_cache_that_can_only_be_read(cache_dir):
     """Serves what it holds, whether it belongs to the user or to an administrator."""
-    place.mkdir()
-    place.chmod(0o555)
+    cache_dir.mkdir()
+    cache_dir.chmod(0o555)
     assert "Permission denied" in forked(as_nobody)
-    place.chmod(0o755)
+    cache_dir.chmod(0o755)
     path = build.built("baseline")
     path.chmod(0o755)
-    place.chmod(0o555)
+    cache_dir.chmod(0o555)
     assert forked(as_nobody) == path
-    place.chmod(0o755)
+    cache_dir.chmod(0o755)
 
 
-def test_a_full_disk_is_not_remembered(place, compiler):
+def test_a_full_disk_is_not_remembered(cache_dir, compiler):
     compiler("echo 'as: out.o: No space left on device' >&2; exit 1")
     assert refused().endswith(
-        f"{place} (No space left on device); free some space, or set {cache.VARIABLE} to another folder"
+        f"{cache_dir} (No space left on device); free some space, or set {cache.VARIABLE} to another folder"
     )
-    assert not list(place.glob("*.failed"))
+    assert not list(cache_dir.glob("*.failed"))
 
 
-def test_a_full_cache(place):
+def test_a_full_cache(cache_dir):
     """With a limit of 4 KB a file the build is refused; once the limit is gone, it works again."""
     small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
     assert process(build.SOURCES, small).communicate(timeout=60)[0].startswith("refused: ")
@@ -297,11 +297,11 @@ def test_a_full_cache(place):
     assert cache.intact(build.built("baseline"))
 
 
-def test_a_cache_that_others_can_write_to(place):
-    place.mkdir()
-    place.chmod(0o777)
+def test_a_cache_that_others_can_write_to(cache_dir):
+    cache_dir.mkdir()
+    cache_dir.chmod(0o777)
     assert "others can write to it" in refused()
-    place.chmod(0o700)
+    cache_dir.chmod(0o700)
     path = build.built("baseline")
     path.chmod(0o722)
     assert not cache.intact(path)
@@ -309,16 +309,16 @@ def test_a_cache_that_others_can_write_to(place):
 
 
 @needs_root
-def test_a_cache_of_someone_else(place):
+def test_a_cache_of_someone_else(cache_dir):
     path = build.built("baseline")
     os.chown(path, NOBODY, NOBODY)
     assert not cache.intact(path)
-    os.chown(place, NOBODY, NOBODY)
+    os.chown(cache_dir, NOBODY, NOBODY)
     assert "belongs to someone else" in refused()
 
 
-def test_a_cache_that_is_a_file(place):
-    place.write_text("")
+def test_a_cache_that_is_a_file(cache_dir):
+    cache_dir.write_text("")
     assert "set BESSEMER_KERNEL_CACHE to a folder of yours" in refused()
 
 
@@ -330,7 +330,7 @@ def test_an_environment_server_that_is_gone(monkeypatch):
     assert forked(as_nobody) == "no home directory for the kernels; set BESSEMER_KERNEL_CACHE to a folder of yours"
 
 
-def test_libraries_that_nobody_uses_go(place):
+def test_libraries_that_nobody_uses_go(cache_dir):
     old, used = build.built("baseline"), build.built("emulated-amx")
     long_ago = time.time() - 2 * cache.UNUSED_SECONDS
     for path in (old, used):
@@ -338,7 +338,7 @@ def test_libraries_that_nobody_uses_go(place):
     build.built("emulated-amx")
     (build.SOURCES / "new.hpp").write_text("")
     build.built("baseline")
-    assert used.exists() and not list(place.glob(f"{old.stem}*"))
+    assert used.exists() and not list(cache_dir.glob(f"{old.stem}*"))
 
 
 # --- the choice of instructions --------------------------------------------------------------------------------------
@@ -379,14 +379,14 @@ def forbid_amx() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     load_call, load_argument, is_equal, ret = 0x20, 0x20, 0x15, 0x06
     program = b"".join(
-        struct.pack("HBBI", *one)
-        for one in [
+        struct.pack("HBBI", *rule)
+        for rule in [
             (load_call, 0, 0, 0), (is_equal, 0, 3, 158), (load_argument, 0, 0, 16), (is_equal, 0, 1, 0x1023),
             (ret, 0, 0, 0x00050000 | 1), (ret, 0, 0, 0x7FFF0000),
         ]
     )  # fmt: skip
-    held = ctypes.create_string_buffer(program)
-    filters = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(held)))
+    program_bytes = ctypes.create_string_buffer(program)
+    filters = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(program_bytes)))
     assert libc.prctl(38, 1, 0, 0, 0) == 0  # no new privileges
     assert libc.prctl(22, 2, filters, 0, 0) == 0, os.strerror(ctypes.get_errno())
 
@@ -455,7 +455,7 @@ def test_amx_compiles(command, tmp_path, monkeypatch):
     build._run([[*start, str(source)] for source in build.SOURCES.glob("*.cpp")], until, str(tmp_path))
 
 
-def test_an_installed_wheel_builds_them_from_a_folder_it_cannot_write_to(tmp_path, monkeypatch, place):
+def test_an_installed_wheel_builds_them_from_a_folder_it_cannot_write_to(tmp_path, monkeypatch, cache_dir):
     pytest.importorskip("setuptools")
     tree, site = tmp_path / "tree", tmp_path / "site"
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
@@ -467,8 +467,8 @@ def test_an_installed_wheel_builds_them_from_a_folder_it_cannot_write_to(tmp_pat
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(site)
-    ours = [path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*") if path.suffix in (".cpp", ".hpp")]
-    assert len(ours) > 5 and {path.as_posix() for path in ours} <= names
+    sources = [path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*") if path.suffix in (".cpp", ".hpp")]
+    assert len(sources) > 5 and {path.as_posix() for path in sources} <= names
     folders = [path for path in [site, *site.rglob("*")] if path.is_dir()]
     for folder in folders:
         folder.chmod(0o555)
@@ -481,4 +481,4 @@ def test_an_installed_wheel_builds_them_from_a_folder_it_cannot_write_to(tmp_pat
         folder.chmod(0o755)
     assert done.returncode == 0 and done.stderr == ""
     file, path = done.stdout.split()
-    assert Path(file).is_relative_to(site) and Path(path).parent == place and cache.intact(Path(path))
+    assert Path(file).is_relative_to(site) and Path(path).parent == cache_dir and cache.intact(Path(path))

@@ -47,23 +47,23 @@ def test_logprobs_equal_float64(instructions, dtype, temperature, with_entropy):
         chosen = logp.gather(1, target[:, None]).squeeze(1)
         p = logp.exp()
         entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
-        found, lse, found_entropy = loss.logprobs(logits, target, temperature, with_entropy)
-        close(found, chosen, 1e-5)
+        actual, lse, found_entropy = loss.logprobs(logits, target, temperature, with_entropy)
+        close(actual, chosen, 1e-5)
         close(lse, (exact / temperature).logsumexp(-1), 1e-5)
         if with_entropy:
             close(found_entropy, entropy, 1e-5)
         other = torch.linspace(-1, 1, C)
         # autograd gives NaN for the masked token, hence the formulas
         one_hot = F.one_hot(target, V).double()
-        want = weight[:, None] * (one_hot - p)
+        expected = weight[:, None] * (one_hot - p)
         if with_entropy:
-            want -= other[:, None] * torch.where(p > 0, p * (logp + entropy[:, None]), 0.0)
+            expected -= other[:, None] * torch.where(p > 0, p * (logp + entropy[:, None]), 0.0)
         work = logits.clone()
-        got = loss.logprobs_backward_(
+        result = loss.logprobs_backward_(
             work, target, temperature, lse, found_entropy, weight, other if with_entropy else None
         )
-        assert got is work
-        close(got, want / temperature, 2e-6 if dtype == torch.float32 else 8e-3)
+        assert result is work
+        close(result, expected / temperature, 2e-6 if dtype == torch.float32 else 8e-3)
 
 
 def test_extreme_rows(instructions):

@@ -28,28 +28,28 @@ def test_bf16_is_as_near_as_torchs_iterations_in_bf16(instructions):
     for N, R, C in SHAPES[2:]:
         x = torch.randn(N, R, C, generator=torch.Generator().manual_seed(R))
         exact = update_rules.newton_schulz(x.double(), torch.float64)
-        found, plain = iterated(x, torch.bfloat16), update_rules.newton_schulz(x, torch.bfloat16)
-        assert (found - exact).norm() < 1.15 * (plain - exact).norm()
-        assert torch.equal(found, iterated(x)) == ("amx" not in instructions)  # elsewhere BF16 gains nothing
+        actual, plain = iterated(x, torch.bfloat16), update_rules.newton_schulz(x, torch.bfloat16)
+        assert (actual - exact).norm() < 1.15 * (plain - exact).norm()
+        assert torch.equal(actual, iterated(x)) == ("amx" not in instructions)  # elsewhere BF16 gains nothing
 
 
 def test_zero_stays_zero_and_nan_stays_in_its_matrix(instructions):
     x = torch.randn(3, 20, 30)
     x[0], x[2, 3, 4] = 0.0, torch.nan
     for dtype in (torch.float32, torch.bfloat16):
-        found = iterated(x, dtype)
-        assert not found[0].any()
-        assert found[1].isfinite().all()
-        assert found[2].isnan().any()
+        actual = iterated(x, dtype)
+        assert not actual[0].any()
+        assert actual[1].isfinite().all()
+        assert actual[2].isnan().any()
 
 
 def test_bits_do_not_depend_on_threads_or_neighbours(instructions):
     x = torch.randn(7, 24, 40)
     for dtype in (torch.float32, torch.bfloat16):
-        whole = iterated(x, dtype)
+        stacked = iterated(x, dtype)
         before = torch.get_num_threads()
         torch.set_num_threads(3)
-        assert torch.equal(iterated(x, dtype), whole)
+        assert torch.equal(iterated(x, dtype), stacked)
         torch.set_num_threads(before)
-        assert torch.equal(iterated(x[2:3], dtype), whole[2:3])
+        assert torch.equal(iterated(x[2:3], dtype), stacked[2:3])
     assert not muon.serves(torch.empty(0, 4, 4)) and not muon.serves(x.transpose(1, 2))

@@ -59,45 +59,47 @@ def test_rounds_equal_the_torch_path(instructions, drafts, samplings, monkeypatc
     model = flat()
     with monkeypatch.context() as patch:
         patch.setattr("bessemer.addons.accelerate.kernel_steps.PASS", 17)  # prompts are prefilled in pieces
-        ours, sequences = started(model, samplings, drafts)
+        kernel, sequences = started(model, samplings, drafts)
         patch.setattr(KernelSteps, "of", lambda model: None)
-        theirs, expected = started(model, samplings, drafts)
-    for pool, reference in zip(ours.cache.layers, theirs.cache.layers, strict=True):
+        torch_path, expected = started(model, samplings, drafts)
+    for pool, reference in zip(kernel.cache.layers, torch_path.cache.layers, strict=True):
         torch.testing.assert_close(pool, reference, atol=1e-5, rtol=1e-5)
-    while ours.sequences:
-        for runner in (ours, theirs):
+    while kernel.sequences:
+        for runner in (kernel, torch_path):
             runner.sample()
             runner.retire()
             if runner.sequences:
                 runner.advance()
-        for one, other in zip(sequences, expected, strict=True):
-            assert (one.tokens, one.finish) == (other.tokens, other.finish)
-            assert one.logp == pytest.approx(other.logp, abs=1e-5)
-            assert one.raw_logp == pytest.approx(other.raw_logp, abs=1e-5)
-            assert [[i for i, _ in top] for top in one.top] == [[i for i, _ in top] for top in other.top]
-        live = torch.tensor([sequence.finish is None for sequence in ours.sequences], dtype=torch.bool)
+        for actual, target in zip(sequences, expected, strict=True):
+            assert (actual.tokens, actual.finish) == (target.tokens, target.finish)
+            assert actual.logp == pytest.approx(target.logp, abs=1e-5)
+            assert actual.raw_logp == pytest.approx(target.raw_logp, abs=1e-5)
+            assert [[i for i, _ in top] for top in actual.top] == [[i for i, _ in top] for top in target.top]
+        live = torch.tensor([sequence.finish is None for sequence in kernel.sequences], dtype=torch.bool)
         assert [sequence.routes for sequence in sequences] == [sequence.routes for sequence in expected]
-        torch.testing.assert_close(ours.logits_BV[live], theirs.logits_BV[live], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(kernel.logits_BV[live], torch_path.logits_BV[live], atol=1e-4, rtol=1e-4)
         if drafts and len(live):
-            same_drafts(ours, theirs, live)
+            same_drafts(kernel, torch_path, live)
     if drafts:
-        assert 0 < ours.drafts.accepted < ours.drafts.drafted, "both outcomes were met"
+        assert 0 < kernel.drafts.accepted < kernel.drafts.drafted, "both outcomes were met"
 
 
-def same_drafts(ours, theirs, live):
+def same_drafts(kernel, torch_path, live):
     """Drafters and rejected drafts agree in the rows that continue."""
-    mine, reference = ours.drafts, theirs.drafts
-    assert (mine.drafted, mine.accepted) == (reference.drafted, reference.accepted)
-    assert torch.equal(mine.known_B[live], reference.known_B[live])
-    assert torch.equal(mine.base_B[live], reference.base_B[live])
-    assert torch.equal(mine.token_BT[live, :-1], reference.token_BT[live, :-1]), "the same drafts"
+    own_drafts, reference = kernel.drafts, torch_path.drafts
+    assert (own_drafts.drafted, own_drafts.accepted) == (reference.drafted, reference.accepted)
+    assert torch.equal(own_drafts.known_B[live], reference.known_B[live])
+    assert torch.equal(own_drafts.base_B[live], reference.base_B[live])
+    assert torch.equal(own_drafts.token_BT[live, :-1], reference.token_BT[live, :-1]), "the same drafts"
     for b in live.nonzero().flatten().tolist():
-        true = slice(int(mine.known_B[b]) + 1)
-        torch.testing.assert_close(mine.hidden_BTD[b, true], reference.hidden_BTD[b, true], atol=1e-4, rtol=1e-4)
-        if ours.sequences[b].request.sampling.temperature > 0:
-            assert mine.rejected.rejected_B[b] == reference.rejected.rejected_B[b]
-            if mine.rejected.rejected_B[b]:
-                torch.testing.assert_close(mine.rejected.q_BV[b], reference.rejected.q_BV[b], atol=1e-6, rtol=1e-4)
+        true = slice(int(own_drafts.known_B[b]) + 1)
+        torch.testing.assert_close(own_drafts.hidden_BTD[b, true], reference.hidden_BTD[b, true], atol=1e-4, rtol=1e-4)
+        if kernel.sequences[b].request.sampling.temperature > 0:
+            assert own_drafts.rejected.rejected_B[b] == reference.rejected.rejected_B[b]
+            if own_drafts.rejected.rejected_B[b]:
+                torch.testing.assert_close(
+                    own_drafts.rejected.q_BV[b], reference.rejected.q_BV[b], atol=1e-6, rtol=1e-4
+                )
 
 
 def test_rounds_give_the_same_bits_in_any_company(instructions):

@@ -39,10 +39,10 @@ def rows(params, n, key=None):
 def together(logits_BV, params, vocab, seed):
     """Row b sampled with params[b % len(params)]: in one call, and row by row by the reference."""
     own = rows(params, len(logits_BV), torch.tensor([stream_key(seed, b) for b in range(len(logits_BV))]))
-    one = [torch.tensor([b]) for b in range(len(logits_BV))]
-    expected = [reference(logits_BV[b], vocab, own.at(b)) for b in one]
+    single = [torch.tensor([b]) for b in range(len(logits_BV))]
+    expected = [reference(logits_BV[b], vocab, own.at(b)) for b in single]
     return sample_rows(logits_BV, vocab, own), [
-        torch.cat(column) for column in zip(*(found[:3] for found in expected), strict=True)
+        torch.cat(column) for column in zip(*(row[:3] for row in expected), strict=True)
     ]
 
 
@@ -53,10 +53,10 @@ def test_rows_with_parameters_of_their_own_equal_the_reference(instructions, V, 
     logits[::5] = logits[::5].round()  # many equally likely tokens
     logits[3::11, 1::2] = float("-inf")
     before = logits.clone()
-    found, (token, logp, raw) = together(logits, PARAMS, vocab, V)
-    assert torch.equal(found.token_B, token) and torch.equal(logits, before)
-    for ours, theirs in ((found.logp_B, logp), (found.raw_logp_B, raw)):
-        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-6)
+    actual, (token, logp, raw) = together(logits, PARAMS, vocab, V)
+    assert torch.equal(actual.token_B, token) and torch.equal(logits, before)
+    for value, reference in ((actual.logp_B, logp), (actual.raw_logp_B, raw)):
+        torch.testing.assert_close(value, reference, atol=2e-6, rtol=1e-6)
     best = most_likely(logits.view(6, -1, V), vocab)
     assert torch.equal(best.token_B.flatten(), logits[:, :vocab].argmax(-1))
     exact = logits.double().log_softmax(-1).gather(1, best.token_B.view(-1, 1))
@@ -66,8 +66,8 @@ def test_rows_with_parameters_of_their_own_equal_the_reference(instructions, V, 
 def test_what_is_kept_ends_at_the_same_token(instructions):
     """With tokens of nearly equal probability, one token too many or too few shows in many draws."""
     logits = torch.randn(30 * len(PARAMS), 300, generator=torch.Generator().manual_seed(5)) * 0.05
-    found, (token, _, _) = together(logits, PARAMS, 300, 6)
-    assert torch.equal(found.token_B, token)
+    actual, (token, _, _) = together(logits, PARAMS, 300, 6)
+    assert torch.equal(actual.token_B, token)
 
 
 @pytest.mark.parametrize(("V", "vocab"), [(7, 7), (130, 130), (4099, 4090)])
@@ -77,18 +77,18 @@ def test_kept_tokens_and_their_logprobs_equal_the_reference(instructions, V, voc
     logits = torch.randn(60, V, generator=generator) * 3
     logits[::5] = logits[::5].round()
     for params in PARAMS[5:]:
-        found = sample_rows(logits, vocab, rows([params], 60), kept=True)
+        actual = sample_rows(logits, vocab, rows([params], 60), kept=True)
         expected = reference(logits, vocab, rows([params], 60), kept=True)
-        assert torch.equal(found.token_B, expected.token_B) and torch.equal(found.kept_BV, expected.kept_BV)
-        assert found.kept_BV.shape == (60, vocab) and found.kept_BV.gather(1, found.token_B[:, None]).all()
-        within = (logits[:, :vocab] / params.temperature).masked_fill(~found.kept_BV, -torch.inf).double()
-        exact = within.log_softmax(-1).gather(1, found.token_B[:, None]).squeeze(1)
-        raw = logits.double().log_softmax(-1).gather(1, found.token_B[:, None]).squeeze(1)
-        for one in (found, expected):
-            torch.testing.assert_close(one.logp_B.double(), exact, atol=3e-6, rtol=1e-6)
-            torch.testing.assert_close(one.raw_logp_B.double(), raw, atol=3e-6, rtol=1e-6)
+        assert torch.equal(actual.token_B, expected.token_B) and torch.equal(actual.kept_BV, expected.kept_BV)
+        assert actual.kept_BV.shape == (60, vocab) and actual.kept_BV.gather(1, actual.token_B[:, None]).all()
+        within = (logits[:, :vocab] / params.temperature).masked_fill(~actual.kept_BV, -torch.inf).double()
+        exact = within.log_softmax(-1).gather(1, actual.token_B[:, None]).squeeze(1)
+        raw = logits.double().log_softmax(-1).gather(1, actual.token_B[:, None]).squeeze(1)
+        for sampled in (actual, expected):
+            torch.testing.assert_close(sampled.logp_B.double(), exact, atol=3e-6, rtol=1e-6)
+            torch.testing.assert_close(sampled.raw_logp_B.double(), raw, atol=3e-6, rtol=1e-6)
         plain = sample_rows(logits, vocab, rows([params], 60))
-        assert plain.kept_BV is None and torch.equal(plain.token_B, found.token_B), "recording changes no token"
+        assert plain.kept_BV is None and torch.equal(plain.token_B, actual.token_B), "recording changes no token"
 
 
 @pytest.mark.parametrize("ahead", [0.05, 1.0, 200.0])
@@ -101,11 +101,11 @@ def test_likelier_spare_rows_count_in_logprobs_and_decide_nothing(instructions, 
         own = rows([params], 40)
         for call in (sample_rows, reference):
             alone = call(logits[:, :66].contiguous(), 66, own, kept=True)
-            found, plain = call(logits, 66, own, kept=True), call(logits, 66, own)
-            assert torch.equal(found.token_B, alone.token_B) and torch.equal(plain.token_B, alone.token_B)
-            assert torch.equal(found.kept_BV, alone.kept_BV)
-            torch.testing.assert_close(found.logp_B, alone.logp_B)
-            for logp, temperature in ((plain.logp_B, params.temperature), (found.raw_logp_B, 1.0)):
+            actual, plain = call(logits, 66, own, kept=True), call(logits, 66, own)
+            assert torch.equal(actual.token_B, alone.token_B) and torch.equal(plain.token_B, alone.token_B)
+            assert torch.equal(actual.kept_BV, alone.kept_BV)
+            torch.testing.assert_close(actual.logp_B, alone.logp_B)
+            for logp, temperature in ((plain.logp_B, params.temperature), (actual.raw_logp_B, 1.0)):
                 exact = (logits.double() / temperature).log_softmax(-1).gather(1, alone.token_B[:, None]).squeeze(1)
                 torch.testing.assert_close(logp.double(), exact, atol=3e-6, rtol=1e-5)
 
@@ -116,17 +116,17 @@ def test_after_a_refused_draft_what_is_left_is_sampled(instructions):
     logits, other = (torch.randn(20 * len(PARAMS), 67, generator=generator) for _ in range(2))
     logits[:, 61:] -= 5.0
     other[::7] = logits[::7]
-    own, one = rows(PARAMS, len(logits)), [torch.tensor([b]) for b in range(len(logits))]
-    q = torch.cat([probabilities(other[b], own.at(b).rules_B4, 61) for b in one])
+    own, single_rows = rows(PARAMS, len(logits)), [torch.tensor([b]) for b in range(len(logits))]
+    q = torch.cat([probabilities(other[b], own.at(b).rules_B4, 61) for b in single_rows])
     q[::7] *= 1.01
     rejected = RejectedDrafts(torch.rand(len(logits), generator=generator) < 0.7, q)
-    found = [call(logits, 61, own, rejected).token_B for call in (sample_rows, reference)]
+    tokens = [call(logits, 61, own, rejected).token_B for call in (sample_rows, reference)]
     u = uniform(own.key_B, own.position_B)
-    for b in one:
+    for b in single_rows:
         p = probabilities(logits[b], own.at(b).rules_B4, 61)
         refused = bool(rejected.rejected_B[b]) and bool(own.rules_B4[b, 0] > 0)
         expected = inverse_cdf(residual(p, q[b]) if refused else p, u[b])
-        assert found[0][b] == expected and found[1][b] == expected
+        assert tokens[0][b] == expected and tokens[1][b] == expected
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -134,17 +134,17 @@ def test_bad_logits_give_a_logprob_that_is_not_finite(instructions, bad):
     logits = torch.zeros(3 * len(PARAMS), 70)
     logits[1::3, 66] = bad
     for params in PARAMS:
-        found, _ = together(logits, [params], 70, 0)
-        assert torch.isfinite(found.logp_B).view(-1, 3).tolist() == [[True, False, True]] * len(PARAMS)
-        assert found.token_B.min() >= 0 and found.token_B.max() < 70
+        actual, _ = together(logits, [params], 70, 0)
+        assert torch.isfinite(actual.logp_B).view(-1, 3).tolist() == [[True, False, True]] * len(PARAMS)
+        assert actual.token_B.min() >= 0 and actual.token_B.max() < 70
 
 
 def test_extreme_logits_stay_exact(instructions):
     logits = torch.tensor([[1e4, 0.0, -1e4, 9999.0], [-3e38, 3e38, 0.0, 0.0], [float("-inf"), 0.0, 0.0, float("-inf")]])
     for temperature in (1e-4, 1.0, 1e4):
-        found, (token, logp, _) = together(logits, [SamplingParams(temperature)], 4, 2)
-        assert torch.equal(found.token_B, token)
-        torch.testing.assert_close(found.logp_B, logp, atol=1e-6, rtol=1e-6)
+        actual, (token, logp, _) = together(logits, [SamplingParams(temperature)], 4, 2)
+        assert torch.equal(actual.token_B, token)
+        torch.testing.assert_close(actual.logp_B, logp, atol=1e-6, rtol=1e-6)
 
 
 def test_what_the_kernel_does_not_take(instructions):

@@ -17,13 +17,13 @@ def normal(*shape, seed=0, std=0.006):
 
 
 @pytest.mark.parametrize(
-    "shape, wanted",
+    "shape, expected",
     [((1536, 7168), (12, 56)), ((24576, 1536), (192, 12)), ((576, 7168), (5, 56)), ((32768, 512), (256, 4)),
      ((7168, 16384), (56, 128)), ((18432, 7168), (144, 56)), ((7168, 2048), (56, 16))],
 )  # fmt: skip
-def test_published_scale_shapes(shape, wanted):
+def test_published_scale_shapes(shape, expected):
     """Reference B.1; kv_a has five rows of tiles, and the last is half empty."""
-    assert scale_shape(shape) == wanted
+    assert scale_shape(shape) == expected
 
 
 @settings(max_examples=30, deadline=None)
@@ -31,10 +31,10 @@ def test_published_scale_shapes(shape, wanted):
 def test_dequantise_equals_a_loop(rows, columns, block, seed):
     weight = normal(rows, columns, seed=seed, std=20).to(torch.float8_e4m3fn)
     scale = normal(*scale_shape((rows, columns), block), seed=seed + 1).abs()
-    found = dequantise_blocks(weight, scale, block, torch.float32)
+    actual = dequantise_blocks(weight, scale, block, torch.float32)
     for r in range(rows):
         for c in range(columns):
-            assert found[r, c].item() == (weight[r, c].float() * scale[r // block, c // block]).item()
+            assert actual[r, c].item() == (weight[r, c].float() * scale[r // block, c // block]).item()
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])
@@ -78,8 +78,8 @@ def test_zero_tile_stays_zero():
 def test_result_dtype_is_rounded_once(dtype):
     stored, scale = quantise_blocks(normal(64, 200))
     exact = dequantise_blocks(stored, scale, dtype=torch.float32)
-    found = dequantise_blocks(stored, scale, dtype=dtype)
-    assert found.dtype == dtype and torch.equal(found, exact.to(dtype))
+    actual = dequantise_blocks(stored, scale, dtype=dtype)
+    assert actual.dtype == dtype and torch.equal(actual, exact.to(dtype))
 
 
 @pytest.mark.parametrize("wrong", [(4, 1), (5,), (5, 2), (1, 5)])

@@ -21,8 +21,8 @@ def every_value():
 def test_named_values():
     """Six bits of mantissa after the leading one, subnormals in steps of 2^-20, saturation."""
     x = torch.tensor([1.0, 1 + 2**-6, 1 + 2**-7, 1 + 3 * 2**-7, -3.1415926, 2**-14, 2**-20, 2**-22, 7e4, float("inf")])
-    wanted = [1.0, 1 + 2**-6, 1.0, 1 + 2**-5, -3.15625, 2**-14, 2**-20, 0.0, E5M6_MAX, float("inf")]
-    assert round_e5m6(x).tolist() == wanted
+    expected = [1.0, 1 + 2**-6, 1.0, 1 + 2**-5, -3.15625, 2**-14, 2**-20, 0.0, E5M6_MAX, float("inf")]
+    assert round_e5m6(x).tolist() == expected
     assert round_e5m6(torch.tensor([float("nan")])).isnan().all() and every_value().max() == E5M6_MAX
 
 
@@ -36,9 +36,9 @@ def test_rounding_is_to_the_nearest_value_and_ties_to_even():
     below = (above - 1).clamp(min=0)
     up, down = values[above] - x, x - values[below]
     even = torch.where(above % 2 == 0, above, below)  # one of two neighbours has an even last bit
-    wanted = values[torch.where(up < down, above, torch.where(down < up, below, even))]
-    assert torch.equal(round_e5m6(x.float()).double(), wanted)
-    assert torch.equal(round_e5m6(-x.float()).double(), -wanted)
+    expected = values[torch.where(up < down, above, torch.where(down < up, below, even))]
+    assert torch.equal(round_e5m6(x.float()).double(), expected)
+    assert torch.equal(round_e5m6(-x.float()).double(), -expected)
 
 
 @pytest.mark.parametrize("shape", [(5, 256), (3, 300), (4, 7), (0, 128)])
@@ -55,5 +55,5 @@ def test_packed_is_rounded_and_takes_a_byte_and_a_half(shape):
 def test_a_tile_that_is_not_finite_comes_back_as_nan():
     x = normal(2, 256)
     x[1, 3] = float("inf")
-    back = pack_e5m6(x, quantise(x, power_of_two=True).scale_MJ).unpack(256, torch.float32)
-    assert back[1, :128].isnan().all() and back[0].isfinite().all() and back[1, 128:].isfinite().all()
+    unpacked = pack_e5m6(x, quantise(x, power_of_two=True).scale_MJ).unpack(256, torch.float32)
+    assert unpacked[1, :128].isnan().all() and unpacked[0].isfinite().all() and unpacked[1, 128:].isfinite().all()

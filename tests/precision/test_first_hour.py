@@ -35,14 +35,14 @@ def bench(monkeypatch):
 def test_a_rehearsal_resumes_and_reports_failing_checks(tmp_path):
     ended = first_hour(tmp_path, "--only", "values", "layer")
     assert ended.returncode == 0, ended.stderr
-    found = json.loads((tmp_path / "first_hour.json").read_text())
-    assert found["values"]["verdict"] == "good" and found["layer"]["verdict"] == "left out"
-    assert max(found["values"]["figures"]["float32"].values()) < 1e-6 and found["values"]["rehearsed"]
-    empty = found["values"]["figures"]["tokens_of_experts"]
+    report = json.loads((tmp_path / "first_hour.json").read_text())
+    assert report["values"]["verdict"] == "good" and report["layer"]["verdict"] == "left out"
+    assert max(report["values"]["figures"]["float32"].values()) < 1e-6 and report["values"]["rehearsed"]
+    empty = report["values"]["figures"]["tokens_of_experts"]
     assert min(map(min, empty.values())) == 0, "some expert has no tokens"
 
-    again = first_hour(tmp_path, "--only", "values", "layer").stdout
-    assert "values: done before (good)" in again and "layer: Kernels" in again, "what was left out may be possible now"
+    rerun = first_hour(tmp_path, "--only", "values", "layer").stdout
+    assert "values: done before (good)" in rerun and "layer: Kernels" in rerun, "what was left out may be possible now"
     page = (tmp_path / "first_hour.html").read_text()
     assert "a rehearsal with a small network" in page and page.count("<tr>") == 3 and "Content-Security-Policy" in page
 
@@ -81,7 +81,7 @@ def test_only_what_the_same_cards_did_well_is_done_and_without_one_only_the_mach
 
 def test_a_check_that_crashes_or_hangs_is_bad_and_says_how(bench, tmp_path, monkeypatch):
     command = bench[0]
-    monkeypatch.setitem(command.CHECKS, "none", (lambda place: None, 60))
+    monkeypatch.setitem(command.CHECKS, "none", (lambda site: None, 60))
     crashed = command.one("none", tmp_path, rehearse=True)
     assert (
         crashed["verdict"] == "bad"
@@ -134,8 +134,8 @@ print(command.one("fp8", pathlib.Path({str(tmp_path)!r}), False)["says"])"""
         time.sleep(0.05)
     if isinstance(stop, signal.Signals):
         job.send_signal(stop)
-    said = job.communicate(timeout=60)[0]
-    assert ("took more than 6 s" in said) == (stop == "its limit")
+    output = job.communicate(timeout=60)[0]
+    assert ("took more than 6 s" in output) == (stop == "its limit")
     assert all(gone(int(pid)) for pid in log.read_text().split())
 
 
@@ -150,7 +150,7 @@ def facts_of(monkeypatch, module, status=1, **facts):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(module.subprocess, "run", run)
-    return module.fp8(module.Place(False, torch.device("cuda")))
+    return module.fp8(module.Site(False, torch.device("cuda")))
 
 
 def test_the_check_of_fp8_says_what_failed_even_if_only_pointers_were_timed_or_time_ran_out(bench, monkeypatch):
@@ -158,14 +158,14 @@ def test_the_check_of_fp8_says_what_failed_even_if_only_pointers_were_timed_or_t
     line = {"call": "gemm", "shape": "s", "difference": 0.0}
     right, wrong = {"backend": checks.POINTERS, "good": True} | line, {"backend": "triton", "good": False} | line
     timed = [{"call": "gemm", "shape": "s", "backend": checks.POINTERS, "us": 100.0}]
-    found = facts_of(monkeypatch, checks, checks=[right, wrong], speed=timed)
-    assert found.verdict == "bad" and found.says == "1 of 2 checks passed; wrong: gemm of triton"
+    facts = facts_of(monkeypatch, checks, checks=[right, wrong], speed=timed)
+    assert facts.verdict == "bad" and facts.says == "1 of 2 checks passed; wrong: gemm of triton"
     both = [*timed, {"call": "gemm", "shape": "s", "backend": "triton", "us": 80.0}]
-    found = facts_of(monkeypatch, checks, 0, checks=[right], speed=both)
-    assert found.verdict == "good" and "descriptors 1.25 times as fast" in found.says
+    facts = facts_of(monkeypatch, checks, 0, checks=[right], speed=both)
+    assert facts.verdict == "good" and "descriptors 1.25 times as fast" in facts.says
     for status, why in ((None, "fp8.py did not end in time"), (-9, "fp8.py ended with -9")):
-        found = facts_of(monkeypatch, checks, status, checks=[right])
-        assert found.verdict == "bad" and found.says == f"1 of 1 checks passed; {why}" and found.figures["checks"]
+        facts = facts_of(monkeypatch, checks, status, checks=[right])
+        assert facts.verdict == "bad" and facts.says == f"1 of 1 checks passed; {why}" and facts.figures["checks"]
 
 
 def test_fp8_writes_its_checks_before_it_times_and_continues_past_a_kernel_that_fails(bench, tmp_path, monkeypatch):
@@ -195,8 +195,8 @@ def test_fp8_writes_its_checks_before_it_times_and_continues_past_a_kernel_that_
     )
     monkeypatch.setattr(fp8, "fast", lambda *_: ["triton"])
     monkeypatch.setattr(fp8, "seconds", lambda call, rounds, cold: (call(), 1.0)[1])
-    said, facts = start()
-    assert "1 call could not be timed" in said
+    output, facts = start()
+    assert "1 call could not be timed" in output
     assert [line["shape"] for line in facts["speed"]] == ["b"]
     assert facts["failed"] == [
         {
@@ -210,7 +210,7 @@ def test_fp8_writes_its_checks_before_it_times_and_continues_past_a_kernel_that_
 
 def test_a_case_of_steps_begins_without_the_trainer_of_the_one_before(bench, monkeypatch):
     """Else the second and the third case need, and report, the memory of two."""
-    checks, made = bench[1], []
+    checks, trainers = bench[1], []
     import fp8_step
 
     class Trainer:
@@ -218,9 +218,9 @@ def test_a_case_of_steps_begins_without_the_trainer_of_the_one_before(bench, mon
             assert len(batches) == 1
 
     def trainer(*_):
-        assert not any(one() for one in made)
+        assert not any(alive() for alive in trainers)
         new = Trainer()
-        made.append(weakref.ref(new))
+        trainers.append(weakref.ref(new))
         return new
 
     monkeypatch.setattr(fp8_step, "trainer", trainer)
@@ -228,5 +228,5 @@ def test_a_case_of_steps_begins_without_the_trainer_of_the_one_before(bench, mon
                         "empty_cache": None, "reset_peak_memory_stats": None, "synchronize": None,
                         "set_sync_debug_mode": None}.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    found = checks.step(checks.Place(True, torch.device("cuda")))
-    assert len(made) == 3 and found.figures["FP8"]["waits"] == 0 and found.figures["BF16"]["mfu"] > 0
+    finding = checks.step(checks.Site(True, torch.device("cuda")))
+    assert len(trainers) == 3 and finding.figures["FP8"]["waits"] == 0 and finding.figures["BF16"]["mfu"] > 0

@@ -22,10 +22,10 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def apart(got, wanted):
+def apart(actual, expected):
     """Relative distance as in DeepGEMM's calc_diff: 1 - 2 <a, b> / (|a|^2 + |b|^2)."""
-    got, wanted = got.double(), wanted.double()
-    return float(1 - 2 * (got * wanted).sum() / (got.square().sum() + wanted.square().sum()))
+    actual, expected = actual.double(), expected.double()
+    return float(1 - 2 * (actual * expected).sum() / (actual.square().sum() + expected.square().sum()))
 
 
 @settings(max_examples=40, deadline=None)
@@ -35,27 +35,27 @@ def apart(got, wanted):
 )  # fmt: skip
 def test_quantise_equals_a_loop(rows, columns, seed, group, power_of_two):
     x = normal(rows, columns, seed=seed) * torch.logspace(-3, 3, columns)
-    got = quantise(x, group, power_of_two)
+    actual = quantise(x, group, power_of_two)
     height = {"tile": 1, "block": TILE, "tensor": rows}[group]
     width = columns if group == "tensor" else TILE
     for top in range(0, rows, height):
-        for left in range(0, columns, width):
-            part = x[top : top + height, left : left + width]
+        for column in range(0, columns, width):
+            part = x[top : top + height, column : column + width]
             factor = (part.abs().max() / 448.0).double()
             if power_of_two:
                 factor = 2.0 ** torch.ceil(torch.log2(factor))
-            wanted = (part / factor.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
-            assert torch.equal(got.value_MK[top : top + height, left : left + width].float(), wanted.float())
-            scales = got.scale_MJ[top : top + height, left // TILE : -(-(left + part.shape[1]) // TILE)]
+            expected = (part / factor.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+            assert torch.equal(actual.value_MK[top : top + height, column : column + width].float(), expected.float())
+            scales = actual.scale_MJ[top : top + height, column // TILE : -(-(column + part.shape[1]) // TILE)]
             assert torch.equal(scales, factor.float().expand_as(scales))
 
 
 def test_weights_are_quantised_as_in_checkpoints():
     weight = normal(300, 200)
     value, scale = quantise_blocks(weight)
-    mine = quantise(weight, "block")
-    assert torch.equal(mine.value_MK.view(torch.uint8), value.view(torch.uint8))
-    assert torch.equal(mine.scale_MJ[::TILE], scale)
+    operand = quantise(weight, "block")
+    assert torch.equal(operand.value_MK.view(torch.uint8), value.view(torch.uint8))
+    assert torch.equal(operand.scale_MJ[::TILE], scale)
 
 
 def test_powers_of_two_are_exact_and_no_larger_than_needed():
@@ -66,10 +66,10 @@ def test_powers_of_two_are_exact_and_no_larger_than_needed():
 def test_edge_values():
     x = torch.zeros(4, 2 * TILE)
     x[1, 3], x[2, 5], x[3, 7] = float("nan"), float("inf"), 1e-44
-    back = quantise(x).dequantise()
-    assert back[0].eq(0).all() and back[3].eq(0).all() and quantise(x).scale_MJ[0].tolist() == [1.0, 1.0]
+    dequantised = quantise(x).dequantise()
+    assert dequantised[0].eq(0).all() and dequantised[3].eq(0).all() and quantise(x).scale_MJ[0].tolist() == [1.0, 1.0]
     for row in (1, 2):
-        assert back[row, :TILE].isnan().all() and back[row, TILE:].eq(0).all()
+        assert dequantised[row, :TILE].isnan().all() and dequantised[row, TILE:].eq(0).all()
     for bad in (torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64)):
         with pytest.raises(ValueError, match="is a matrix of floats"):
             quantise(bad)
@@ -80,11 +80,11 @@ def test_edge_values():
 @pytest.mark.parametrize("group", ["tile", "block", "tensor"])
 def test_a_stack_is_quantised_matrix_by_matrix(group):
     stack = normal(3, 140, 200) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
-    whole = quantise(stack, group)
+    stacked = quantise(stack, group)
     for g in range(3):
         alone = quantise(stack[g], group)
-        assert torch.equal(whole.scale_MJ[g], alone.scale_MJ)
-        assert torch.equal(whole.dequantise()[g], alone.dequantise())
+        assert torch.equal(stacked.scale_MJ[g], alone.scale_MJ)
+        assert torch.equal(stacked.dequantise()[g], alone.dequantise())
 
 
 def test_the_order_in_memory_changes_nothing():
@@ -136,12 +136,12 @@ def test_a_short_accumulator_equals_a_loop(bits):
     draw = torch.Generator().manual_seed(0)
 
     def operand(rows):
-        whole = torch.randint(-8, 17, (rows, 256), generator=draw)
-        whole[:, ::50] = 448  # large, so that the sums after it run out of bits
-        return Operand(whole.to(torch.float8_e4m3fn), 2.0 ** torch.randint(-2, 3, (rows, 2), generator=draw))
+        integers = torch.randint(-8, 17, (rows, 256), generator=draw)
+        integers[:, ::50] = 448  # large, so that the sums after it run out of bits
+        return Operand(integers.to(torch.float8_e4m3fn), 2.0 ** torch.randint(-2, 3, (rows, 2), generator=draw))
 
     x, w = operand(5), operand(7)
-    found, changed = reference_gemm(x, w, bits), 0
+    products, changed = reference_gemm(x, w, bits), 0
     for m in range(5):
         for n in range(7):
             y = 0.0
@@ -155,7 +155,7 @@ def test_a_short_accumulator_equals_a_loop(bits):
                     changed += short != total
                     total = short
                 y += total * float(x.scale_MJ[m, j]) * float(w.scale_MJ[n, j])
-            assert float(found[m, n]) == y
+            assert float(products[m, n]) == y
     assert changed > 20
 
 
@@ -176,15 +176,15 @@ def test_controls_without_their_own_factors():
     x = normal(64, 256)
     larger = x.clone()
     larger[:, 0] *= 1000
-    found, like = FP8_RECIPES["outlier"].quantised(x).dequantise(), quantise(larger, "tensor").dequantise()
-    assert torch.equal(found[:, 1:], like[:, 1:])
-    assert (found[:, 1:] == 0).float().mean() > 0.002 and (
+    actual, like = FP8_RECIPES["outlier"].quantised(x).dequantise(), quantise(larger, "tensor").dequantise()
+    assert torch.equal(actual[:, 1:], like[:, 1:])
+    assert (actual[:, 1:] == 0).float().mean() > 0.002 and (
         FP8_RECIPES["per-tensor"].quantised(x).dequantise() != 0
     ).all()
     stack = torch.stack([normal(40, 60), 9 * normal(40, 60, seed=1)])
-    each = [FP8_RECIPES["outlier"].quantised_weight(matrix) for matrix in stack]
-    both = FP8_RECIPES["outlier"].quantised_weight(stack)
-    assert all(torch.equal(both.scale_MJ[g], each[g].scale_MJ) for g in range(2))
+    by_matrix = [FP8_RECIPES["outlier"].quantised_weight(matrix) for matrix in stack]
+    stacked = FP8_RECIPES["outlier"].quantised_weight(stack)
+    assert all(torch.equal(stacked.scale_MJ[g], by_matrix[g].scale_MJ) for g in range(2))
 
 
 def test_what_cannot_be_multiplied():
@@ -216,14 +216,14 @@ def test_a_linear_and_its_gradients(dtype):
 def test_what_serves_a_cpu_is_the_gemm(power_of_two):
     """One float32 GEMM of the dequantised operands against the block-by-block reference, experts included."""
     x, w = quantise(normal(60, 300), "tile", power_of_two), quantise(normal(3, 90, 300, seed=1), "block", power_of_two)
-    each = [Operand(w.value_MK[g], w.scale_MJ[g]) for g in range(3)]
+    by_group = [Operand(w.value_MK[g], w.scale_MJ[g]) for g in range(3)]
     for group in ("tile", "block"):
-        assert apart(backends.gemm(x, each[0], torch.float32, group), reference_gemm(x, each[0])) < 1e-12
+        assert apart(backends.gemm(x, by_group[0], torch.float32, group), reference_gemm(x, by_group[0])) < 1e-12
     count = [25, 0, 35]
-    found = backends.grouped_gemm(x, count, w, torch.float32, "block")
+    actual = backends.grouped_gemm(x, count, w, torch.float32, "block")
     rows = [Operand(x.value_MK[part], x.scale_MJ[part]) for part in (slice(0, 25), slice(25, 60))]
-    assert apart(found[:25], reference_gemm(rows[0], each[0])) < 1e-12
-    assert apart(found[25:], reference_gemm(rows[1], each[2])) < 1e-12
+    assert apart(actual[:25], reference_gemm(rows[0], by_group[0])) < 1e-12
+    assert apart(actual[25:], reference_gemm(rows[1], by_group[2])) < 1e-12
 
 
 @pytest.mark.parametrize("gradient", ["tile", "block", "tensor"])

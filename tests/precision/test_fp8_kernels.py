@@ -36,20 +36,20 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def apart(got, wanted):
+def apart(actual, expected):
     """1 - 2 <a, b> / (|a|^2 + |b|^2)."""
-    got, wanted = got.double(), wanted.double()
-    return abs(float(1 - 2 * (got * wanted).sum() / (got.square().sum() + wanted.square().sum())))
+    actual, expected = actual.double(), expected.double()
+    return abs(float(1 - 2 * (actual * expected).sum() / (actual.square().sum() + expected.square().sum())))
 
 
-def same(got, wanted):
+def same(actual, expected):
     """Values and factors agree in every bit; where a value is not finite, both need only dequantise to NaN."""
-    bad = wanted.dequantise().isnan()
-    assert torch.equal(got.dequantise().isnan(), bad)
-    assert got.value_MK.shape == wanted.value_MK.shape and got.scale_MJ.shape == wanted.scale_MJ.shape
-    bits = [o.value_MK.contiguous().view(torch.uint8).masked_fill(bad, 0) for o in (got, wanted)]
+    bad = expected.dequantise().isnan()
+    assert torch.equal(actual.dequantise().isnan(), bad)
+    assert actual.value_MK.shape == expected.value_MK.shape and actual.scale_MJ.shape == expected.scale_MJ.shape
+    bits = [o.value_MK.contiguous().view(torch.uint8).masked_fill(bad, 0) for o in (actual, expected)]
     assert torch.equal(*bits)
-    factors = [o.scale_MJ.nan_to_num(0.0, 0.0, 0.0) for o in (got, wanted)]
+    factors = [o.scale_MJ.nan_to_num(0.0, 0.0, 0.0) for o in (actual, expected)]
     assert torch.equal(*factors)
 
 
@@ -82,9 +82,9 @@ def check_quantise():
 def check_quantise_of_other_layouts():
     stack = normal(3, 150, 140)
     for group in ("tile", "block"):
-        got = backends.quantise(stack, group)
+        actual = backends.quantise(stack, group)
         for g in range(3):
-            same(Operand(got.value_MK[g], got.scale_MJ[g]), quantise(stack[g], group))
+            same(Operand(actual.value_MK[g], actual.scale_MJ[g]), quantise(stack[g], group))
     wide = normal(140, 70)
     same(backends.quantise(wide.t()), quantise(wide.t().contiguous()))
     same(backends.quantise(wide[::2, 5:]), quantise(wide[::2, 5:].contiguous()))
@@ -96,14 +96,14 @@ def check_edge_values():
     for power_of_two in (False, True):
         for group in ("tile", "block"):
             same(backends.quantise(x, group, power_of_two), quantise(x, group, power_of_two))
-    got = backends.quantise(x)
-    assert got.scale_MJ[0].tolist() == [1.0] * 3
-    assert got.value_MK.float()[1:3, :TILE].isnan().all() and got.scale_MJ[1:3, 0].isnan().all()  # both are right
-    assert backends.gemm(got, got, torch.float32)[1:3].isnan().all()
+    actual = backends.quantise(x)
+    assert actual.scale_MJ[0].tolist() == [1.0] * 3
+    assert actual.value_MK.float()[1:3, :TILE].isnan().all() and actual.scale_MJ[1:3, 0].isnan().all()  # both are right
+    assert backends.gemm(actual, actual, torch.float32)[1:3].isnan().all()
     h = torch.ones(3, 2 * TILE)
     h[1, 0], h[2, 2 * TILE - 1] = float("nan"), float("inf")
-    back = backends.swiglu(h).dequantise()
-    assert back[1:].isnan().all() and back[0].isfinite().all()
+    dequantised = backends.swiglu(h).dequantise()
+    assert dequantised[1:].isnan().all() and dequantised[0].isfinite().all()
 
 
 def check_retile():
@@ -113,15 +113,15 @@ def check_retile():
             same(backends.retile(operand, None, power_of_two), emulation.retile(operand, None, power_of_two))
     operand = quantise(normal(330, 150))
     for count in ([330], [70, 0, 1, 259, 0], [128, 202], [0, 0, 330]):
-        got = backends.retile(operand, count)
-        same(got, emulation.retile(operand, count, False))
+        actual = backends.retile(operand, count)
+        same(actual, emulation.retile(operand, count, False))
         first = 0
         for rows, end in zip(count, torch.tensor(count).cumsum(0).tolist(), strict=True):
             alone = quantise(operand.dequantise()[end - rows : end].t())
-            values = got.value_MK[:, first : first + rows]
+            values = actual.value_MK[:, first : first + rows]
             assert torch.equal(values.float(), alone.value_MK.float())
             first += -(-rows // TILE) * TILE
-        assert got.value_MK.shape[1] == first
+        assert actual.value_MK.shape[1] == first
 
 
 def check_swiglu():
@@ -129,13 +129,13 @@ def check_swiglu():
         h, weight = normal(rows, 2 * features) * 3, normal(rows, seed=1).abs()
         h[1:2, 0] = -200.0  # exp(200) is infinite, silu is -0
         for dtype in (torch.float32, torch.bfloat16):
-            for given in (None, weight, weight.to(dtype)):
+            for row_weight in (None, weight, weight.to(dtype)):
                 x = h.to(dtype)
-                got, wanted = backends.swiglu(x, given), emulation.swiglu(x, given, False)
-                assert apart(got.dequantise(), wanted.dequantise()) < 1e-6
+                actual, expected = backends.swiglu(x, row_weight), emulation.swiglu(x, row_weight, False)
+                assert apart(actual.dequantise(), expected.dequantise()) < 1e-6
                 gate, up = x.double().chunk(2, 1)
-                exact = F.silu(gate) * up * (1 if given is None else given.double()[:, None])
-                assert apart(got.dequantise(), exact) < 1e-3  # 3 bits of mantissa: about 7e-4
+                exact = F.silu(gate) * up * (1 if row_weight is None else row_weight.double()[:, None])
+                assert apart(actual.dequantise(), exact) < 1e-3  # 3 bits of mantissa: about 7e-4
     assert (backends.swiglu(h, power_of_two=True).scale_MJ.log2() % 1 == 0).all()
 
 
@@ -147,15 +147,15 @@ def check_swiglu_backward():
         dact[:, 5] = 0
         h = quantise(h)
         for form in forms:
-            dtype, given, power = ((torch.float32, weight, False), (torch.bfloat16, None, True))[form]
-            got = backends.swiglu_backward(dact.to(dtype), h, given, count, power)
-            wanted = emulation.swiglu_backward(dact.to(dtype), h, given, count, power)
-            for a, b in zip(got[:3], wanted[:3], strict=True):
+            dtype, row_weight, power = ((torch.float32, weight, False), (torch.bfloat16, None, True))[form]
+            actual = backends.swiglu_backward(dact.to(dtype), h, row_weight, count, power)
+            expected = emulation.swiglu_backward(dact.to(dtype), h, row_weight, count, power)
+            for a, b in zip(actual[:3], expected[:3], strict=True):
                 assert a.value_MK.shape == b.value_MK.shape and a.scale_MJ.shape == b.scale_MJ.shape
                 assert apart(a.dequantise(), b.dequantise()) < 1e-6
-            same(got[2], emulation.retile(got[1], count, power))
-            assert got[3] is None if given is None else apart(got[3], wanted[3]) < 1e-9
-            assert not power or all((part.scale_MJ.log2() % 1 == 0).all() for part in got[:3])
+            same(actual[2], emulation.retile(actual[1], count, power))
+            assert actual[3] is None if row_weight is None else apart(actual[3], expected[3]) < 1e-9
+            assert not power or all((part.scale_MJ.log2() % 1 == 0).all() for part in actual[:3])
     dact[7, 9] = float("nan")
     act, dh, turned, _ = backends.swiglu_backward(dact, h, None, None)
     assert dh.dequantise()[7, :128].isnan().all() and turned.dequantise()[9, :128].isnan().all()
@@ -178,19 +178,19 @@ def check_rms_norm():
     for x in (wide, wide[:7, 20:276], normal(2, 3)):
         gain, dy = normal(x.shape[1], seed=1) + 1, normal(*x.shape, seed=2)
         for dtype, power in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-            given = dy.to(dtype), x.to(dtype), gain, 1e-5
-            got, (dx, dgain) = (
-                backends.rms_norm(*given[1:], power, None),
-                backends.rms_norm_backward(*given, power, None),
+            arguments = dy.to(dtype), x.to(dtype), gain, 1e-5
+            actual, (dx, dgain) = (
+                backends.rms_norm(*arguments[1:], power, None),
+                backends.rms_norm_backward(*arguments, power, None),
             )
-            two, dgain_two = triton_norm.backward(*given)
-            same(got, quantise(triton_norm.forward(*given[1:]), "tile", power))
-            same(dx, quantise(two, "tile", power))
+            dx_again, dgain_two = triton_norm.backward(*arguments)
+            same(actual, quantise(triton_norm.forward(*arguments[1:]), "tile", power))
+            same(dx, quantise(dx_again, "tile", power))
             assert torch.equal(dgain, dgain_two)
             bound = 1e-12 if dtype == torch.float32 else 5e-4  # the interpreter truncates float32 to bfloat16
-            assert apart(got.dequantise(), quantise(normalise(*given[1:]), "tile", power).dequantise()) < bound
-            wanted, right = normalise_backward(*given)
-            assert apart(dx.dequantise(), quantise(wanted, "tile", power).dequantise()) < bound
+            assert apart(actual.dequantise(), quantise(normalise(*arguments[1:]), "tile", power).dequantise()) < bound
+            expected, right = normalise_backward(*arguments)
+            assert apart(dx.dequantise(), quantise(expected, "tile", power).dequantise()) < bound
             assert apart(dgain, right) < 1e-10
     x = normal(3, 256)
     x[1, 3] = float("nan")
@@ -210,23 +210,27 @@ def check_e5m6():
         x[0, :8] = torch.tensor([1 + 2**-7, -1 - 3 * 2**-7, 7e4, -65280.0, 2**-14, 3 * 2**-21, -(2**-22), -0.0])
         for dtype in (torch.float32, torch.bfloat16):
             for scale in (quantise(x, power_of_two=True).scale_MJ, torch.ones(rows, -(-columns // TILE))):
-                got = backends.pack_e5m6(x.to(dtype), scale.t().contiguous().t())
-                assert torch.equal(got.code, formats.pack_e5m6(x.to(dtype), scale).code)
-                back = backends.unpack_e5m6(got, columns, dtype)
-                assert back.dtype == dtype and torch.equal(back, got.unpack(columns, dtype))
+                actual = backends.pack_e5m6(x.to(dtype), scale.t().contiguous().t())
+                assert torch.equal(actual.code, formats.pack_e5m6(x.to(dtype), scale).code)
+                unpacked = backends.unpack_e5m6(actual, columns, dtype)
+                assert unpacked.dtype == dtype and torch.equal(unpacked, actual.unpack(columns, dtype))
     every = (torch.arange(4096, dtype=torch.int16) << 4).view(torch.float16).float().view(16, 256)
-    one = torch.ones(16, 2)
-    code, wanted = backends.pack_e5m6(every, one).code, formats.pack_e5m6(every, one)
-    back = backends.unpack_e5m6(wanted, 256, torch.float32)
-    assert torch.equal(back.nan_to_num(7.0), every.nan_to_num(7.0)) and torch.equal(back.isnan(), every.isnan())
+    unit_scale = torch.ones(16, 2)
+    code, expected = backends.pack_e5m6(every, unit_scale).code, formats.pack_e5m6(every, unit_scale)
+    unpacked = backends.unpack_e5m6(expected, 256, torch.float32)
+    assert torch.equal(unpacked.nan_to_num(7.0), every.nan_to_num(7.0)) and torch.equal(unpacked.isnan(), every.isnan())
     finite = every.isfinite().all(1)
-    assert finite.sum() == 14 and torch.equal(code[finite], wanted.code[finite])
+    assert finite.sum() == 14 and torch.equal(code[finite], expected.code[finite])
     for group in (every, normal(3, 512)[:, ::2], normal(2, 300)[:, 4:140]):
         group = group.nan_to_num(float("nan"), float("inf"))
         scale = quantise(group, power_of_two=True).scale_MJ
-        got = backends.unpack_e5m6(backends.pack_e5m6(group, scale), group.shape[1], torch.float32)
+        actual = backends.unpack_e5m6(backends.pack_e5m6(group, scale), group.shape[1], torch.float32)
         torch.testing.assert_close(
-            got, formats.pack_e5m6(group, scale).unpack(group.shape[1], torch.float32), rtol=0, atol=0, equal_nan=True
+            actual,
+            formats.pack_e5m6(group, scale).unpack(group.shape[1], torch.float32),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
         )
     assert backends.pack_e5m6(torch.zeros(0, 128), torch.zeros(0, 1)).code.shape == (0, 192)
     with pytest.raises(UserError, match="K must be a multiple of 8, not 12"):
@@ -240,8 +244,14 @@ def check_gemm():
             # The interpreter truncates float32 to bfloat16, which costs 5e-6; rounding to nearest costs 1.4e-6.
             for dtype, bound in ((torch.float32, 1e-12), (torch.bfloat16, 1e-5)):
                 for w_group in {"tile", group}:
-                    got = backends.gemm(x, w, dtype, w_group)
-                    assert got.dtype == dtype and apart(got, reference_gemm(x, w)) < bound, (M, N, K, group, w_group)
+                    actual = backends.gemm(x, w, dtype, w_group)
+                    assert actual.dtype == dtype and apart(actual, reference_gemm(x, w)) < bound, (
+                        M,
+                        N,
+                        K,
+                        group,
+                        w_group,
+                    )
 
 
 def of_rows(rows, columns, seed=0):
@@ -256,10 +266,10 @@ def check_nan_stays_in_its_row():
         x, w = normal(4, K), normal(5, K, seed=1)
         x[1], w[3] = float("nan"), float("inf")
         x, w = quantise(x), quantise(w)
-        got = backends.gemm(x, w, torch.float32)
+        actual = backends.gemm(x, w, torch.float32)
         bad = torch.zeros(4, 5, dtype=torch.bool)
         bad[1], bad[:, 3] = True, True
-        assert torch.equal(got.isnan(), bad)
+        assert torch.equal(actual.isnan(), bad)
         stacked = Operand(w.value_MK[None], w.scale_MJ[None])
         assert torch.equal(backends.grouped_gemm(x, [4], stacked, torch.float32).isnan(), bad)
 
@@ -268,9 +278,9 @@ def check_layouts_of_a_gemm():
     x, w = normal(70, 300), quantise(normal(300, 150, seed=1), "block")
     turned = transpose(w)
     loose = Operand(turned.value_MK.t().contiguous().t(), turned.scale_MJ.t().contiguous().t())
-    wanted = reference_gemm(quantise(x), turned)
-    for ours in (quantise(x), backends.quantise(x)):
-        assert apart(backends.gemm(ours, loose, torch.float32, "block"), wanted) < 1e-12
+    expected = reference_gemm(quantise(x), turned)
+    for operand in (quantise(x), backends.quantise(x)):
+        assert apart(backends.gemm(operand, loose, torch.float32, "block"), expected) < 1e-12
 
 
 def check_a_broken_promise_is_nan():
@@ -287,14 +297,14 @@ def check_grouped():
     for count in ([70, 0, 1, 129], [0, 0, 0, 200], [200, 0, 0, 0]):
         for group in ("tile", "block"):
             w = stack(*(quantise(of_rows(150, 300, seed=g), group) for g in range(4)))
-            wanted = emulation.grouped_gemm(x, count, w, torch.float32, group)
-            assert apart(backends.grouped_gemm(x, count, w, torch.float32, group), wanted) < 1e-12
+            expected = emulation.grouped_gemm(x, count, w, torch.float32, group)
+            assert apart(backends.grouped_gemm(x, count, w, torch.float32, group), expected) < 1e-12
         sides = backends.retile(dy, count), backends.retile(x, count)
-        got = backends.grouped_wgrad(*sides, count)
-        assert apart(got, emulation.grouped_wgrad(*sides, count, torch.float32)) < 1e-12
+        actual = backends.grouped_wgrad(*sides, count)
+        assert apart(actual, emulation.grouped_wgrad(*sides, count, torch.float32)) < 1e-12
         rows = [part.split(count) for part in (dy.dequantise(), x.dequantise())]
         for g, (own_dy, own_x) in enumerate(zip(*rows, strict=True)):
-            assert apart(got[g], own_dy.t() @ own_x) < 2e-3 if count[g] else got[g].eq(0).all()
+            assert apart(actual[g], own_dy.t() @ own_x) < 2e-3 if count[g] else actual[g].eq(0).all()
 
 
 def check_descriptors_load_what_pointers_do():
@@ -306,30 +316,30 @@ def check_descriptors_load_what_pointers_do():
     triton_gemm.tiled = lambda tma, *matrices: (forms.append(tma), tiled(tma, *matrices))[1]
 
     def both(call, *arguments):
-        found = []
+        actual = []
         for forced in ("", "pointers"):
             os.environ[adapters.LOADS] = forced
-            found.append(call(*arguments))
-        assert torch.equal(*found) and found[0].isfinite().all()
-        return found[0]
+            actual.append(call(*arguments))
+        assert torch.equal(*actual) and actual[0].isfinite().all()
+        return actual[0]
 
     count = [70, 0, 1, 59]
     unknown = DeviceCounts(torch.tensor(count, dtype=torch.int32), 150)
     try:
         for K in (16, 304):
             x, dy = between(quantise(of_rows(150, K))), quantise(of_rows(130, 80, seed=2))
-            known = Operand(x.value_MK[:130], x.scale_MJ[:130])
+            cut_rows = Operand(x.value_MK[:130], x.scale_MJ[:130])
             w = between(stack(*(quantise(of_rows(72, K, seed=g), "block") for g in range(4))))
-            one = Operand(w.value_MK[1], w.scale_MJ[1])
+            matrix = Operand(w.value_MK[1], w.scale_MJ[1])
             for group in ("tile", "block"):
-                both(backends.gemm, x, one, torch.bfloat16, group)
-            found = both(backends.grouped_gemm, known, count, w, torch.float32, "block")
-            assert apart(found, emulation.grouped_gemm(known, count, w, torch.float32, "block")) < 1e-12
-            found = both(backends.grouped_gemm, x, unknown, w, torch.bfloat16, "tile")
-            assert not found[130:].any()
-            sides = between(backends.retile(dy, count)), between(backends.retile(known, count))
-            found = both(backends.grouped_wgrad, *sides, count)
-            assert apart(found, emulation.grouped_wgrad(*sides, count, torch.float32)) < 1e-12
+                both(backends.gemm, x, matrix, torch.bfloat16, group)
+            actual = both(backends.grouped_gemm, cut_rows, count, w, torch.float32, "block")
+            assert apart(actual, emulation.grouped_gemm(cut_rows, count, w, torch.float32, "block")) < 1e-12
+            actual = both(backends.grouped_gemm, x, unknown, w, torch.bfloat16, "tile")
+            assert not actual[130:].any()
+            sides = between(backends.retile(dy, count)), between(backends.retile(cut_rows, count))
+            actual = both(backends.grouped_wgrad, *sides, count)
+            assert apart(actual, emulation.grouped_wgrad(*sides, count, torch.float32)) < 1e-12
         assert forms == [True, False] * (len(forms) // 2) and len(forms) == 2 * 2 * 5
         both(backends.gemm, *[quantise(normal(20, 200))] * 2, torch.float32)
         assert forms[-2:] == [False, False]
@@ -360,7 +370,7 @@ def check_no_program_writes_rows_of_another():
 
     x = quantise(of_rows(130, 304))
     w = stack(*(quantise(of_rows(72, 304, seed=g), "block") for g in range(4)))
-    in_order, found = interpreter_builder.set_grid_idx, []
+    in_order, results = interpreter_builder.set_grid_idx, []
     try:
         for step in (1, -1):
             interpreter_builder.set_grid_idx = lambda at, *others, step=step: in_order(
@@ -368,48 +378,48 @@ def check_no_program_writes_rows_of_another():
             )
             for forced in ("", "pointers"):
                 os.environ[adapters.LOADS] = forced
-                found.append(backends.grouped_gemm(x, [70, 0, 1, 59], w, torch.float32, "block"))
+                results.append(backends.grouped_gemm(x, [70, 0, 1, 59], w, torch.float32, "block"))
     finally:
         interpreter_builder.set_grid_idx = in_order
         os.environ.pop(adapters.LOADS)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def between(operand):
     """The same operand, with NaN before its first row and after its last; the interpreter reads these as 480."""
     rows = operand.value_MK.flatten(0, -2).view(torch.uint8)
-    whole = F.pad(rows, (0, 0, 4, 100), value=0x7F).view(torch.float8_e4m3fn)
-    return Operand(whole[4 : 4 + len(rows)].view(operand.value_MK.shape), operand.scale_MJ)
+    padded = F.pad(rows, (0, 0, 4, 100), value=0x7F).view(torch.float8_e4m3fn)
+    return Operand(padded[4 : 4 + len(rows)].view(operand.value_MK.shape), operand.scale_MJ)
 
 
 def check_counts_that_the_host_does_not_know():
     """Bit for bit what counts on the host give, and zeros after the groups; the emulation likewise."""
     for counts in ([70, 0, 1, 3], [0, 130, 0, 0], [0, 0, 0, 128]):
-        whole = not any(c % TILE for c in counts)
-        rows, total = sum(counts), sum(counts) + (TILE if whole else 0)
-        unknown = DeviceCounts(torch.tensor(counts, dtype=torch.int32), total, whole)
+        whole_tiles = not any(c % TILE for c in counts)
+        rows, total = sum(counts), sum(counts) + (TILE if whole_tiles else 0)
+        unknown = DeviceCounts(torch.tensor(counts, dtype=torch.int32), total, whole_tiles)
         dy, h, x = (of_rows(rows, columns, seed=columns) for columns in (128, 256, 150))
         w = stack(*(quantise(of_rows(70, 150, seed=g), "block") for g in range(4)))
         gate = normal(rows).abs()
         long = [F.pad(t, (0, 0, 0, total - rows)) for t in (dy, h, x)]
         for serve in (backends, emulation):
-            known = [quantise(t) for t in (h, x)]
+            counted = [quantise(t) for t in (h, x)]
             filled = [quantise(t) for t in long[1:]]
-            y = serve.grouped_gemm(known[1], counts, w, torch.float32, "block")
-            got = serve.grouped_gemm(filled[1], unknown, w, torch.float32, "block")
-            assert torch.equal(got[:rows], y) and not got[rows:].any()
-            turned, wanted = serve.retile(filled[1], unknown, False), serve.retile(known[1], counts, False)
-            behind(turned, wanted, unknown)
-            of_known = serve.swiglu_backward(dy, known[0], gate, counts, False)
+            y = serve.grouped_gemm(counted[1], counts, w, torch.float32, "block")
+            actual = serve.grouped_gemm(filled[1], unknown, w, torch.float32, "block")
+            assert torch.equal(actual[:rows], y) and not actual[rows:].any()
+            turned, expected = serve.retile(filled[1], unknown, False), serve.retile(counted[1], counts, False)
+            behind(turned, expected, unknown)
+            of_known = serve.swiglu_backward(dy, counted[0], gate, counts, False)
             of_all = serve.swiglu_backward(long[0], filled[0], F.pad(gate, (0, total - rows)), unknown, False)
             for part in (0, 2):
                 behind(of_all[part], of_known[part], unknown)
             same(Operand(*(t[:rows] for t in of_all[1])), of_known[1])
             assert torch.equal(of_all[3][:rows], of_known[3]) and not of_all[3][rows:].any()
             assert not of_all[1].dequantise()[rows:].any() and (of_all[1].scale_MJ[rows:] == 1).all()
-            found = serve.grouped_wgrad(of_all[0], turned, unknown, torch.float32)
-            assert torch.equal(found, serve.grouped_wgrad(of_known[0], wanted, counts, torch.float32))
-            assert found.shape == (4, 128, 150)
+            result = serve.grouped_wgrad(of_all[0], turned, unknown, torch.float32)
+            assert torch.equal(result, serve.grouped_wgrad(of_known[0], expected, counts, torch.float32))
+            assert result.shape == (4, 128, 150)
     nobody = DeviceCounts(torch.zeros(2, dtype=torch.int32), 0)
     none = quantise(torch.zeros(0, 256))
     assert backends.grouped_gemm(none, nobody, stack(*[quantise(normal(40, 256))] * 2)).shape == (0, 40)
@@ -417,12 +427,12 @@ def check_counts_that_the_host_does_not_know():
     assert turned.value_MK.shape == (256, 0) and backends.grouped_wgrad(turned, turned, nobody).eq(0).all()
 
 
-def behind(got, wanted, count):
+def behind(actual, expected, count):
     """The same columns, followed by zeros of factor 1."""
-    used = wanted.value_MK.shape[1]
-    assert got.value_MK.shape[1] == count.columns >= used and got.scale_MJ.shape[1] == count.columns // TILE
-    same(Operand(got.value_MK[:, :used], got.scale_MJ[:, : used // TILE]), wanted)
-    assert not got.value_MK[:, used:].float().any() and (got.scale_MJ[:, used // TILE :] == 1).all()
+    used = expected.value_MK.shape[1]
+    assert actual.value_MK.shape[1] == count.columns >= used and actual.scale_MJ.shape[1] == count.columns // TILE
+    same(Operand(actual.value_MK[:, :used], actual.scale_MJ[:, : used // TILE]), expected)
+    assert not actual.value_MK[:, used:].float().any() and (actual.scale_MJ[:, used // TILE :] == 1).all()
 
 
 def check_nothing_to_do():
@@ -445,15 +455,15 @@ def check_swiglu_of_experts():
     for M, width, dtype, bound in ((37, 200, torch.float32, 1e-6), (5, 64, torch.bfloat16, 1e-2)):
         h, dact = normal(M, 2 * width).to(dtype), normal(M, width, seed=1).to(dtype)
         weight = normal(M, seed=2)
-        found = [triton_swiglu.forward(h, weight), *triton_swiglu.backward(dact, h, weight)]
+        actual = [triton_swiglu.forward(h, weight), *triton_swiglu.backward(dact, h, weight)]
         exact = [h.double().requires_grad_(), weight.double().requires_grad_()]
         act = F.silu(exact[0][:, :width]) * exact[0][:, width:] * exact[1][:, None]
         act.backward(dact.double())
         plain = [swiglu.forward_reference(h, weight), *swiglu.backward_reference(dact, h, weight)]
-        for ours, torchs, wanted in zip(found, plain, (act, act, exact[0].grad, exact[1].grad), strict=True):
-            assert ours.dtype == torchs.dtype and ours.shape == wanted.shape
-            for mine in (ours, torchs):
-                assert (mine.double() - wanted).norm() < bound * wanted.norm()
+        for own_result, torchs, expected in zip(actual, plain, (act, act, exact[0].grad, exact[1].grad), strict=True):
+            assert own_result.dtype == torchs.dtype and own_result.shape == expected.shape
+            for output in (own_result, torchs):
+                assert (output.double() - expected).norm() < bound * expected.norm()
     none = triton_swiglu.backward(torch.zeros(0, 8), torch.zeros(0, 16), torch.zeros(0))
     assert [tuple(t.shape) for t in none] == [(0, 8), (0, 16), (0,)]
 
@@ -468,13 +478,13 @@ def check_tensor_groups_are_refused():
 
 def check_hopper_code():
     """Instructions, and the assembler's figures: those of `bench/gpu/ptxas.py` if the versions are the same."""
-    known = hopper.committed()["kernels"] if hopper.committed()["versions"] == hopper.versions() else {}
+    recorded = hopper.committed()["kernels"] if hopper.committed()["versions"] == hopper.versions() else {}
     for job in hopper.samples():
-        one = hopper.compiled(job)
-        name, code = job.kind, one.ptx
-        assert not one.faults()
-        assert known.get(job.label, one.figures) == one.figures, job.label
-        assert not known or job.label in known, f"{job.label}: write the table again (bench/gpu/ptxas.py --write)"
+        kernel = hopper.compiled(job)
+        name, code = job.kind, kernel.ptx
+        assert not kernel.faults()
+        assert recorded.get(job.label, kernel.figures) == kernel.figures, job.label
+        assert not recorded or job.label in recorded, f"{job.label}: write the table again (bench/gpu/ptxas.py --write)"
         if name in ("norm", "heads", "gate", "loss"):
             assert "ld.global" in code and "st.global" in code and ".local" not in code, name
         elif name == "e5m6":
@@ -510,8 +520,8 @@ def in_interpreter():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__], env=environment, capture_output=True, text=True, timeout=580
     )
-    found = dict(part.split("\n", 1) for part in done.stdout.split("\0")[1:])
-    return found if done.returncode == 0 else {name: done.stdout + done.stderr for name in CHECKS}
+    outputs = dict(part.split("\n", 1) for part in done.stdout.split("\0")[1:])
+    return outputs if done.returncode == 0 else {name: done.stdout + done.stderr for name in CHECKS}
 
 
 @needs_triton
@@ -534,8 +544,8 @@ def test_kernels_compile_for_hopper(tmp_path):
 class Tuned:
     """Stands for an autotuned kernel; tuning picks the last configuration."""
 
-    def __init__(self, configs, said):
-        self.configs, self.best_config, self.fn, self._said = configs, configs[-1], self, said
+    def __init__(self, configs, messages):
+        self.configs, self.best_config, self.fn, self._said = configs, configs[-1], self, messages
         self.arg_names = ["x", "w", "TMA"]
 
     def __getitem__(self, grid):
@@ -551,9 +561,9 @@ def test_where_nothing_may_be_tuned_the_nearest_size_serves():
     from bessemer.addons.accelerate.precision import tuning
     from bessemer.addons.accelerate.precision.triton_gemm import configurations, launch, size_class
 
-    configs, said = configurations(narrow=True), []
-    kernel = Tuned(configs, said)
-    kernel.fn = Tuned(configs, said)
+    configs, messages = configurations(narrow=True), []
+    kernel = Tuned(configs, messages)
+    kernel.fn = Tuned(configs, messages)
     first = configs[0].all_kwargs()
     x, w = SimpleNamespace(), SimpleNamespace()
     with tuning.without():
@@ -574,12 +584,17 @@ def test_where_nothing_may_be_tuned_the_nearest_size_serves():
         launch(adds, "e", 64, (7, 8), x, w, True, None, y, add=True)
     last = configs[-1].all_kwargs()
     assert seen == [("e", {}), ("e", last), ("e", last)]
-    assert [(given[4] is y, given[5]) for given in (adds.given, adds.fn.given)] == [(False, True), (True, True)]
+    assert [(arguments[4] is y, arguments[5]) for arguments in (adds.given, adds.fn.given)] == [
+        (False, True),
+        (True, True),
+    ]
     assert tuning.allowed()
     nearest = [(2048, configs[-1].all_kwargs()), (128, configs[1].all_kwargs()), ("d", first)]
-    assert said == [("a", first), ("b", {}), ("c", {}), (4096, {}), (64, {}), *nearest]
+    assert messages == [("a", first), ("b", {}), ("c", {}), (4096, {}), (64, {}), *nearest]
     assert {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"} <= first.keys()
-    sizes = [size_class(*given) for given in ((1,), (65,), (8192,), (10**6,), (4096, 256), (65537, 64), (65536, 64))]
+    sizes = [
+        size_class(*arguments) for arguments in ((1,), (65,), (8192,), (10**6,), (4096, 256), (65537, 64), (65536, 64))
+    ]
     assert sizes == [64, 128, 8192, 8192, 64, 2048, 1024]
 
 
@@ -589,9 +604,9 @@ def test_a_dense_product_is_tuned_for_few_numbers_of_tokens_and_the_nearest_serv
     """Also where they are the summed dimension, as for a weight gradient."""
     from bessemer.addons.accelerate.precision import triton_gemm, tuning
 
-    said = []
-    kernel = Tuned(triton_gemm.configurations(narrow=True), said)
-    kernel.fn, kernel.arg_names = Tuned(kernel.configs, said), triton_gemm._gemm.arg_names
+    messages = []
+    kernel = Tuned(triton_gemm.configurations(narrow=True), messages)
+    kernel.fn, kernel.arg_names = Tuned(kernel.configs, messages), triton_gemm._gemm.arg_names
     keys = triton_gemm._gemm.keys
     monkeypatch.setattr(triton_gemm, "_gemm", kernel)
     monkeypatch.setattr(triton_gemm, "_tuned", {})
@@ -603,27 +618,27 @@ def test_a_dense_product_is_tuned_for_few_numbers_of_tokens_and_the_nearest_serv
         rows, columns, sums = (512, 1024, tokens) if gradient else (tokens, 512, 1024)
         dtype = torch.float32 if gradient else torch.bfloat16
         triton_gemm.gemm(operand(rows, sums), operand(columns, sums), dtype, not gradient, False)
-        given = dict(zip(kernel.arg_names, kernel.given, strict=False))
-        return tuple(given[name] for name in keys if name in given)
+        inputs = dict(zip(kernel.arg_names, kernel.given, strict=False))
+        return tuple(inputs[name] for name in keys if name in inputs)
 
     assert len({tuned_for(tokens) for tokens in range(4096, 16384, 64)}) == 2
     kernel.best_config = kernel.configs[1]
     tuned_for(64)
-    said.clear()
+    messages.clear()
     with tuning.without():
         tuned_for(70)
-    assert said[0][1] == kernel.configs[1].all_kwargs()
+    assert messages[0][1] == kernel.configs[1].all_kwargs()
 
 
 @needs_triton
 def test_what_is_tried_has_registers_enough():
     """Every configuration that tuning may choose is in the assembler's table of figures, and none spills."""
-    known, found = hopper.committed()["kernels"], {job.label for job in hopper.everything()}
-    assert found == known.keys()
-    assert not [label for label, figures in known.items() if figures["spilled"]]
-    assert sum("triton_gemm._wgrad" in label for label in found) > 1
+    recorded, labels = hopper.committed()["kernels"], {job.label for job in hopper.everything()}
+    assert labels == recorded.keys()
+    assert not [label for label, figures in recorded.items() if figures["spilled"]]
+    assert sum("triton_gemm._wgrad" in label for label in labels) > 1
     for variant in ("TMA=0 BLOCKS=0 EVEN=1", "TMA=0 BLOCKS=1 EVEN=1", "TMA=1 BLOCKS=0", "TMA=1 BLOCKS=1"):
-        assert sum(f"triton_gemm._grouped GROUPS=5 ROOM=8 {variant}" in label for label in found) > 3
+        assert sum(f"triton_gemm._grouped GROUPS=5 ROOM=8 {variant}" in label for label in labels) > 3
 
 
 @needs_triton
@@ -648,11 +663,11 @@ def test_a_cpu_is_served_by_the_emulation(monkeypatch):
     assert [row[0] for row in rows] == list(backends.CALLS) and {row[1] for row in rows} == {"emulation"}
     assert all("not triton: " in why and "not torch: " in why and "not deep_gemm: " in why for _, _, why in rows)
     x, w = normal(300, 200), normal(150, 200, seed=1)
-    mine, theirs = backends.quantise(x), backends.quantise(w, "block")
-    same(mine, quantise(x))
-    assert apart(backends.gemm(mine, theirs, torch.float32, "block"), reference_gemm(mine, theirs)) < 1e-12
-    assert backends.gemm(mine, theirs).dtype == torch.bfloat16
-    turned = backends.retile(mine, [100, 200])
+    row_tiles, blocks = backends.quantise(x), backends.quantise(w, "block")
+    same(row_tiles, quantise(x))
+    assert apart(backends.gemm(row_tiles, blocks, torch.float32, "block"), reference_gemm(row_tiles, blocks)) < 1e-12
+    assert backends.gemm(row_tiles, blocks).dtype == torch.bfloat16
+    turned = backends.retile(row_tiles, [100, 200])
     assert turned.value_MK.shape == (200, 384)
     assert backends.grouped_wgrad(turned, turned, [100, 200]).shape == (2, 200, 200)
     assert apart(backends.swiglu(x).dequantise(), F.silu(x[:, :100]) * x[:, 100:]) < 1e-3
@@ -720,11 +735,11 @@ def test_what_is_refused_on_hopper(monkeypatch, name, call, change, why):
     monkeypatch.setattr(adapters, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(adapters, "_installed", lambda package: True)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
-    given = HOPPER | change
-    functions = {"new": {adapters.K_GROUPED: None}, "old": {}, None: None}[given.pop("release", "new")]
+    facts = HOPPER | change
+    functions = {"new": {adapters.K_GROUPED: None}, "old": {}, None: None}[facts.pop("release", "new")]
     monkeypatch.setitem(sys.modules, "deep_gemm", functions if functions is None else SimpleNamespace(**functions))
-    said = backends.BACKENDS[name].refuses(backends.Call(call, **given))
-    assert said is None if why is None else re.search(why, said)
+    message = backends.BACKENDS[name].refuses(backends.Call(call, **facts))
+    assert message is None if why is None else re.search(why, message)
 
 
 @pytest.mark.parametrize(
@@ -741,19 +756,19 @@ def test_what_is_refused_on_hopper(monkeypatch, name, call, change, why):
     ],
 )
 def test_which_products_load_by_pointers_and_why(monkeypatch, device, change, why):
-    given = {"_capability": (9, 0), "_installed": True, "forced": "", "columns": 256, "offset": 0} | change
-    monkeypatch.setattr(adapters, "_capability", lambda device: given["_capability"])
-    monkeypatch.setattr(adapters, "_installed", lambda package: given["_installed"])
-    monkeypatch.setenv(adapters.LOADS, given["forced"])
-    values = torch.zeros(10_000, dtype=torch.uint8)[given["offset"] :][: 4 * given["columns"]].view(4, -1)
-    said = adapters.by_pointers(torch.device(device), values)
-    assert said is None if why is None else why in said
+    facts = {"_capability": (9, 0), "_installed": True, "forced": "", "columns": 256, "offset": 0} | change
+    monkeypatch.setattr(adapters, "_capability", lambda device: facts["_capability"])
+    monkeypatch.setattr(adapters, "_installed", lambda package: facts["_installed"])
+    monkeypatch.setenv(adapters.LOADS, facts["forced"])
+    values = torch.zeros(10_000, dtype=torch.uint8)[facts["offset"] :][: 4 * facts["columns"]].view(4, -1)
+    message = adapters.by_pointers(torch.device(device), values)
+    assert message is None if why is None else why in message
     monkeypatch.setattr(torch.version, "cuda", "12.9")
-    monkeypatch.setattr(adapters, "_installed", lambda name: given["_installed"] if "." in name else name == "triton")
+    monkeypatch.setattr(adapters, "_installed", lambda name: facts["_installed"] if "." in name else name == "triton")
     known_without_operands = not {"columns", "offset"} & change.keys()
     rows = {name: text for name, backend, text in backends.table(device) if backend == "triton"}
-    form = f"by pointers: {said}" if said and known_without_operands else "by tensor descriptors"
-    assert form in rows["grouped_wgrad"] if given["_capability"] >= (8, 9) else "grouped_wgrad" not in rows
+    form = f"by pointers: {message}" if message and known_without_operands else "by tensor descriptors"
+    assert form in rows["grouped_wgrad"] if facts["_capability"] >= (8, 9) else "grouped_wgrad" not in rows
     assert "descriptors" not in rows["retile"]
 
 
@@ -785,23 +800,23 @@ def test_the_card_decides(monkeypatch, capability, order):
 
 def test_factors_as_scaled_mm_wants_them(monkeypatch):
     """x's column by column; w's blocks column by column, each padded to a multiple of four."""
-    taken = {}
+    captured = {}
 
     def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, **how):
-        taken.update(a=a, b=b, scale_a=scale_a, scale_b=scale_b, recipes=(recipe_a.name, recipe_b.name), **how)
+        captured.update(a=a, b=b, scale_a=scale_a, scale_b=scale_b, recipes=(recipe_a.name, recipe_b.name), **how)
         return torch.zeros(len(a), b.shape[1], dtype=how["output_dtype"])
 
     monkeypatch.setattr(F, "scaled_mm", scaled_mm)
     x, w = quantise(normal(48, 640)), quantise(normal(272, 640, seed=1), "block")
     serve = backends.BACKENDS["torch"].serve["gemm"]
     serve(x, w, torch.bfloat16, "block")
-    assert taken["recipes"] == ("BlockWise1x128", "BlockWise128x128") and not taken["use_fast_accum"]
-    assert taken["scale_a"].stride() == (1, 48) and torch.equal(taken["scale_a"], x.scale_MJ)
-    assert taken["scale_b"].shape == (8, 3) and taken["scale_b"].stride() == (1, 8)
-    assert torch.equal(taken["scale_b"][:5], w.scale_MJ[::TILE].t()) and taken["scale_b"][5:].eq(0).all()
-    assert taken["b"].shape == (640, 272) and taken["b"].stride() == (1, 640)
+    assert captured["recipes"] == ("BlockWise1x128", "BlockWise128x128") and not captured["use_fast_accum"]
+    assert captured["scale_a"].stride() == (1, 48) and torch.equal(captured["scale_a"], x.scale_MJ)
+    assert captured["scale_b"].shape == (8, 3) and captured["scale_b"].stride() == (1, 8)
+    assert torch.equal(captured["scale_b"][:5], w.scale_MJ[::TILE].t()) and captured["scale_b"][5:].eq(0).all()
+    assert captured["b"].shape == (640, 272) and captured["b"].stride() == (1, 640)
     serve(x, w, torch.float32, "tile")
-    assert taken["recipes"][1] == "BlockWise1x128" and taken["scale_b"].stride() == (1, 272)
+    assert captured["recipes"][1] == "BlockWise1x128" and captured["scale_b"].stride() == (1, 272)
 
 
 def test_bad_operands():

@@ -43,5 +43,5 @@ def violations(page: Any) -> list[str]:
     folder = pytest.importorskip("axe_playwright_python", reason="axe-core comes with axe-playwright-python")
     if not page.evaluate("Boolean(window.axe)"):
         page.evaluate(resources.files(folder.__name__).joinpath("axe.min.js").read_text("utf-8") + ";0")
-    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
-    return [f"{rule['id']}: {node['target']} {node['failureSummary']}" for rule in found for node in rule["nodes"]]
+    entries = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+    return [f"{rule['id']}: {node['target']} {node['failureSummary']}" for rule in entries for node in rule["nodes"]]

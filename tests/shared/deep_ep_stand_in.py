@@ -83,8 +83,8 @@ class Buffer:
         assert topk_idx.dim() == 2 and topk_idx.is_contiguous() and topk_idx.dtype == topk_idx_t
         assert num_experts % self.group_size == 0
         self.calls.append(("layout", None))
-        place = torch.where(topk_idx < 0, -1, topk_idx // (num_experts // self.group_size))
-        goes_NP = torch.stack([(place == rank).any(1) for rank in range(self.group_size)], 1)
+        owner = torch.where(topk_idx < 0, -1, topk_idx // (num_experts // self.group_size))
+        goes_NP = torch.stack([(owner == rank).any(1) for rank in range(self.group_size)], 1)
         per_expert = torch.bincount(topk_idx[topk_idx >= 0], minlength=num_experts).int()
         goes_NN = goes_NP.unflatten(1, (self.nodes, -1)).any(2)
         to_nodes = goes_NN.sum(0).int() if self.nodes > 1 else None
@@ -128,10 +128,10 @@ class Buffer:
         local = len(num_tokens_per_expert) // self.group_size
         picked = [part[3][:, self.rank].nonzero().squeeze(1) for part in parts]
         idx = torch.cat([part[4][rows] for part, rows in zip(parts, picked, strict=True)]) - self.rank * local
-        here = (idx >= 0) & (idx < local)
-        weights = torch.cat([part[5][rows] for part, rows in zip(parts, picked, strict=True)]).where(here, 0.0)
-        idx = idx.where(here, -1)
-        counts = torch.bincount(idx[here], minlength=local).tolist()
+        is_local = (idx >= 0) & (idx < local)
+        weights = torch.cat([part[5][rows] for part, rows in zip(parts, picked, strict=True)]).where(is_local, 0.0)
+        idx = idx.where(is_local, -1)
+        counts = torch.bincount(idx[is_local], minlength=local).tolist()
         counts = [-(-count // expert_alignment) * expert_alignment for count in counts]
         spare = max(0, num_worst_tokens - len(idx))
         if num_worst_tokens:
@@ -179,15 +179,15 @@ class Buffer:
     def _mine(self, parts, x, spare):
         """This rank's rows from all ranks; spare rows keep whatever memory held."""
         rows = [part[3][:, self.rank] for part in parts]
-        value = [part[1][mine] for part, mine in zip(parts, rows, strict=True)]
+        value = [part[1][own_rows] for part, own_rows in zip(parts, rows, strict=True)]
         value = torch.cat((*value, value[0].new_full((spare, value[0].shape[1]), 255)))
         if not isinstance(x, tuple):
             return value.view(x.dtype)
-        scale = [part[2][mine] for part, mine in zip(parts, rows, strict=True)]
+        scale = [part[2][own_rows] for part, own_rows in zip(parts, rows, strict=True)]
         scale = torch.cat((*scale, scale[0].new_full((spare, scale[0].shape[1]), float("nan"))))
         return value.view(x[0].dtype), scale
 
-    def _gather(self, mine):
-        found = [None] * self.group_size
-        dist.all_gather_object(found, mine, self.group)
-        return found
+    def _gather(self, value):
+        parts = [None] * self.group_size
+        dist.all_gather_object(parts, value, self.group)
+        return parts

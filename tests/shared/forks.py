@@ -21,9 +21,9 @@ class Fork(subprocess.Popen):
         self._work = work
         super().__init__(["fork"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def _execute_child(self, *given) -> None:
+    def _execute_child(self, *arguments) -> None:
         # c2pwrite and errwrite, in every Python from 3.11
-        out, err = given[13], given[15]
+        out, err = arguments[13], arguments[15]
         self.pid = os.fork()
         if not self.pid:
             status = 1

@@ -101,16 +101,16 @@ def _operand(word, dot, names):
 
 def _slice(value, start, end=None):
     """Slices by bytes; out of range is an error, as in Go."""
-    whole = value.encode() if isinstance(value, str) else value
-    assert 0 <= start <= (len(whole) if end is None else end) <= len(whole), "error calling slice: index out of range"
-    part = whole[start:end]
+    data = value.encode() if isinstance(value, str) else value
+    assert 0 <= start <= (len(data) if end is None else end) <= len(data), "error calling slice: index out of range"
+    part = data[start:end]
     return part.decode("utf-8", "surrogateescape") if isinstance(value, str) else part
 
 
 _FUNCTIONS = {
-    "eq": lambda one, other: one == other,
-    "ne": lambda one, other: one != other,
-    "lt": lambda one, other: one < other,
+    "eq": lambda left, right: left == right,
+    "ne": lambda left, right: left != right,
+    "lt": lambda left, right: left < right,
     "len": lambda value: len(value.encode()) if isinstance(value, str) else len(value),
     "slice": _slice,
     "and": lambda *values: next((value for value in values if not value), values[-1]),

@@ -38,5 +38,5 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 96, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got - expected).detach().norm() / expected.detach().norm())
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).detach().norm() / expected.detach().norm())

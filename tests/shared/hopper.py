@@ -96,12 +96,12 @@ def samples() -> Iterator[Job]:
     yield from (Job(*fields) for fields in hopper_kernels())
     wide, narrow = {"BLOCK_M": 128, "BLOCK_N": 128}, {"BLOCK_M": 64, "BLOCK_N": 128}
     for tma in (False, True):
-        way = {"TMA": tma, "BLOCKS": True, "EVEN": True}
-        yield Job("gemm", triton_gemm._gemm, 8, None, {**way, "ADD": False, **wide})
-        yield Job("grouped_gemm", triton_gemm._grouped, 8, None, {**GROUPS, **way, **wide})
+        options = {"TMA": tma, "BLOCKS": True, "EVEN": True}
+        yield Job("gemm", triton_gemm._gemm, 8, None, {**options, "ADD": False, **wide})
+        yield Job("grouped_gemm", triton_gemm._grouped, 8, None, {**GROUPS, **options, **wide})
         yield Job("grouped_wgrad", triton_gemm._wgrad, 4, None, {**GROUPS, "TMA": tma, "ADD": tma, **narrow})
-    way = {"TMA": False, "BLOCKS": False, "EVEN": False, "ADD": False}
-    yield Job("gemm", triton_gemm._gemm, 4, None, {**way, **narrow})
+    options = {"TMA": False, "BLOCKS": False, "EVEN": False, "ADD": False}
+    yield Job("gemm", triton_gemm._gemm, 4, None, {**options, **narrow})
 
 
 GROUPS = {"GROUPS": 5, "ROOM": 8}
@@ -113,15 +113,15 @@ def everything() -> Iterator[Job]:
     from bessemer.addons.accelerate.precision import triton_gemm
 
     yield from samples()
-    ways = [
+    loads = [
         {"TMA": tma, "BLOCKS": blocks, "EVEN": even}
         for tma, even in ((True, True), (False, True), (False, False))
         for blocks in (True, False)
     ]
     for kind, kernel, variants in (
         # only weight gradients are added, and both of their operands have a factor for every row
-        ("gemm", triton_gemm._gemm, [way | {"ADD": add} for way in ways for add in {False, not way["BLOCKS"]}]),
-        ("grouped_gemm", triton_gemm._grouped, [GROUPS | way for way in ways]),
+        ("gemm", triton_gemm._gemm, [load | {"ADD": add} for load in loads for add in {False, not load["BLOCKS"]}]),
+        ("grouped_gemm", triton_gemm._grouped, [GROUPS | load for load in loads]),
         (
             "grouped_wgrad",
             triton_gemm._wgrad,
@@ -176,9 +176,9 @@ def compiled(job: Job) -> Compiled:
                 del os.environ["TRITON_CACHE_DIR"]
             else:
                 os.environ["TRITON_CACHE_DIR"] = before
-    said = report.getvalue()
-    registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    log = report.getvalue()
+    registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     return Compiled(job, done.asm["ptx"], registers, spilled, done.metadata.shared)
 
 

@@ -61,10 +61,10 @@ class _Handler(BaseHTTPRequestHandler):
             )  # fmt: skip
         elif self.path.endswith("/info/lfs/objects/batch"):
             objects = []
-            for one in json.loads(body)["objects"]:
-                href = f"http://{self.headers['Host']}/large/{one['oid']}"
-                actions = {} if one["oid"] in self.server.large else {"actions": {"upload": {"href": href}}}
-                objects.append({**one, "authenticated": True, **actions})
+            for entry in json.loads(body)["objects"]:
+                href = f"http://{self.headers['Host']}/large/{entry['oid']}"
+                actions = {} if entry["oid"] in self.server.large else {"actions": {"upload": {"href": href}}}
+                objects.append({**entry, "authenticated": True, **actions})
             self.answer_json({"transfer": "basic", "objects": objects})
         elif self.command == "PUT":
             self.server.large[self.path.rsplit("/", 1)[1]] = body

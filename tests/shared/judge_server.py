@@ -26,22 +26,22 @@ class JudgeServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if (question := body["messages"][0]["content"]) in PROBES:
                     outer.probes.append(body)
-                    said = outer.probe(question) if callable(outer.probe) else outer.probe
-                    return self.send(200, json.dumps({"choices": [{"message": {"content": said}}]}), {})
+                    text = outer.probe(question) if callable(outer.probe) else outer.probe
+                    return self.send(200, json.dumps({"choices": [{"message": {"content": text}}]}), {})
                 with outer.lock:
                     outer.now += 1
                     outer.most = max(outer.most, outer.now)
                     outer.requests.append(body)
                     outer.headers.append((self.path, dict(self.headers)))
                 time.sleep(outer.delay)
-                said = outer.reply(body["messages"][0]["content"])
+                text = outer.reply(body["messages"][0]["content"])
                 with outer.lock:
                     outer.now -= 1
-                    if isinstance(said, str):
+                    if isinstance(text, str):
                         outer.asked.append(body)
-                if isinstance(said, str):
-                    said = 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}), {}
-                self.send(*said)
+                if isinstance(text, str):
+                    text = 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}), {}
+                self.send(*text)
 
             def do_GET(self):
                 listed = json.dumps({"object": "list", "data": outer.models})

@@ -21,13 +21,13 @@ LINKS = ["because", "while", "although", "until", "before", "after", "since", "w
 def prose(seed: int, sentences: int = 12) -> str:
     """Text that the language detector takes for English; no two are alike."""
     draw = random.Random(seed)
-    said = [
+    lines = [
         f"The {draw.choice(NOUNS)} {draw.choice(VERBS)} {draw.choice(('the', 'a', 'that'))} {draw.choice(NOUNS)} "
         f"{draw.choice(LINKS)} {draw.choice(NOUNS)} and {draw.choice(NOUNS)} {draw.choice(VERBS)} "
         f"{draw.choice(('with', 'without', 'for', 'to'))} {draw.randint(2, 9999)} of the {draw.choice(NOUNS)}."
         for _ in range(sentences)
     ]
-    return " ".join(said)
+    return " ".join(lines)
 
 
 def jsonl(path: Path, texts: list[str]) -> Path:

@@ -55,13 +55,13 @@ class _Other(torch.Tensor):
 
 def _perform(func, args, kwargs):
     name = func.overloadpacket.__name__
-    flat = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-    there = any(isinstance(one, _Other) for one in flat)
+    flat = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    there = any(isinstance(leaf, _Other) for leaf in flat)
     if name == "_has_compatible_shallow_copy_type":
         return type(args[0]) is type(args[1])
     if there and name not in COPIES:
-        strangers = [one for one in flat if not isinstance(one, _Other) and one.dim()]
-        assert not strangers, f"{name} of tensors on two devices: {[(type(one), one.shape) for one in flat]}"
+        strangers = [leaf for leaf in flat if not isinstance(leaf, _Other) and leaf.dim()]
+        assert not strangers, f"{name} of tensors on two devices: {[(type(leaf), leaf.shape) for leaf in flat]}"
     assert not (there and name == "_fused_adamw_"), "MPS's kernel ignores grad_scale"
     if there and name == "copy_" and not isinstance(args[0], _Other):
         late = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
@@ -71,11 +71,11 @@ def _perform(func, args, kwargs):
         kwargs = kwargs | {"device": torch.device("cpu")} if there else kwargs
     elif name == "copy_":
         there = isinstance(args[0], _Other)
-    raw = pytree.tree_map(lambda one: one.raw if isinstance(one, _Other) else one, (args, kwargs))
-    found = func(*raw[0], **raw[1])
-    if name.endswith("_") and isinstance(found, torch.Tensor) and args and found is raw[0][0]:
+    raw = pytree.tree_map(lambda leaf: leaf.raw if isinstance(leaf, _Other) else leaf, (args, kwargs))
+    result = func(*raw[0], **raw[1])
+    if name.endswith("_") and isinstance(result, torch.Tensor) and args and result is raw[0][0]:
         return args[0]
-    return pytree.tree_map(lambda one: _Other(one) if there and isinstance(one, torch.Tensor) else one, found)
+    return pytree.tree_map(lambda leaf: _Other(leaf) if there and isinstance(leaf, torch.Tensor) else leaf, result)
 
 
 class OtherDevice(TorchDispatchMode):

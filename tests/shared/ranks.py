@@ -26,20 +26,20 @@ def on_ranks(n: int, function, *arguments) -> list:
         ]
         for process in processes:
             process.start()
-        found, failed = {}, None
+        results, failed = {}, None
         for _ in processes:
             rank, good, value = answers.get()
             if not good:
                 failed = failed or f"rank {rank}:\n{value}"
                 break
-            found[rank] = value
+            results[rank] = value
         read.set()
         for process in processes:
             if failed:
                 process.kill()
             process.join(30)
     assert failed is None, failed
-    return [found[rank] for rank in range(n)]
+    return [results[rank] for rank in range(n)]
 
 
 def _rank(rank, n, store, answers, read, function, arguments):

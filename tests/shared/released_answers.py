@@ -40,12 +40,12 @@ def answers(right: str, wrong: str) -> list[tuple[str, bool, bool]]:
         f"<answer>It is \\boxed{{{right}}}.</answer>",
         f"Put it into \\boxed{{}}: \\boxed{{{right}}}",
     ]
-    made = [(THOUGHTS + END + text, True, True) for text in good]
+    rows = [(THOUGHTS + END + text, True, True) for text in good]
     # a box among the thoughts does not count; the final part decides
-    made[0] = (f"Maybe \\boxed{{{wrong}}}? No.\n" + END + good[0], True, True)
+    rows[0] = (f"Maybe \\boxed{{{wrong}}}? No.\n" + END + good[0], True, True)
     # R1 sometimes closes at once the block that the template opened: right, but not in form
-    made += [("\n" + END + text, True, False) for text in (good[0], good[2], good[6])]
-    made += [
+    rows += [("\n" + END + text, True, False) for text in (good[0], good[2], good[6])]
+    rows += [
         (THOUGHTS + END + f"{steps}\\boxed{{{wrong}}}", False, True),
         (THOUGHTS + END + f"So <answer>{wrong}</answer>.", False, True),
         (THOUGHTS + END + f"\\boxed{{{wrong}}} or \\boxed{{{right}}}", False, False),
@@ -53,4 +53,4 @@ def answers(right: str, wrong: str) -> list[tuple[str, bool, bool]]:
         (THOUGHTS * 40 + f"\\boxed{{{right}}}", False, False),
         (THOUGHTS + END + f"<answer>{right}</answer><answer>{right}</answer>", False, False),
     ]
-    return made
+    return rows

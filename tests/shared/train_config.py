@@ -17,7 +17,7 @@ def train_config(eps: float = 1e-8, **values) -> tuple[PretrainConfig, TrainingP
         pass
 
     Config.eps = eps
-    plan = {one.name: values.pop(one.name) for one in fields(TrainingPlan) if one.name in values}
+    plan = {field.name: values.pop(field.name) for field in fields(TrainingPlan) if field.name in values}
     for name in SCHEDULES:
         if isinstance(plan.get(name), int | float):
             plan[name] = constant(plan[name])

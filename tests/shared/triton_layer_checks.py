@@ -15,9 +15,9 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def close(found, wanted, bound=2e-6):
-    assert found.shape == wanted.shape
-    assert (found.double() - wanted.double()).norm() <= bound * wanted.double().norm(), (found, wanted)
+def close(actual, expected, bound=2e-6):
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected.double()).norm() <= bound * expected.double().norm(), (actual, expected)
 
 
 def check_norm():
@@ -28,14 +28,14 @@ def check_norm():
     for x in (normal(2, 4, 200), wide[..., 20:150], normal(15, 40), normal(1, 3)):
         gain, dy = normal(x.shape[-1], seed=1) + 1, normal(*x.shape, seed=2)
         exact = [x.double().requires_grad_(), gain.double().requires_grad_()]
-        wanted = torch.nn.functional.rms_norm(exact[0], exact[1].shape, exact[1], 1e-5)
-        wanted.backward(dy.double())
+        expected = torch.nn.functional.rms_norm(exact[0], exact[1].shape, exact[1], 1e-5)
+        expected.backward(dy.double())
         for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
             y = triton_norm.forward(x.to(dtype), gain, 1e-5)
             dx, dgain = triton_norm.backward(dy.to(dtype), x.to(dtype), gain, 1e-5)
             assert y.dtype == dx.dtype == dtype and dgain.dtype == torch.float32
-            for found, right in ((y, wanted.detach()), (dx, exact[0].grad), (dgain, exact[1].grad)):
-                close(found, right, bound)
+            for actual, right in ((y, expected.detach()), (dx, exact[0].grad), (dgain, exact[1].grad)):
+                close(actual, right, bound)
     assert triton_norm.forward(torch.zeros(0, 8), torch.ones(8), 1e-5).shape == (0, 8)
 
 
@@ -51,16 +51,16 @@ def check_heads():
         for rope in (table, table.expand(B, -1, -1, -1)):
             for padded in (0, nope + turned):
                 leaves = [x.double().requires_grad_() for x in (q, kv, k_rope)]
-                wanted = heads_reference(*leaves, rope, padded)
-                found = triton_heads.forward(q, kv, k_rope, rope, padded)
-                for mine, right in zip(found, wanted, strict=True):
-                    close(mine, right.detach())
-                    assert mine.is_contiguous()
-                changes = [normal(*x.shape, seed=4 + i) for i, x in enumerate(found)]
-                right = torch.autograd.grad(wanted, leaves, [c.double() for c in changes])
+                expected = heads_reference(*leaves, rope, padded)
+                actual = triton_heads.forward(q, kv, k_rope, rope, padded)
+                for own, right in zip(actual, expected, strict=True):
+                    close(own, right.detach())
+                    assert own.is_contiguous()
+                changes = [normal(*x.shape, seed=4 + i) for i, x in enumerate(actual)]
+                right = torch.autograd.grad(expected, leaves, [c.double() for c in changes])
                 for body in (triton_heads.backward, heads_backward_reference):
-                    for mine, exact in zip(body(*changes, rope, value), right, strict=True):
-                        close(mine, exact)
+                    for own, exact in zip(body(*changes, rope, value), right, strict=True):
+                        close(own, exact)
 
 
 def rules():
@@ -76,23 +76,23 @@ def check_gate():
     for rule in rules():
         S, T, E, K = 2, 4, rule.n_experts, rule.n_activated
         logits, bias = normal(S * T, E), normal(E, seed=1)
-        given = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(i))[:K] for i in range(S * T)])
-        given[1::3] = -1
-        given[2, -1] = given[2, 0]  # an expert may be given twice
-        for own_bias, choice in ((bias, None), (None, given), (-2 + bias, given.to(torch.int32))):
-            found = triton_gate.forward(logits, own_bias, choice, S, rule)
+        choices = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(i))[:K] for i in range(S * T)])
+        choices[1::3] = -1
+        choices[2, -1] = choices[2, 0]  # an expert may be given twice
+        for own_bias, choice in ((bias, None), (None, choices), (-2 + bias, choices.to(torch.int32))):
+            actual = triton_gate.forward(logits, own_bias, choice, S, rule)
             exact = logits.double().requires_grad_()
             expert, weight, share, count = gate_gpu.choose_reference(exact, own_bias, choice, S, rule)
-            assert found[0].dtype == torch.int64 and torch.equal(found[0], expert)
-            assert torch.equal(found[3].double(), count)
-            close(found[1], weight.detach())
-            close(found[2], share.detach())
+            assert actual[0].dtype == torch.int64 and torch.equal(actual[0], expert)
+            assert torch.equal(actual[3].double(), count)
+            close(actual[1], weight.detach())
+            close(actual[2], share.detach())
             dweight, dbalance = normal(S * T, K, seed=2), torch.tensor(0.7)
             f = count * (E / (K * T))
             balance = (f * share.view(S, T, E).mean(1)).sum()
             (right,) = torch.autograd.grad((weight, balance), exact, (dweight.double(), dbalance.double()))
             for body in (triton_gate.backward, gate_gpu.choose_backward_reference):
-                close(body(dweight, dbalance, logits, found[0], found[3], rule), right, 2e-5)
+                close(body(dweight, dbalance, logits, actual[0], actual[3], rule), right, 2e-5)
 
 
 def check_gate_of_nan():
@@ -115,10 +115,10 @@ def check_swiglu_without_weights():
 
     h, dact = normal(9, 60), normal(9, 30, seed=1)
     close(triton_swiglu.forward(h, None), swiglu.forward_reference(h.double(), None))
-    for found, wanted in zip(
+    for actual, expected in zip(
         triton_swiglu.backward(dact, h, None), swiglu.backward_reference(dact.double(), h.double(), None), strict=True
     ):
-        assert found is wanted is None or close(found, wanted) is None
+        assert actual is expected is None or close(actual, expected) is None
 
 
 def check_losses():
@@ -132,15 +132,15 @@ def check_losses():
     for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
         z = logits.to(dtype)
         exact = z.double().requires_grad_()
-        wanted = exact.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
-        (right,) = torch.autograd.grad(-(wanted * weight.double()).sum(), exact)
+        expected = exact.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
+        (right,) = torch.autograd.grad(-(expected * weight.double()).sum(), exact)
         for body in (triton_loss.cross_entropy, torchs.loss_of_logits.equation):
             logp, grad = body(z.clone(), target[:, None], weight, True)
             assert grad.dtype == dtype
-            close(logp, wanted.detach())
+            close(logp, expected.detach())
             close(grad, right, bound)
         untouched = z.clone()
-        close(triton_loss.cross_entropy(untouched, target[:, None], weight, False)[0], wanted.detach())
+        close(triton_loss.cross_entropy(untouched, target[:, None], weight, False)[0], expected.detach())
         assert torch.equal(untouched, z)
         for temperature in (1.0, 0.7):
             logprobs_are_right(z, target, temperature, bound)
@@ -159,27 +159,27 @@ def logprobs_are_right(z, target, temperature, bound):
     logp, entropy = scaled.gather(1, target[:, None]).squeeze(1), -(scaled.exp() * scaled).sum(-1)
     lse = (exact.detach() / temperature).logsumexp(-1)
     changes = normal(len(z), seed=2), normal(len(z), seed=3)
-    (both,) = torch.autograd.grad((logp, entropy), exact, [c.double() for c in changes], retain_graph=True)
+    (gradient,) = torch.autograd.grad((logp, entropy), exact, [c.double() for c in changes], retain_graph=True)
     (alone,) = torch.autograd.grad(logp, exact, changes[0].double())
     for forward, backward in (
         (triton_loss.logprobs, triton_loss.logprobs_backward),
         (torchs.logprobs_of_logits.equation, torchs.logprobs_gradient.equation),
     ):
-        found = forward(z.clone(), target, temperature, True)
-        for mine, value in zip(found, (logp.detach(), lse, entropy.detach()), strict=True):
-            assert mine.dtype == torch.float32
-            close(mine, value, 5e-6)
+        actual = forward(z.clone(), target, temperature, True)
+        for actual_value, value in zip(actual, (logp.detach(), lse, entropy.detach()), strict=True):
+            assert actual_value.dtype == torch.float32
+            close(actual_value, value, 5e-6)
         assert not forward(z.clone(), target, temperature, False)[2].any()
-        rest = target, temperature, found[1], found[2], changes[0]
-        close(backward(z.clone(), *rest, changes[1]), both, max(bound, 1e-5))
-        close(backward(z.clone(), *rest, None), alone, max(bound, 1e-5))
+        arguments = target, temperature, actual[1], actual[2], changes[0]
+        close(backward(z.clone(), *arguments, changes[1]), gradient, max(bound, 1e-5))
+        close(backward(z.clone(), *arguments, None), alone, max(bound, 1e-5))
 
 
 def hopper_kernels():
     """(name, kernel, warps, argument types, constants, and stages if not 3), at V3's widths."""
     from bessemer.addons.accelerate.kernels import triton_gate, triton_heads, triton_loss, triton_norm
 
-    half, full, whole = "*bf16", "*fp32", "*i64"
+    half, full, integers = "*bf16", "*fp32", "*i64"
     norm = {"x": half, "y": half, "dy": half, "dx": half, "weight": full, "dweight": full, "eps": "fp32"}
     for width in (512, 7168):
         block = 1 << (width - 1).bit_length()
@@ -191,13 +191,13 @@ def hopper_kernels():
         yield "heads", triton_heads._forward, 4, {**heads, "rope": full}, {**blocks, "VB": padded}
     yield "heads", triton_heads._backward, 4, {**heads, "rope": full}, {**blocks, "VB": 128}
     gate = {n: full for n in ("logits", "bias", "weights", "shares", "counts", "dweights", "dbalance", "dlogits")}
-    gate |= {"choice": whole, "experts": whole, "scale": "fp32", "factor": "fp32"}
+    gate |= {"choice": integers, "experts": integers, "scale": "fp32", "factor": "fp32"}
     for softmax in (False, True):
         how = {"EB": 256, "KB": 8, "K": 8, "SOFTMAX": softmax, "NORMALISE": True}
         groups = {"GROUPS": 8, "LIMITED": 4, "RATED": 2, "BIASED": True, "CHOSEN": True}
         yield "gate", triton_gate._forward, 4, gate, {**how, **groups}
         yield "gate", triton_gate._backward, 4, gate, how
-    head = {"logits": half, "target": whole, "rate": "fp32"}
+    head = {"logits": half, "target": integers, "rate": "fp32"}
     head |= {n: full for n in ("loss", "logp", "lse", "entropy", "grad_logp", "grad_entropy")}
     for kernel, constants in (
         (triton_loss._cross_entropy, {"GRAD": True}),

@@ -68,10 +68,10 @@ class HostCopies:
         size = _bytes(tensor)
         return self._take(size, tensor.is_cuda)[:size].view(tensor.dtype).view(tensor.shape)
 
-    def add(self, tensor: Tensor, place: Tensor | None = None) -> Tensor:
+    def add(self, tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
         """Copies `tensor` to its place. A copy from a GPU runs on the current stream, so it is complete after an event
         that is recorded there later."""
-        return (self.place(tensor) if place is None else place).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        return (self.place(tensor) if buffer is None else buffer).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
     def _take(self, size: int, from_gpu: bool) -> Tensor:
         while self._chunk < len(self._chunks):
@@ -125,8 +125,8 @@ def host_room() -> int:
         pass
     try:
         used = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        kept = int((CGROUP / "memory.current").read_text()) - int(used["inactive_file"])
-        return min(room, int((CGROUP / "memory.max").read_text()) - kept)
+        in_use = int((CGROUP / "memory.current").read_text()) - int(used["inactive_file"])
+        return min(room, int((CGROUP / "memory.max").read_text()) - in_use)
     except (OSError, KeyError, ValueError):  # "max", or no container
         return room
 

@@ -62,8 +62,8 @@ def gpu_compiler_trouble() -> str | None:
     is right. Triton builds a C launcher at first use, and slim images lack gcc or Python's headers."""
     try:
         x = torch.arange(64, dtype=torch.float32, device="cuda")
-        found = torch.compile(lambda t: torch.sin(t).sum() + t, fullgraph=True, dynamic=False)(x)
-        if torch.allclose(found, torch.sin(x).sum() + x, atol=1e-3):
+        output = torch.compile(lambda t: torch.sin(t).sum() + t, fullgraph=True, dynamic=False)(x)
+        if torch.allclose(output, torch.sin(x).sum() + x, atol=1e-3):
             return None
         return uncompiled("a trial kernel computes wrong numbers")
     except Exception as error:  # whatever the compilers and the driver raise

@@ -27,10 +27,10 @@ class GigatokenEncoder:
         if not texts:
             return []
         try:
-            found = self._encoder.encode_batch([*texts], parallel=False).layout
+            encoded = self._encoder.encode_batch([*texts], parallel=False).layout
         except TypeError:  # a lone surrogate: the tokenizer says where
             return None
-        return np.split(np.asarray(found.content.data, np.int32), found.offsets.data[1:-1].astype(np.int64))
+        return np.split(np.asarray(encoded.content.data, np.int32), encoded.offsets.data[1:-1].astype(np.int64))
 
 
 def faster(tokenizer: Tokenizer) -> GigatokenEncoder | None:
@@ -43,13 +43,13 @@ def gigatoken_of(tokenizer: Tokenizer) -> Any:
     can overlap: here control tokens are text but take part in the search, and gigatoken does not know them."""
     with suppress(PackageNotFoundError):
         added = tokenizer.spec["added_tokens"]
-        kept = [one for one in added if not one["special"]]
-        names = [[one["content"] for one in some] for some in (kept, added)]
+        ordinary = [token for token in added if not token["special"]]
+        names = [[token["content"] for token in some] for some in (ordinary, added)]
         if version("gigatoken") != GIGATOKEN or any(can_overlap(a, b) for a in names[0] for b in names[1] if a != b):
             return None
         from gigatoken import Tokenizer as Gigatoken
 
-        spec = json.loads(json.dumps(tokenizer.spec)) | {"added_tokens": kept}
+        spec = json.loads(json.dumps(tokenizer.spec)) | {"added_tokens": ordinary}
         for part in spec["pre_tokenizer"]["pretokenizers"]:
             if rule := part.get("pattern"):  # it knows only the published spelling
                 rule["Regex"] = rule["Regex"].replace(r"\r", "\r").replace(r"\n", "\n").replace(r"\"", '"')
@@ -57,9 +57,9 @@ def gigatoken_of(tokenizer: Tokenizer) -> Any:
     return None
 
 
-def can_overlap(one: str, other: str) -> bool:
-    ends = range(1, min(len(one), len(other)))
-    return one in other or other in one or any(one[-k:] == other[:k] or other[-k:] == one[:k] for k in ends)
+def can_overlap(first: str, second: str) -> bool:
+    ends = range(1, min(len(first), len(second)))
+    return first in second or second in first or any(first[-k:] == second[:k] or second[-k:] == first[:k] for k in ends)
 
 
 def has_v3_split(tokenizer: Tokenizer) -> bool:
@@ -67,7 +67,7 @@ def has_v3_split(tokenizer: Tokenizer) -> bool:
     if type(tokenizer) is not Tokenizer or tokenizer.spec.get("normalizer") is not None:
         return False
     spec = tokenizer.spec
-    if any(one["lstrip"] or one["rstrip"] or one["single_word"] for one in spec["added_tokens"]):
+    if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in spec["added_tokens"]):
         return False
     steps = (spec.get("pre_tokenizer") or {}).get("pretokenizers", [])
     patterns = [step.get("pattern", {}).get("Regex") for step in steps[:-1]]

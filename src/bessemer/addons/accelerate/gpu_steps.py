@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from bessemer.addons.accelerate import determinism, gpu_faults
-from bessemer.addons.accelerate.transfer import Place, ReadAhead, Transfer
+from bessemer.addons.accelerate.transfer import Position, ReadAhead, Transfer
 from bessemer.errors import UserError
 from bessemer.train.step_device import StepDevice
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def steps_of(trainer: Checkpointed) -> StepDevice:
     """GPUSteps where they make a difference."""
-    wanted = trainer.plan.read_ahead
-    ahead = trainer.device.type == "cuda" if wanted is None else wanted
+    setting = trainer.plan.read_ahead
+    ahead = trainer.device.type == "cuda" if setting is None else setting
     return GPUSteps(trainer, ahead) if ahead or trainer.device.type == "cuda" else StepDevice(trainer)
 
 
@@ -27,7 +27,7 @@ class GPUSteps(StepDevice):
     def __init__(self, trainer: Checkpointed, ahead: bool) -> None:
         super().__init__(trainer)
         self._transfer = Transfer(trainer.device)
-        self._ahead = ReadAhead(lambda place: trainer.read(*place)) if ahead else None
+        self._ahead = ReadAhead(lambda position: trainer.read(*position)) if ahead else None
 
     def transfer(self, batch: Batch) -> Batch:
         return self._transfer(batch)
@@ -36,11 +36,11 @@ class GPUSteps(StepDevice):
         if self._ahead is None:
             yield from super().micro_batches()
             return
-        trainer, here = self.trainer, Place(self.trainer.tokens, self.trainer.rows)
-        batches, rows = self._ahead.take(here), trainer.rows_of_step(here.tokens)
-        after = Place(here.tokens + rows * batches[0].tokens_BT.shape[1], here.rows + rows)
-        if after.tokens < trainer.plan.tokens:
-            self._ahead.begin(after)
+        trainer, position = self.trainer, Position(self.trainer.tokens, self.trainer.rows)
+        batches, rows = self._ahead.take(position), trainer.rows_of_step(position.tokens)
+        following = Position(position.tokens + rows * batches[0].tokens_BT.shape[1], position.rows + rows)
+        if following.tokens < trainer.plan.tokens:
+            self._ahead.begin(following)
         yield from batches
 
     def run(self, step: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -175,8 +175,8 @@ def _end_all(helpers: list[_Helper]) -> None:
 class _Helper:
     """One forked process and the pipe to it."""
 
-    def __init__(self, number: int, known: list[Callable[[Any], Any]], older: list[_Helper]):
-        self._pipe, theirs = Pipe()
+    def __init__(self, number: int, functions: list[Callable[[Any], Any]], older: list[_Helper]):
+        self._pipe, child_end = Pipe()
         self._parent = os.getpid()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else its fork handler prints a warning
         with warnings.catch_warnings():
@@ -187,9 +187,9 @@ class _Helper:
             with suppress(BaseException):
                 for helper in [*older, self]:  # an end left open here would hide the parent's death
                     helper._pipe.close()
-                _serve(number, theirs, known)
+                _serve(number, child_end, functions)
             os._exit(0)
-        theirs.close()
+        child_end.close()
 
     def send(self, index: int, item: object) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # `receive` says what happened
@@ -224,7 +224,7 @@ class _Helper:
         return "it closed its pipe"
 
 
-def _serve(number: int, pipe: Connection, known: list[Callable[[Any], Any]]) -> None:
+def _serve(number: int, pipe: Connection, functions: list[Callable[[Any], Any]]) -> None:
     """The main loop of a helper."""
     global _rank
     _rank = number
@@ -239,7 +239,7 @@ def _serve(number: int, pipe: Connection, known: list[Callable[[Any], Any]]) -> 
             return
         try:
             with torch.inference_mode(False), torch.enable_grad():  # whatever the modes at the fork
-                answer: tuple[Any, Exception | None] = known[index](item), None
+                answer: tuple[Any, Exception | None] = functions[index](item), None
         except Exception as error:
             answer = None, _portable(error)
         pipe.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))

@@ -30,9 +30,9 @@ def peak_flops(name: str) -> float | None:
     count as unknown, being slower than the card in `hardware.toml`, except A100's PCIe."""
     text = resources.files("bessemer.addons.plan").joinpath("hardware.toml").read_text(encoding="utf-8")
     plain = re.sub(r"\b(NVIDIA|AMD|GeForce|Instinct) ", "", name).replace("RTX ", "RTX")
-    card, *rest = re.split(r"[ -]", plain)
-    known = r"\d+GB|HBM\w+|SXM\d*|OAM" + (r"|PCIE|PCIe" if card == "A100" else "")
-    if card not in (table := tomllib.loads(text)) or not all(re.fullmatch(known, word) for word in rest):
+    card, *suffixes = re.split(r"[ -]", plain)
+    form = r"\d+GB|HBM\w+|SXM\d*|OAM" + (r"|PCIE|PCIe" if card == "A100" else "")
+    if card not in (table := tomllib.loads(text)) or not all(re.fullmatch(form, word) for word in suffixes):
         return None
     return table[card]["bf16"] * 1e12
 

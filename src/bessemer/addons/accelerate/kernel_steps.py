@@ -51,8 +51,8 @@ def _expanded(prompt: PromptPages) -> tuple[int, int]:
     """The positions [start, end) whose tokens attend in the expanded form: whole blocks beyond LONG of what was asked,
     without the last token, whose logits are read. Nothing else decides it, neither where a prompt is cut nor what other
     rows do; so a preempted sequence, whose own tokens are prefilled like a prompt, gets the same bits again."""
-    asked = len(prompt.ids) if prompt.asked is None else prompt.asked
-    return LONG, max(LONG, (asked - 1) // PASS * PASS)
+    n_positions = len(prompt.ids) if prompt.asked is None else prompt.asked
+    return LONG, max(LONG, (n_positions - 1) // PASS * PASS)
 
 
 class KernelSteps(TorchSteps):
@@ -352,10 +352,10 @@ class _Table:
 
     def point(self, pools: list[Tensor]) -> None:
         """Fills `layers` and `ends` if anything has moved."""
-        seen = [*map(Tensor.data_ptr, self._parameters), *map(Tensor.data_ptr, pools)]
-        if seen == self._seen:
+        pointers = [*map(Tensor.data_ptr, self._parameters), *map(Tensor.data_ptr, pools)]
+        if pointers == self._seen:
             return
-        self._seen = seen
+        self._seen = pointers
         self.ends = torch.tensor(_addresses(self._ends))
         self.layers = torch.tensor(
             [[*_addresses(row), pool.data_ptr()] for row, pool in zip(self._layers, pools, strict=True)]

@@ -84,8 +84,8 @@ def kept_precision(state: Path) -> Choice | None:
     """What the stage of `state` computes in on a CPU; None before it has been chosen."""
     path = state / PRECISION
     dtype = path.read_text() if path.is_file() else ""
-    known = dtype in ("float32", "bfloat16")  # a kill may have cut it, and then nothing has been computed
-    return Choice(getattr(torch, dtype), f"{dtype} (as when the stage began)") if known else None
+    is_valid = dtype in ("float32", "bfloat16")  # a kill may have cut it, and then nothing has been computed
+    return Choice(getattr(torch, dtype), f"{dtype} (as when the stage began)") if is_valid else None
 
 
 def keep_memory() -> bool:

@@ -139,15 +139,15 @@ def _facts(model: nn.Module, device: torch.device, dtype: torch.dtype) -> list[s
         return [f"kernels: {library.status().why}"]
     if device.type != "cuda":
         return []
-    found = []
+    facts = []
     if own := next((module for module in model.modules() if isinstance(module, Experts)), None):
         w13, w2 = (torch.empty(w.shape, dtype=dtype, device="meta") for w in (own.w13, own.w2))
         fits = grouped.serves(w13.new_empty(1, w13.shape[-1]), w13, w2)
-        found.append(f"experts: {'grouped_mm' if fits else 'one after another'}")
+        facts.append(f"experts: {'grouped_mm' if fits else 'one after another'}")
     if layer := next((module for module in model.modules() if isinstance(module, Layer)), None):
         widths = layer.cfg.qk_head_dim, layer.cfg.v_head_dim
-        found.append(f"attention: {attention_gpu.backend(device, dtype, *widths, packed=False)}")
-    return found
+        facts.append(f"attention: {attention_gpu.backend(device, dtype, *widths, packed=False)}")
+    return facts
 
 
 def _before_tracing(layer: nn.Module) -> None:

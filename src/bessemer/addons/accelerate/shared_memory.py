@@ -9,7 +9,7 @@ SHARED = "/dev/shm"
 def shared_free() -> int:
     """Free bytes of shared memory; 0 if there is none."""
     try:
-        found = os.statvfs(SHARED)
+        stats = os.statvfs(SHARED)
     except OSError:
         return 0
-    return found.f_bavail * found.f_frsize
+    return stats.f_bavail * stats.f_frsize

@@ -44,7 +44,7 @@ class Transfer:
         return there
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a step begins."""
 
     tokens: int
@@ -54,37 +54,37 @@ class Place(NamedTuple):
 class ReadAhead:
     """Reads at most one step ahead. `read(place)`: the micro-batches of the step that begins there."""
 
-    def __init__(self, read: Callable[[Place], Iterable[Batch]]) -> None:
+    def __init__(self, read: Callable[[Position], Iterable[Batch]]) -> None:
         self._read = read
         self._reader = Background("reading")
-        self._place: Place | None = None
+        self._position: Position | None = None
         self._batches: list[Batch] = []
         self._over = False
 
-    def begin(self, place: Place) -> None:
+    def begin(self, position: Position) -> None:
         """Starts reading the step at `place`."""
         self.stop()
-        self._place, self._over, self._batches = place, False, []
+        self._position, self._over, self._batches = position, False, []
         batches = self._batches
 
         def work() -> None:
-            for batch in self._read(place):
+            for batch in self._read(position):
                 batches.append(batch.counted_here())
                 if self._over:
                     return
 
         self._reader.begin(work)
 
-    def take(self, place: Place) -> list[Batch]:
+    def take(self, position: Position) -> list[Batch]:
         """The micro-batches of the step at `place`; raises the error if reading them failed."""
-        if self._place != place:
-            self.begin(place)
+        if self._position != position:
+            self.begin(position)
         self._reader.finish()
-        self._place = None
+        self._position = None
         return self._batches
 
     def stop(self) -> None:
         """Stops the thread after its current micro-batch, and discards what it read, errors included."""
-        self._over, self._place = True, None
+        self._over, self._position = True, None
         with suppress(Exception):
             self._reader.finish()

@@ -56,10 +56,10 @@ def heads_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, kv and k_rope."""
     nope = dqh.shape[-1] - 2 * rope.shape[-2]
-    back = rope.unsqueeze(-3) * rope.new_tensor([1.0, -1.0])
-    dq = torch.cat((dqh[..., :nope], _turn(dqh[..., nope:], back)), -1)
+    inverse = rope.unsqueeze(-3) * rope.new_tensor([1.0, -1.0])
+    dq = torch.cat((dqh[..., :nope], _turn(dqh[..., nope:], inverse)), -1)
     shared = dkh[..., nope:]
-    shared = _turn(shared.to(torch.promote_types(shared.dtype, torch.float32)).sum(2, keepdim=True), back).squeeze(2)
+    shared = _turn(shared.to(torch.promote_types(shared.dtype, torch.float32)).sum(2, keepdim=True), inverse).squeeze(2)
     return dq, torch.cat((dkh[..., :nope], dvh[..., :value]), -1), shared.to(dqh.dtype)
 
 
@@ -182,13 +182,13 @@ backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _tried(
     device: torch.device, dtype: torch.dtype, width: int, value: int, packed: bool, deterministic: bool
 ) -> str:  # fmt: skip
-    wanted = ["varlen"] if packed else ["flash"]
+    kernels = ["varlen"] if packed else ["flash"]
     if not packed and torch.cuda.get_device_capability(device)[0] >= 9:
-        wanted = ["cudnn", "flash"]
+        kernels = ["cudnn", "flash"]
     narrow = width % 8 == value % 8 == 0 and max(width, value) <= FLASH_WIDTH
-    wanted = wanted if narrow and dtype in (torch.bfloat16, torch.float16) else []
+    kernels = kernels if narrow and dtype in (torch.bfloat16, torch.float16) else []
     troubles: list[str] = []
-    for kind in (*wanted, "efficient"):
+    for kind in (*kernels, "efficient"):
         try:
             _try(kind, device, dtype, width, value)
             if kind == "efficient" and troubles:

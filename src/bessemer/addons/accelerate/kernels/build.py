@@ -78,9 +78,9 @@ def built(instructions: str) -> Path:
     try:
         command = compiler()
     except BuildError:
-        others = sorted(folder.glob(f"{name}-*.so"), key=os.path.getmtime)
-        if found := next(filter(cache.intact, reversed(others)), None):
-            return found
+        older = sorted(folder.glob(f"{name}-*.so"), key=os.path.getmtime)
+        if library := next(filter(cache.intact, reversed(older)), None):
+            return library
         raise
     path = folder / f"{name}-{_hash_of_compiler(command)}.so"
     if cache.intact(path):

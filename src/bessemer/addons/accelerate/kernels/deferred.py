@@ -64,11 +64,11 @@ class Store:
         waiting = self._deferred.pop(key, [])[::-1]
         while waiting:
             weight, compute = waiting.pop()
-            found = compute(weight.grad if weight.grad is not None and _adds_up(weight.grad) else None)
+            gradient = compute(weight.grad if weight.grad is not None and _adds_up(weight.grad) else None)
             if weight.grad is None:
-                weight.grad = found.to(weight.grad_dtype)
-            elif found is not weight.grad:
-                weight.grad += found.to(weight.grad_dtype)
+                weight.grad = gradient.to(weight.grad_dtype)
+            elif gradient is not weight.grad:
+                weight.grad += gradient.to(weight.grad_dtype)
 
     def __len__(self) -> int:
         """Number of deferred gradients."""

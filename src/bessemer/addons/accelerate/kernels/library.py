@@ -77,14 +77,14 @@ def _load(instructions: str) -> ctypes.CDLL:
 
 @functools.cache
 def _found() -> tuple[ctypes.CDLL | None, Status]:
-    wanted = os.environ.get(VARIABLE, "auto")
-    if wanted == "off":
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice == "off":
         return None, Status("off", f"off ({VARIABLE}=off)")
-    if wanted != "auto" and wanted not in build.FLAGS:
+    if choice != "auto" and choice not in build.FLAGS:
         names = ", ".join(("auto", "off", *build.FLAGS))
-        return None, Status("off", f'off ({VARIABLE}="{wanted}" is not one of {names})')
+        return None, Status("off", f'off ({VARIABLE}="{choice}" is not one of {names})')
     reasons: list[str] = []
-    for instructions in _candidates() if wanted == "auto" else [wanted]:
+    for instructions in _candidates() if choice == "auto" else [choice]:
         try:
             library = _load(instructions)
         except (build.BuildError, OSError) as error:

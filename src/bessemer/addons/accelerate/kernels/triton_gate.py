@@ -84,35 +84,35 @@ def _forward(
     if GROUPS > 1:
         grouped = tl.reshape(z, (GROUPS, EB // GROUPS))
         member = tl.arange(0, EB // GROUPS)[None, :]
-        left = grouped
+        remaining = grouped
         rating = tl.zeros((GROUPS,), tl.float32)
         for _ in tl.static_range(RATED):
-            rating += tl.max(left, 1)
-            left = tl.where(member == tl.argmax(left, 1)[:, None], float("-inf"), left)
+            rating += tl.max(remaining, 1)
+            remaining = tl.where(member == tl.argmax(remaining, 1)[:, None], float("-inf"), remaining)
         group = tl.arange(0, GROUPS)
-        kept = tl.zeros((GROUPS,), tl.int32)
+        selected = tl.zeros((GROUPS,), tl.int32)
         for _ in tl.static_range(LIMITED):
             best = group == tl.argmax(rating, 0)
-            kept = tl.where(best, 1, kept)
+            selected = tl.where(best, 1, selected)
             rating = tl.where(best, float("-inf"), rating)
-        z = tl.reshape(tl.where(kept[:, None] > 0, grouped, float("-inf")), (EB,))
+        z = tl.reshape(tl.where(selected[:, None] > 0, grouped, float("-inf")), (EB,))
     z = tl.where(real, z, float("-inf"))
-    place = tl.arange(0, KB)
+    slot = tl.arange(0, KB)
     chosen = tl.zeros((KB,), tl.int64)
     for k in tl.static_range(K):
         best = tl.argmax(z, 0)
-        chosen = tl.where(place == k, best.to(tl.int64), chosen)
+        chosen = tl.where(slot == k, best.to(tl.int64), chosen)
         z = tl.where(expert == best, float("-inf"), z)
-    inside = place < K
+    inside = slot < K
     if CHOSEN:
-        given = tl.load(choice + row * K + place, mask=inside, other=-1).to(tl.int64)
-        chosen = tl.where(given < 0, chosen, given)
+        forced = tl.load(choice + row * K + slot, mask=inside, other=-1).to(tl.int64)
+        chosen = tl.where(forced < 0, chosen, forced)
     value = tl.sum(tl.where(expert[:, None] == chosen[None, :], score[:, None], 0.0), 0)
     value = tl.where(inside, value, 0.0)
     if NORMALISE:
         value = value / (tl.sum(value, 0) + 1e-20)
-    tl.store(experts + row * K + place, chosen, mask=inside)
-    tl.store(weights + row * K + place, value * scale, mask=inside)
+    tl.store(experts + row * K + slot, chosen, mask=inside)
+    tl.store(weights + row * K + slot, value * scale, mask=inside)
     tl.atomic_add(counts + row // T * E + chosen, tl.full((KB,), 1.0, tl.float32), mask=inside)
 
 
@@ -122,11 +122,11 @@ def _backward(
     K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    expert, place = tl.arange(0, EB), tl.arange(0, KB)
-    real, inside = expert < E, place < K
+    expert, slot = tl.arange(0, EB), tl.arange(0, KB)
+    real, inside = expert < E, slot < K
     score = _scores(tl.load(logits + row * E + expert, mask=real, other=0.0), real, SOFTMAX)
-    chosen = tl.load(experts + row * K + place, mask=inside, other=EB)
-    grad = tl.load(dweights + row * K + place, mask=inside, other=0.0) * scale
+    chosen = tl.load(experts + row * K + slot, mask=inside, other=EB)
+    grad = tl.load(dweights + row * K + slot, mask=inside, other=0.0) * scale
     is_chosen = expert[:, None] == chosen[None, :]
     if NORMALISE:
         value = tl.sum(tl.where(is_chosen, score[:, None], 0.0), 0)

@@ -82,21 +82,21 @@ def _forward(
     some = pair < turned // 2
     at = rope + (token % positions) * turned + 2 * pair
     cos, sin = tl.load(at, mask=some, other=0.0)[None, :], tl.load(at + 1, mask=some, other=0.0)[None, :]
-    both = real & some[None, :]
+    is_inside = real & some[None, :]
     source = q + row * width + nope + 2 * pair[None, :]
-    even = tl.load(source, mask=both, other=0.0).to(tl.float32)
-    odd = tl.load(source + 1, mask=both, other=0.0).to(tl.float32)
+    even = tl.load(source, mask=is_inside, other=0.0).to(tl.float32)
+    odd = tl.load(source + 1, mask=is_inside, other=0.0).to(tl.float32)
     target = qh + row * width + nope + 2 * pair[None, :]
-    tl.store(target, (even * cos - odd * sin).to(qh.dtype.element_ty), mask=both)
-    tl.store(target + 1, (even * sin + odd * cos).to(qh.dtype.element_ty), mask=both)
+    tl.store(target, (even * cos - odd * sin).to(qh.dtype.element_ty), mask=is_inside)
+    tl.store(target + 1, (even * sin + odd * cos).to(qh.dtype.element_ty), mask=is_inside)
 
     shared = k_rope + token * step + 2 * pair
     even = tl.load(shared, mask=some, other=0.0).to(tl.float32)[None, :]
     odd = tl.load(shared + 1, mask=some, other=0.0).to(tl.float32)[None, :]
     spread = tl.zeros((HB, RB), tl.float32)
     target = kh + row * width + nope + 2 * pair[None, :]
-    tl.store(target, (even * cos - odd * sin + spread).to(kh.dtype.element_ty), mask=both)
-    tl.store(target + 1, (even * sin + odd * cos + spread).to(kh.dtype.element_ty), mask=both)
+    tl.store(target, (even * cos - odd * sin + spread).to(kh.dtype.element_ty), mask=is_inside)
+    tl.store(target + 1, (even * sin + odd * cos + spread).to(kh.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit
@@ -124,14 +124,14 @@ def _backward(
         dv = tl.load(dvh + row * padded + v, mask=inside)
         tl.store(dkv + row * (nope + value) + nope + v, dv, mask=inside)
 
-        both = real & some[None, :]
+        is_inside = real & some[None, :]
         at_row = row * width + nope + 2 * pair[None, :]
-        even = tl.load(dqh + at_row, mask=both, other=0.0).to(tl.float32)
-        odd = tl.load(dqh + at_row + 1, mask=both, other=0.0).to(tl.float32)
-        tl.store(dq + at_row, (even * cos[None, :] + odd * sin[None, :]).to(dq.dtype.element_ty), mask=both)
-        tl.store(dq + at_row + 1, (odd * cos[None, :] - even * sin[None, :]).to(dq.dtype.element_ty), mask=both)
-        even_sum += tl.sum(tl.load(dkh + at_row, mask=both, other=0.0).to(tl.float32), 0)
-        odd_sum += tl.sum(tl.load(dkh + at_row + 1, mask=both, other=0.0).to(tl.float32), 0)
+        even = tl.load(dqh + at_row, mask=is_inside, other=0.0).to(tl.float32)
+        odd = tl.load(dqh + at_row + 1, mask=is_inside, other=0.0).to(tl.float32)
+        tl.store(dq + at_row, (even * cos[None, :] + odd * sin[None, :]).to(dq.dtype.element_ty), mask=is_inside)
+        tl.store(dq + at_row + 1, (odd * cos[None, :] - even * sin[None, :]).to(dq.dtype.element_ty), mask=is_inside)
+        even_sum += tl.sum(tl.load(dkh + at_row, mask=is_inside, other=0.0).to(tl.float32), 0)
+        odd_sum += tl.sum(tl.load(dkh + at_row + 1, mask=is_inside, other=0.0).to(tl.float32), 0)
     target = dk_rope + token * turned + 2 * pair
     tl.store(target, (even_sum * cos + odd_sum * sin).to(dk_rope.dtype.element_ty), mask=some)
     tl.store(target + 1, (odd_sum * cos - even_sum * sin).to(dk_rope.dtype.element_ty), mask=some)

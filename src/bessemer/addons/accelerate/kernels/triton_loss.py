@@ -72,10 +72,10 @@ def _cross_entropy(logits, target, loss, logp, V, WIDTH: tl.constexpr, GRAD: tl.
     if GRAD:
         weight = tl.load(loss + row).to(tl.float32)
         for first in range(0, V, WIDTH):
-            place = first + column
-            z = tl.load(logits + row * V + place, mask=place < V, other=float("-inf")).to(tl.float32)
-            grad = tl.exp(z - lse) - tl.where(place == chosen, 1.0, 0.0)
-            tl.store(logits + row * V + place, (grad * weight).to(logits.dtype.element_ty), mask=place < V)
+            index = first + column
+            z = tl.load(logits + row * V + index, mask=index < V, other=float("-inf")).to(tl.float32)
+            grad = tl.exp(z - lse) - tl.where(index == chosen, 1.0, 0.0)
+            tl.store(logits + row * V + index, (grad * weight).to(logits.dtype.element_ty), mask=index < V)
 
 
 @triton.jit
@@ -112,11 +112,11 @@ def _logprobs_backward(
     g = tl.load(grad_logp + row).to(tl.float32)
     column = tl.arange(0, WIDTH)
     for first in range(0, V, WIDTH):
-        place = first + column
-        z = tl.load(logits + row * V + place, mask=place < V, other=0.0).to(tl.float32)
+        index = first + column
+        z = tl.load(logits + row * V + index, mask=index < V, other=0.0).to(tl.float32)
         logp = z * rate - denominator
         pull = g
         if ENTROPY:
             pull += tl.load(grad_entropy + row).to(tl.float32) * (logp + tl.load(entropy + row))
-        grad = tl.where(place == chosen, g, 0.0) - tl.exp(logp) * pull
-        tl.store(logits + row * V + place, (grad * rate).to(logits.dtype.element_ty), mask=place < V)
+        grad = tl.where(index == chosen, g, 0.0) - tl.exp(logp) * pull
+        tl.store(logits + row * V + index, (grad * rate).to(logits.dtype.element_ty), mask=index < V)

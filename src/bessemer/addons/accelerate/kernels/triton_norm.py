@@ -70,13 +70,13 @@ def _backward(dy, x, weight, dx, dweight, dy_step, step, N, D, parts, turns, eps
     total = tl.zeros((BLOCK,), tl.float32)
     for turn in range(turns):
         row = part + turn * parts
-        here = column < tl.where(row < N, D, 0)
-        value = tl.load(x + row * step + column, mask=here, other=0.0).to(tl.float32)
-        grad = tl.load(dy + row * dy_step + column, mask=here, other=0.0).to(tl.float32)
+        is_inside = column < tl.where(row < N, D, 0)
+        value = tl.load(x + row * step + column, mask=is_inside, other=0.0).to(tl.float32)
+        grad = tl.load(dy + row * dy_step + column, mask=is_inside, other=0.0).to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
         unit = value * scale
         total += grad * unit
         grad = grad * gain
         grad = (grad - unit * (tl.sum(grad * unit, 0) / D)) * scale
-        tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=here)
+        tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=is_inside)
     tl.store(dweight + part * D + column, total, mask=inside)

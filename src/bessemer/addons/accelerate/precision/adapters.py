@@ -231,8 +231,8 @@ def _deep_gemm_refuses(call: Call) -> str | None:
     if wgrad:
         return _deep_gemm_lacks(K_GROUPED)
     count = call.count
-    whole = count.whole if isinstance(count, DeviceCounts) else not any(c % TILE for c in count or ())
-    if not whole:
+    whole_tiles = count.whole if isinstance(count, DeviceCounts) else not any(c % TILE for c in count or ())
+    if not whole_tiles:
         return f"every group's rows must be a multiple of {TILE}"
     return None
 
@@ -308,8 +308,8 @@ def _one_by_one(value_NP: Tensor, columns: list[int]) -> Tensor:
         return value_NP.contiguous().flatten()
     out = torch.empty(value_NP.numel(), dtype=torch.uint8, device=value_NP.device)
     groups = value_NP.view(torch.uint8).split(columns, 1)
-    for group, place in zip(groups, out.split([N * width for width in columns]), strict=True):
-        place.view(group.shape).copy_(group)
+    for group, target in zip(groups, out.split([N * width for width in columns]), strict=True):
+        target.view(group.shape).copy_(group)
     return out.view(value_NP.dtype)
 
 
@@ -319,8 +319,8 @@ def _one_by_one(value_NP: Tensor, columns: list[int]) -> Tensor:
 def _added(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The product, followed by a separate addition if `add_to` is given."""
 
-    def call(*given: Any, add_to: Tensor | None = None) -> Tensor:
-        y = product(*given)
+    def call(*arguments: Any, add_to: Tensor | None = None) -> Tensor:
+        y = product(*arguments)
         return y if add_to is None else add_to.add_(y)
 
     return call

@@ -22,9 +22,9 @@ E5M6_MAX = 65024.0
 SMALLEST_NORMAL = 2.0**-14
 
 
-def round_mantissa(x: Tensor, kept: int) -> Tensor:
+def round_mantissa(x: Tensor, kept_bits: int) -> Tensor:
     """x rounded to `kept` bits after the leading one, ties to even, as float32; exponents are not limited."""
-    bits, dropped = x.float().view(torch.int32), 23 - kept
+    bits, dropped = x.float().view(torch.int32), 23 - kept_bits
     last = (bits >> dropped).bitwise_and_(1)
     half = (1 << dropped - 1) - 1
     return (bits + half).add_(last).bitwise_and_(-1 << dropped).view(torch.float32)

@@ -63,13 +63,13 @@ def set_fp8(model: Network, recipe: FP8Recipe | None) -> Network:
         raise UserError('fp8 is for models of the DeepSeek V3 family; set fp8 = "off"')
     if recipe is not None:
         model.cfg.require_latent("training in FP8")
-    found = [module for module in model.modules() if isinstance(module, Layer)]
-    if recipe is not None and any(layer.recompute - {"route"} for layer in found):
+    model_layers = [module for module in model.modules() if isinstance(module, Layer)]
+    if recipe is not None and any(layer.recompute - {"route"} for layer in model_layers):
         raise UserError(RECOMPUTES_ITSELF)
     for module in model.modules():
         if isinstance(module, (Layer, FFN, Experts)):
             setattr(module, RECIPE, recipe)
-    for layer in found:
+    for layer in model_layers:
         layer.recompute = layer.recompute - {"route"} if recipe is None else frozenset({"route"})
     return model
 
@@ -217,16 +217,18 @@ class _SwiGLU(torch.autograd.Function):
         h = Operand(h_value, h_scale)
         if recipe.by_tiles:
             act_turned, dh, turned, dweight = backends.swiglu_backward(dact, h, weight_M, count, recipe.power_of_two)
-            act, left = TokenTiles(act_turned), TokenTiles(turned)
+            act, dh_tiles = TokenTiles(act_turned), TokenTiles(turned)
         else:
             gate, up = h.dequantise().chunk(2, -1)
             act_MF, dh_MH, dweight = swiglu_gradients(dact.float(), gate, up, weight_M)
             act, dh = token_tiles(act_MF, recipe, count), recipe.quantised_gradient(dh_MH)
-            left = dh
+            dh_tiles = dh
         dw2 = added_gradient(w2, lambda to: weight_gradient(dy, act, recipe, count, dy_powers=dispatched, add_to=to))
         dx = input_gradient(dh, w13, recipe, count).to(ctx.dtype)
         x = Operand(x_value, x_scale)
-        dw13 = added_gradient(w13, lambda to: weight_gradient(left, x, recipe, count, x_powers=dispatched, add_to=to))
+        dw13 = added_gradient(
+            w13, lambda to: weight_gradient(dh_tiles, x, recipe, count, x_powers=dispatched, add_to=to)
+        )
         return dx, None, None, dweight, dw13, dw2, None, None
 
 
@@ -265,21 +267,34 @@ class Core:
     """The attention core over whole rows, including the up-projection of keys and values. `dist.context_attention` has
     one for rows split over ranks."""
 
-    def forward(self, given: Projected) -> tuple[Tensor, Tensor]:
+    def forward(self, projected: Projected) -> tuple[Tensor, Tensor]:
         """`attention_forward`, with keys and values expanded from the latent."""
-        return attention_forward(given.q, given.kv, given.k_rope, given.rope, given.scale, given.segments)
+        return attention_forward(
+            projected.q, projected.kv, projected.k_rope, projected.rope, projected.scale, projected.segments
+        )
 
     def backward(
-        self, dout: Tensor, given: Projected, out: Tensor, lse: Tensor
+        self, dout: Tensor, projected: Projected, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of q, the normalised latents [B T, C], k_rope and W_UKV (None: already added, or deferred)."""
         dq, dkv, dk_rope = attention_backward(
-            dout, given.q, given.kv, given.k_rope, given.rope, given.scale, given.segments, out, lse
+            dout,
+            projected.q,
+            projected.kv,
+            projected.k_rope,
+            projected.rope,
+            projected.scale,
+            projected.segments,
+            out,
+            lse,
         )
-        latent, recipe = given.latent, given.recipe  # so that a deferred gradient keeps only these of `given`
+        latent, recipe = (
+            projected.latent,
+            projected.recipe,
+        )  # so that a deferred gradient keeps only these of `projected`
         dy = recipe.quantised_gradient(dkv.flatten(2))
-        dweight = added_gradient(given.weight, lambda to: weight_gradient(dy, latent, recipe, add_to=to))
-        return dq, input_gradient(dy, given.weight, recipe), dk_rope, dweight
+        dweight = added_gradient(projected.weight, lambda to: weight_gradient(dy, latent, recipe, add_to=to))
+        return dq, input_gradient(dy, projected.weight, recipe), dk_rope, dweight
 
 
 WHOLE = Core()
@@ -335,8 +350,8 @@ class _Attention(torch.autograd.Function):
         x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
         q_latent = forward(x, w["wq_a"], recipe) if "wq_a" in w else None
         kv_latent = forward(x, w["wkv_a"], recipe)
-        _, given = shape.expand(w, x, q_latent, kv_latent, rope, segments, x_BTD.shape[:2])
-        out, lse = shape.core.forward(given)
+        _, projected = shape.expand(w, x, q_latent, kv_latent, rope, segments, x_BTD.shape[:2])
+        out, lse = shape.core.forward(projected)
         out = out.flatten(0, 1).flatten(1)
         o = recipe.quantised(out, power_of_two=True)
         y = forward(o, w["wo"], recipe)
@@ -361,9 +376,9 @@ class _Attention(torch.autograd.Function):
         out = backends.unpack_e5m6(PackedE5M6(code, scale), cfg.n_heads * cfg.v_head_dim, x_BTD.dtype)
         dout = through("wo", dy_BTD.flatten(0, 1), token_tiles(out, recipe, power_of_two=True))
         x = shape.normed(x_BTD.flatten(0, 1), w["norm"], shape.eps)
-        q_in, given = shape.expand(w, x, q_latent, kv_latent, rope, ctx.segments, x_BTD.shape[:2])
+        q_in, projected = shape.expand(w, x, q_latent, kv_latent, rope, ctx.segments, x_BTD.shape[:2])
         dout, out = (t.view(*x_BTD.shape[:2], cfg.n_heads, -1) for t in (dout, out))
-        dq, dc, dk_rope, grads["wkv_b"] = shape.core.backward(dout, given, out, lse)
+        dq, dc, dk_rope, grads["wkv_b"] = shape.core.backward(dout, projected, out, lse)
         dq = dq.flatten(0, 1).flatten(1)
         dc, grads["kv_norm"] = normalise_backward(dc, kv_latent[:, : cfg.kv_lora_rank], w["kv_norm"], shape.latent_eps)
         dx = through("wkv_a", torch.cat((dc, dk_rope.flatten(0, 1)), -1), x)

@@ -142,9 +142,9 @@ def weight_gradient(
     """dy^T x in float32, [N, K] or [G, N, K]. `dy_powers`, `x_powers`: the operand was quantised with powers of two and
     is re-tiled with them. `add_to`: the result is added to this tensor, which saves one of its size."""
     if isinstance(dy, TokenTiles):
-        left = dy.operand
+        dy_operand = dy.operand
     else:
-        left = _along_tokens(dy, recipe, recipe.gradient, dy_powers, count)
+        dy_operand = _along_tokens(dy, recipe, recipe.gradient, dy_powers, count)
     if isinstance(x, TokenTiles):
         right = x.operand
     else:
@@ -152,13 +152,13 @@ def weight_gradient(
     if recipe.bits is not None:
         assert not isinstance(count, DeviceCounts), "a product for every group needs the counts"
         ends = None if count is None else [-(-tokens // TILE) for tokens in count]
-        parts = zip(_columns(left, ends), _columns(right, ends), strict=True)
+        parts = zip(_columns(dy_operand, ends), _columns(right, ends), strict=True)
         products = [emulation.reference_gemm(*part, recipe.bits) for part in parts]
         product = products[0] if count is None else torch.stack(products)
         return product if add_to is None else add_to.add_(product)
     if count is None:
-        return backends.gemm(left, right, torch.float32, add_to=add_to)
-    return backends.grouped_wgrad(left, right, count, add_to=add_to)
+        return backends.gemm(dy_operand, right, torch.float32, add_to=add_to)
+    return backends.grouped_wgrad(dy_operand, right, count, add_to=add_to)
 
 
 def _along_tokens(x: Operand | Tensor, recipe: FP8Recipe, group: Group, power_of_two: bool, count: Count) -> Operand:

@@ -121,9 +121,11 @@ def quantise_by(x_MK: Tensor, scale: Tensor) -> Operand:
 
 def by_tile(x_MK: Tensor, scale_MJ: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(columns, their factors) as broadcastable views: all whole tiles, then the ragged last one."""
-    whole = x_MK.shape[-1] // TILE
-    pairs = [(x_MK[..., : whole * TILE].unflatten(-1, (whole, TILE)), scale_MJ[..., :whole, None])] if whole else []
-    return pairs + ([(x_MK[..., whole * TILE :], scale_MJ[..., whole:])] if x_MK.shape[-1] % TILE else [])
+    n_whole = x_MK.shape[-1] // TILE
+    pairs = (
+        [(x_MK[..., : n_whole * TILE].unflatten(-1, (n_whole, TILE)), scale_MJ[..., :n_whole, None])] if n_whole else []
+    )
+    return pairs + ([(x_MK[..., n_whole * TILE :], scale_MJ[..., n_whole:])] if x_MK.shape[-1] % TILE else [])
 
 
 def _magnitudes(x_MK: Tensor) -> Tensor:
@@ -131,9 +133,9 @@ def _magnitudes(x_MK: Tensor) -> Tensor:
     columns_first = x_MK.stride(-1) > x_MK.stride(-2)  # 6x as fast when read in memory order
     at, x = (-2, x_MK.transpose(-1, -2)) if columns_first else (-1, x_MK)
     K = x.shape[at]
-    whole = K // TILE
-    main, rest = x.split([whole * TILE, K - whole * TILE], at)
-    parts = [main.unflatten(at, (whole, TILE)).abs().amax(at)] if whole else []
+    n_whole = K // TILE
+    main, rest = x.split([n_whole * TILE, K - n_whole * TILE], at)
+    parts = [main.unflatten(at, (n_whole, TILE)).abs().amax(at)] if n_whole else []
     parts += [rest.abs().amax(at, keepdim=True)] if K % TILE else []
     amax = torch.cat(parts, at) if parts else x.abs()  # no columns, no tiles
     return amax.transpose(-1, -2) if columns_first else amax
@@ -175,9 +177,9 @@ def check_operand(name: str, operand: Operand, stacked: bool = False) -> None:
         raise ValueError(f"{name} needs values of {2 + stacked} dimensions, got shape {list(value.shape)}")
     if value.dtype != torch.float8_e4m3fn or scale.dtype != torch.float32:
         raise ValueError(f"{name} needs float8_e4m3fn and float32 factors, got {value.dtype} and {scale.dtype}")
-    wanted = [*value.shape[:-1], -(-value.shape[-1] // TILE)]
-    if list(scale.shape) != wanted:
-        raise ValueError(f"{name} of {list(value.shape)} needs factors {wanted}, got {list(scale.shape)}")
+    expected = [*value.shape[:-1], -(-value.shape[-1] // TILE)]
+    if list(scale.shape) != expected:
+        raise ValueError(f"{name} of {list(value.shape)} needs factors {expected}, got {list(scale.shape)}")
     if value.device != scale.device:
         raise ValueError(f"{name} has values on {value.device} and factors on {scale.device}")
 

@@ -89,13 +89,13 @@ def twelve_bits(x):
 def _unpack(code, scale, out, M, K, scale_row, scale_column, ROWS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    here = (row < M)[:, None] & (word * 8 < K)[None, :]
+    is_inside = (row < M)[:, None] & (word * 8 < K)[None, :]
     at = code + row[:, None] * (K // 8 * 3) + word[None, :] * 3
-    one = tl.load(at, mask=here, other=0)
-    two = tl.load(at + 1, mask=here, other=0)
-    three = tl.load(at + 2, mask=here, other=0)
-    first, second = one & 0xFFFFFF, one >> 24 & 0xFF | (two & 0xFFFF) << 8
-    third, fourth = two >> 16 & 0xFFFF | (three & 0xFF) << 16, three >> 8 & 0xFFFFFF
+    low = tl.load(at, mask=is_inside, other=0)
+    middle = tl.load(at + 1, mask=is_inside, other=0)
+    high = tl.load(at + 2, mask=is_inside, other=0)
+    first, second = low & 0xFFFFFF, low >> 24 & 0xFF | (middle & 0xFFFF) << 8
+    third, fourth = middle >> 16 & 0xFFFF | (high & 0xFF) << 16, high >> 8 & 0xFFFFFF
     pair = tl.join(tl.join(first, third), tl.join(second, fourth))
     pair = pair >> 16 | pair & 0xFF00 | (pair & 0xFF) << 16
     half = tl.join(pair >> 12, pair & 0xFFF) << 4

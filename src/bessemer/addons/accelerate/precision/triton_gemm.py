@@ -233,9 +233,9 @@ def product(
         elif EVEN:
             part = tl.dot(tl.load(x_at), tl.load(w_at))
         else:
-            left = K - j * WIDTH
-            x_MK = tl.load(x_at, mask=(k < left)[None, :], other=0.0)
-            part = tl.dot(x_MK, tl.load(w_at, mask=(k < left)[:, None], other=0.0))
+            remaining = K - j * WIDTH
+            x_MK = tl.load(x_at, mask=(k < remaining)[None, :], other=0.0)
+            part = tl.dot(x_MK, tl.load(w_at, mask=(k < remaining)[:, None], other=0.0))
         if BLOCKS:
             y = tl.fma(part, tl.broadcast_to(factor_M[:, None], part.shape), y)
         else:

@@ -174,15 +174,15 @@ def magnitude(x, axis: tl.constexpr):
 @triton.jit
 def factor(amax, POWER_OF_TWO: tl.constexpr):
     """The scaling factor of a group with this largest magnitude: `operand.factor`."""
-    found = tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32))
-    found = tl.where(found < TINY, TINY, found)  # NaN compares false and stays
-    found = tl.where(amax == 0, 1.0, found)
+    scale = tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32))
+    scale = tl.where(scale < TINY, TINY, scale)  # NaN compares false and stays
+    scale = tl.where(amax == 0, 1.0, scale)
     if POWER_OF_TWO:
         # Positive floats sort like their bits: adding a full mantissa and clearing it rounds up and keeps exact powers.
-        bits = found.to(tl.int32, bitcast=True)
+        bits = scale.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-        found = tl.where(bits < 0x7F800000, rounded, found)
-    return tl.where(amax < float("inf"), found, float("nan"))
+        scale = tl.where(bits < 0x7F800000, rounded, scale)
+    return tl.where(amax < float("inf"), scale, float("nan"))
 
 
 @triton.jit
@@ -271,10 +271,10 @@ def _retile(
     scale_T = tl.load(scale + token * scale_row + j * scale_column, mask=token < end, other=0.0)
     x_TC = x_TC * scale_T[:, None]
     scale_C = factor(magnitude(x_TC, 0), POWER_OF_TWO)
-    place = tile.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
-    written = (column < K)[None, :] & ((place < P)[:, None] if FILL else inside)
+    row = tile.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    written = (column < K)[None, :] & ((row < P)[:, None] if FILL else inside)
     # The addresses are transposed rather than the FP8 tile.
-    tl.store(out + column[None, :] * P + place[:, None], to_e4m3(x_TC, scale_C[None, :], POWER_OF_TWO), mask=written)
+    tl.store(out + column[None, :] * P + row[:, None], to_e4m3(x_TC, scale_C[None, :], POWER_OF_TWO), mask=written)
     tl.store(out_scale + tile.to(tl.int64) * K + column, scale_C, mask=column < K)
 
 
@@ -326,14 +326,14 @@ def _swiglu_backward(
         if WEIGHTED:
             tl.store(parts + token * tl.num_programs(1) + j, total, mask=token < end)
         at = token[:, None] * (2 * F) + column[None, :]
-        scale_R, code, again = by_rows(dgate, POWER_OF_TWO)
+        scale_R, code, dequantised = by_rows(dgate, POWER_OF_TWO)
         tl.store(dh + at, code, mask=(token < end)[:, None])
         tl.store(dh_scale + j * M + token, scale_R, mask=token < end)
-        most_gate = tl.maximum(most_gate, magnitude(again, 0).to(tl.int32, bitcast=True))
-        scale_R, code, again = by_rows(dup, POWER_OF_TWO)
+        most_gate = tl.maximum(most_gate, magnitude(dequantised, 0).to(tl.int32, bitcast=True))
+        scale_R, code, dequantised = by_rows(dup, POWER_OF_TWO)
         tl.store(dh + at + F, code, mask=(token < end)[:, None])
         tl.store(dh_scale + (j + F // WIDTH) * M + token, scale_R, mask=token < end)
-        most_up = tl.maximum(most_up, magnitude(again, 0).to(tl.int32, bitcast=True))
+        most_up = tl.maximum(most_up, magnitude(dequantised, 0).to(tl.int32, bitcast=True))
         most_act = tl.maximum(most_act, magnitude(value, 0).to(tl.int32, bitcast=True))
     of_act = factor(most_act.to(tl.float32, bitcast=True), POWER_OF_TWO)
     of_gate = factor(most_gate.to(tl.float32, bitcast=True), POWER_OF_TWO)
@@ -346,14 +346,14 @@ def _swiglu_backward(
         value, dgate, dup, total = swiglu_gradients(
             dact, h, h_scale, weight, token, end, column, j, F, scale_row, scale_column, WEIGHTED
         )
-        place = tile.to(tl.int64) * WIDTH + start + tl.arange(0, ROWS)
-        written = ((place < P) if FILL else (token < end))[:, None]
-        at = column[None, :] * P + place[:, None]  # addresses are transposed rather than the tile
+        row = tile.to(tl.int64) * WIDTH + start + tl.arange(0, ROWS)
+        written = ((row < P) if FILL else (token < end))[:, None]
+        at = column[None, :] * P + row[:, None]  # addresses are transposed rather than the tile
         tl.store(act + at, to_e4m3(value, of_act[None, :], POWER_OF_TWO), mask=written)
-        scale_R, code, again = by_rows(dgate, POWER_OF_TWO)
-        tl.store(turned + at, to_e4m3(again, of_gate[None, :], POWER_OF_TWO), mask=written)
-        scale_R, code, again = by_rows(dup, POWER_OF_TWO)
-        tl.store(turned + at + F.to(tl.int64) * P, to_e4m3(again, of_up[None, :], POWER_OF_TWO), mask=written)
+        scale_R, code, dequantised = by_rows(dgate, POWER_OF_TWO)
+        tl.store(turned + at, to_e4m3(dequantised, of_gate[None, :], POWER_OF_TWO), mask=written)
+        scale_R, code, dequantised = by_rows(dup, POWER_OF_TWO)
+        tl.store(turned + at + F.to(tl.int64) * P, to_e4m3(dequantised, of_up[None, :], POWER_OF_TWO), mask=written)
 
 
 @triton.jit
@@ -361,20 +361,20 @@ def swiglu_gradients(
     dact, h, h_scale, weight, token, end, column, j, F, scale_row, scale_column, WEIGHTED: tl.constexpr
 ):  # fmt: skip
     """`emulation.swiglu_gradients` for some tokens and 128 features; zeros for tokens from `end` on."""
-    here = token < end
+    inside = token < end
     at = token[:, None] * (2 * F) + column[None, :]
     own = h_scale + token * scale_row + j * scale_column
-    gate = tl.load(h + at, mask=here[:, None], other=0.0).to(tl.float32)
-    gate = gate * tl.load(own, mask=here, other=0.0)[:, None]
-    up = tl.load(h + at + F, mask=here[:, None], other=0.0).to(tl.float32)
-    up = up * tl.load(own + F // WIDTH * scale_column, mask=here, other=0.0)[:, None]
-    grad = tl.load(dact + token[:, None] * F + column[None, :], mask=here[:, None], other=0.0).to(tl.float32)
+    gate = tl.load(h + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    gate = gate * tl.load(own, mask=inside, other=0.0)[:, None]
+    up = tl.load(h + at + F, mask=inside[:, None], other=0.0).to(tl.float32)
+    up = up * tl.load(own + F // WIDTH * scale_column, mask=inside, other=0.0)[:, None]
+    grad = tl.load(dact + token[:, None] * F + column[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
     sig = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sig
     value = silu * up
     total = tl.sum(grad * value, 1)
     if WEIGHTED:
-        gain = tl.load(weight + token, mask=here, other=0.0).to(tl.float32)[:, None]
+        gain = tl.load(weight + token, mask=inside, other=0.0).to(tl.float32)[:, None]
         value = value * gain
         grad = grad * gain
     return value, grad * up * ((1.0 - sig) * silu + sig), grad * silu, total

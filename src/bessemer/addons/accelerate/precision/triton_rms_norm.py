@@ -93,9 +93,9 @@ def _backward_quantised(
     for turn in range(turns):
         row = part + turn * parts
         wide = tl.where(row < M, D, 0)
-        here = column < wide
-        number = tl.load(x + row * step + column, mask=here, other=0.0).to(tl.float32)
-        grad = tl.load(dy + row * dy_step + column, mask=here, other=0.0).to(tl.float32)
+        is_inside = column < wide
+        number = tl.load(x + row * step + column, mask=is_inside, other=0.0).to(tl.float32)
+        grad = tl.load(dy + row * dy_step + column, mask=is_inside, other=0.0).to(tl.float32)
         size = 1.0 / tl.sqrt(tl.sum(number * number, 0) / D + eps)
         unit = number * size
         total += grad * unit

@@ -39,17 +39,17 @@ class WeightQuantiser(Protocol):
 
 def operand(weight: Tensor, recipe: WeightQuantiser) -> Operand:
     """The weight [..., N, K] as the operand of forward."""
-    kept = getattr(weight, KEPT, None)
-    return recipe.quantised_weight(weight) if kept is None else kept.entry(weight, recipe).operand
+    cache = getattr(weight, KEPT, None)
+    return recipe.quantised_weight(weight) if cache is None else cache.entry(weight, recipe).operand
 
 
 def turned(weight: Tensor, recipe: WeightQuantiser) -> Operand:
     """The transposed weight [..., K, N] as the operand of backward."""
-    kept = getattr(weight, KEPT, None)
-    if kept is None:
+    cache = getattr(weight, KEPT, None)
+    if cache is None:
         return transpose(recipe.quantised_weight(weight))
-    entry = kept.entry(weight, recipe)
-    if kept.copies < COPIES:
+    entry = cache.entry(weight, recipe)
+    if cache.copies < COPIES:
         return transpose(entry.operand)
     if not entry.turned:
         value, scale = transpose(entry.operand)
@@ -82,13 +82,13 @@ class KeptWeights(WeightCache):
 
     def entry(self, weight: Tensor, recipe: WeightQuantiser) -> _Entry:
         state = (int(self.epoch), weight._version, weight.data_ptr(), recipe)
-        found = self._entries.get(id(weight))
-        if found is None or found.state != state:
-            found = _Entry(state, recipe.quantised_weight(weight), [])
-            self._sizes[id(weight)] = _bytes(found.operand)
+        cached = self._entries.get(id(weight))
+        if cached is None or cached.state != state:
+            cached = _Entry(state, recipe.quantised_weight(weight), [])
+            self._sizes[id(weight)] = _bytes(cached.operand)
             if self.copies:
-                self._entries[id(weight)] = found
-        return found
+                self._entries[id(weight)] = cached
+        return cached
 
     @property
     def nbytes(self) -> int:
@@ -98,10 +98,10 @@ class KeptWeights(WeightCache):
     def drop(self) -> None:
         """Discards all operands, because the weights change."""
         super().drop()
-        held = self.nbytes
+        freed = self.nbytes
         self._entries.clear()
         if self._sizes and self._device.type == "cuda":
-            self._choose(held)
+            self._choose(freed)
 
     def _choose(self, held: int) -> None:
         """Sets how many copies fit beside the peak memory use; fewer if the peak has grown since."""
