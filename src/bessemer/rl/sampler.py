@@ -11,13 +11,14 @@ crash. On many ranks, all make the same calls at the same time, and all get all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 from bessemer import plugins
-from bessemer.config.rl import RLConfig, RolloutConfig
-from bessemer.config.table import Precision
+from bessemer.config.rl import RLConfig
+from bessemer.config.table import Precision, RolloutConfig, SamplingConfig, is_changed
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Completion, OnText, Options, Prompt
@@ -44,11 +45,11 @@ def rounding_facts(rollout: RolloutConfig) -> dict[str, Any]:
     return {"precision": rollout.precision} if rollout.precision != "trainer" else {}
 
 
-def sampler_of(config: RLConfig) -> type[LocalSampler]:
-    """The class of a stage's sampler. UserError if there is none, or it has other settings."""
+def sampler_of(config: RLConfig | SamplingConfig, door: str = "of_loop") -> type[LocalSampler]:
+    """The class of a stage's sampler. UserError if there is none with the method `door`, or it has other settings."""
     name = config.rollout.engine
     kind = plugins.find("samplers", name)
-    if not hasattr(kind, "of_loop"):
+    if not hasattr(kind, door):
         raise UserError(
             f"{plugins.where(name, kind)} is not a sampler; derive the class from bessemer.rl.sampler.LocalSampler"
         )
@@ -127,6 +128,11 @@ class LocalSampler:
         settings = loop.settings.rollout.settings
         return cls(engine, loop.sampler_model.refresh, loop.ctx.runtime, loop.carrier is not None, **settings)
 
+    @classmethod
+    def of_folder(cls, rollout: RolloutConfig, folder: Path, say: Callable[[str], None], where: str) -> Any:
+        """For the model in a directory, whose weights stay; opened. `answering` asks an `Engine` instead."""
+        raise UserError(f'{where}: {rollout.engine} samples for RL alone; set rollout.engine to "local"')
+
     def open(self) -> None:
         pass
 
@@ -157,3 +163,31 @@ def engine_of(folder: Path, ctx: StageContext, role: str = "model", precision: P
     """Loads the model in `folder` and returns an engine for it, as in `Runtime.dealt`."""
     loaded = setup.load_to_sample(folder, ctx.say_once, precision=precision, state=ctx.state)
     return ctx.runtime.dealt(Engine(*loaded, setup.workers()), folder, role, precision=precision)
+
+
+def facts_of_answers(config: SamplingConfig) -> dict[str, Any]:
+    """What in the [rollout] of a stage that does not train changes its answers; UserError for settings without
+    effect."""
+    rollout, where = config.rollout, f'stage "{config.name}"'
+    if is_changed(rollout, "precision"):
+        raise UserError(f"{where}: rollout.precision is for weights that are trained; set precision instead")
+    kind = sampler_of(config, "of_folder")
+    if kind is LocalSampler:
+        return {}
+    if is_changed(config, "precision"):
+        raise UserError(f'{where}: precision has no effect with rollout.engine = "{rollout.engine}"; leave it out')
+    return {"sampler": rollout.engine}
+
+
+@contextmanager
+def answering(folder: Path, ctx: StageContext, config: SamplingConfig) -> Iterator[Any]:
+    """What answers with the model in `folder` for a stage that does not train it: used like an `Engine`."""
+    kind = sampler_of(config, "of_folder")
+    if kind is LocalSampler:
+        yield engine_of(folder, ctx, precision=config.precision)
+        return
+    sampler = kind.of_folder(config.rollout, folder, ctx.say, f'stage "{config.name}"')
+    try:
+        yield sampler
+    finally:
+        sampler.close()

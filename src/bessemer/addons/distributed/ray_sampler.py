@@ -31,12 +31,13 @@ from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLM
 from bessemer.addons.distributed.ray_worker import LOADED, NewWeights, pack_weights
 from bessemer.addons.distributed.sampler_check import Probe, check, dtype_of, logprobs, short_answer
 from bessemer.addons.distributed.worker_pool import RolloutJob, WorkerPool
-from bessemer.config.rl import RLConfig, RolloutConfig
-from bessemer.config.table import is_changed, validate
+from bessemer.config.rl import RLConfig
+from bessemer.config.table import RolloutConfig, is_changed, validate
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import GenerationPlan, OnText, Options, Prompt
 from bessemer.errors import UserError
+from bessemer.model.protocol import LanguageModel
 from bessemer.rl.component import hooks_of
 from bessemer.rl.parts import LoopParts
 from bessemer.rl.sampler import (
@@ -183,6 +184,11 @@ class RaySampler:
     def batch_rows(samples: int, workers: int) -> int:
         """Samples per batch, which one worker generates."""
         return setup.batch_rows(samples)
+
+    @property
+    def model(self) -> LanguageModel:
+        """The trainer's, or the sizes of one in a folder."""
+        return self.engine.model
 
     @property
     def pool(self) -> WorkerPool:

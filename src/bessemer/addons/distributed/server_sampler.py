@@ -27,11 +27,12 @@ from bessemer.addons.distributed.ray_settings import ServerSettings
 from bessemer.addons.distributed.sampler_check import check, dtype_of, logprobs, short_answer
 from bessemer.addons.distributed.vllm_engine import check_length
 from bessemer.addons.distributed.vllm_server import AT_ONCE, VLLMServer
-from bessemer.config.rl import RLConfig, RolloutConfig
-from bessemer.config.table import validate
+from bessemer.config.rl import RLConfig
+from bessemer.config.table import RolloutConfig, validate
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Completion, GenerationPlan, OnText, Options, Prompt
 from bessemer.errors import UserError
+from bessemer.model.protocol import LanguageModel
 from bessemer.rl.component import hooks_of
 from bessemer.rl.parts import LoopParts
 from bessemer.rl.sampler import Completions, Sampler, SamplingOptions, Submit
@@ -107,6 +108,11 @@ class ServerSampler:
         sampler = cls(engine, dict, lambda: 0, VLLMServer(settings.url, folder, engine.tokenizer), say)
         sampler.open()
         return sampler
+
+    @property
+    def model(self) -> LanguageModel:
+        """The trainer's, or the sizes of one in a folder."""
+        return self.engine.model
 
     def open(self) -> None:
         """Finds the server, gives it the trainer's weights, since an earlier attempt may have left others there, and

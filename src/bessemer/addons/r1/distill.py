@@ -9,12 +9,13 @@ of kind sft from the student. This stage is an extra for models that share a tok
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bessemer import tasks
 from bessemer.addons.r1.objectives import OnPolicyDistillation
 from bessemer.addons.r1.tables import DistillConfig
 from bessemer.config.recipe import Recipe
+from bessemer.config.table import is_changed
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -25,7 +26,7 @@ from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import PROMPT, TRAINED, StageWork, answers
 from bessemer.rl import rollout
 from bessemer.rl.rollout import ScoredSample
-from bessemer.rl.sampler import LocalSampler
+from bessemer.rl.sampler import LocalSampler, Sampler, sampler_of
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, setup
 from bessemer.train.plan import TrainingPlan
@@ -51,7 +52,9 @@ class Distill(Stage[DistillConfig]):
             )
         lineage.check_lora(config, recipe)
         setup.check_recompute(recipe, config.name)
-        return {}
+        if is_changed(config.rollout, "precision"):
+            raise UserError(f'stage "{config.name}": rollout.precision is for RL alone; leave it out')
+        return sampler_of(cast(Any, config)).facts(cast(Any, config))
 
     def probes(self, config: DistillConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.task_probes(config.tasks, config.steps * config.prompts_per_step)
@@ -79,8 +82,10 @@ class Distill(Stage[DistillConfig]):
     def run(self, config: DistillConfig, ctx: StageContext) -> dict[str, Any]:
         run = _Run(config, ctx)
         try:
+            run.engine.open()
             return run.run()
         finally:
+            run.engine.close()
             run.trainer.close()
 
 
@@ -88,7 +93,7 @@ class _Run:
     """One distillation; the trainer's checkpoint holds everything that must survive a kill."""
 
     def __init__(self, config: DistillConfig, ctx: StageContext) -> None:
-        self.config, self.ctx = config, ctx
+        self.config, self.settings, self.ctx, self.carrier = config, config, ctx, None
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a student to start from: name its stage with from = "..."')
         setup.keep_memory()
@@ -109,11 +114,17 @@ class _Run:
             config, TrainingPlan(workers=workers, compute_dtype=dtype, counts_padding=False), ctx.state,
             stop=lambda: ctx.stop, model_config=student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        policy = runtime.whole(self.trainer)
-        engine = Engine(policy.model, self.tokenizer, workers)
-        if config.lora is None:  # processes that wait would need the adapters too
+        self.policy = self.sampler_model = runtime.whole(self.trainer)
+        self.engine = self._sampler(Engine(self.policy.model, self.tokenizer, workers), source)
+
+    def _sampler(self, engine: Engine, source: Path) -> Sampler:
+        """What [rollout] names; it gets this object as a `LoopParts`."""
+        kind, runtime = sampler_of(cast(Any, self.config)), self.ctx.runtime
+        if kind is not LocalSampler:
+            return kind.of_loop(cast(Any, self), engine)
+        if self.config.lora is None:  # processes that wait would need the adapters too
             engine = runtime.dealt(engine, source, version=lambda: self.trainer.rows)
-        self.engine = LocalSampler(engine, policy.refresh, runtime)
+        return LocalSampler(engine, self.policy.refresh, runtime)
 
     def _follow(self, name: str) -> None:
         """Gives the student the chat style that its teachers share; UserError for a teacher that it cannot follow."""

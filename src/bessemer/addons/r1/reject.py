@@ -32,7 +32,7 @@ from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import LOADED, StageWork, answers
 from bessemer.rl import rollout
-from bessemer.rl.sampler import engine_of
+from bessemer.rl.sampler import answering, facts_of_answers
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
@@ -61,7 +61,7 @@ class Reject(Stage[RejectConfig]):
             api_key(config.name, config.judge)
         if config.others_data and not config.others:
             raise UserError(f'stage "{config.name}": others_data has no effect while others is 0')
-        return {}
+        return facts_of_answers(config)
 
     def probes(self, config: RejectConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.task_probes(config.tasks, config.problems)
@@ -107,7 +107,12 @@ class Reject(Stage[RejectConfig]):
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         setup.keep_memory()
-        engine = engine_of(ctx.source / "model", ctx, precision=config.precision)
+        with answering(ctx.source / "model", ctx, config) as engine:
+            lots = self._sample(config, ctx, engine)
+        return self._finish(config, ctx, lots)
+
+    def _sample(self, config: RejectConfig, ctx: StageContext, engine: Any) -> list[Path]:
+        """The files of the lots, each a batch of problems with the answers that are kept."""
         engine.tokenizer.use_template(config.prompt_template)
         families = [tasks.get(name) for name in config.tasks]
         judge = None if config.judge is None else Judge(config.judge, ctx)
@@ -134,7 +139,7 @@ class Reject(Stage[RejectConfig]):
             ctx.progress.advance(count, f"{len(kept)} kept of {count * config.samples}")
             if ctx.stop:
                 ctx.interrupt()
-        return self._finish(config, ctx, [ctx.state / f"lot-{first:08d}.json" for first in firsts])
+        return [ctx.state / f"lot-{first:08d}.json" for first in firsts]
 
     def _finish(self, config: RejectConfig, ctx: StageContext, paths: list[Path]) -> dict[str, Any]:
         dropped: Counter[str] = Counter()

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from bessemer.addons.r1.judge_config import JudgeConfig
-from bessemer.config.table import SamplingConfig, SourceName, StageConfig, StageRef, TaskName
+from bessemer.config.table import RolloutConfig, SamplingConfig, SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.training import FineTuningConfig, OnPolicyConfig, OptimizerConfig, PretrainConfig
 from bessemer.config.units import Gammas, LearningRates, LossWeights, Points, Tokens
 
@@ -113,7 +113,7 @@ class RewardModelConfig(FineTuningConfig):
 
 class DistillConfig(OnPolicyConfig):
     makes_model: ClassVar = True
-    runtime_only = OptimizerConfig.runtime_only | {"micro_tokens"}
+    runtime_only = OptimizerConfig.runtime_only | {"micro_tokens", "rollout"}
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
     weight_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
 
@@ -140,6 +140,17 @@ class DistillConfig(OnPolicyConfig):
     """Steps between held-out evaluations."""
     eval_problems: int = Field(64, ge=1)
     """Held-out problems per task and evaluation, 4 answers each."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Where the student's answers are sampled."""
+
+    # what samplers read of an RL stage
+    top_p: ClassVar = 1.0
+    general_tasks: ClassVar = ()
+    hooks: ClassVar = ()
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        return self.prompts_per_step
 
 
 class ExtendConfig(PretrainConfig):

@@ -8,6 +8,7 @@ training data of the models for the problems.
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -16,16 +17,16 @@ from bessemer import plugins, tasks
 from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, is_changed, stage_refs
-from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.eval.preamble import Preamble, preamble
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import LOADED, StageWork, answers
-from bessemer.rl.sampler import engine_of
+from bessemer.rl.sampler import answering, facts_of_answers
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
+from bessemer.tasks.base import Task
 from bessemer.tasks.registry import shared_file
 from bessemer.train import setup
 
@@ -57,7 +58,7 @@ class Eval(Stage[EvalConfig]):
             preflight.refuse_environments(config.name, config.tasks, "takes no shots; leave them out")
         if is_changed(config, "shot_kind") and not any(config.shots):
             raise UserError(f'stage "{config.name}": shot_kind has no effect while shots is {config.shots}')
-        return {}
+        return facts_of_answers(config)
 
     def probes(self, config: EvalConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.length_probes(config, recipe, config.models, "max_new_tokens", config.max_new_tokens)
@@ -91,30 +92,8 @@ class Eval(Stage[EvalConfig]):
         ctx.progress.total(len(grid), "rows", done=len(rows))
         contamination: Contamination | None = plugins.hook("contamination")
         extra = {} if contamination is None else {"contamination": contamination.search(config, ctx, _problems(config))}
-        engine: Engine | None = None
-        loaded = ""
-        for model, task, temperature, shots in grid[len(rows) :]:
-            if engine is None or model != loaded:
-                engine, loaded = None, model  # memory may not hold two models
-                engine = engine_of(ctx.inputs[model] / "model", ctx, precision=config.precision)
-            engine.tokenizer.use_template(config.prompt_template)
-            room = engine.model.cfg.max_seq_len - config.max_new_tokens
-            row = scoring.evaluate(
-                engine, shots.encoder(engine.tokenizer, task, room, ctx.cache), task,
-                problems=_size(config, task), samples=config.samples, k=config.k, temperature=temperature,
-                top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
-                context=engine.model.cfg.max_seq_len,
-            )  # fmt: skip
-            rows.append({"model": model, **row, **shots.facts()})
-            tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"
-            tag += f"/{shots.facts().get('shots', 0)}-shot" if len(config.shots) > 1 else ""
-            # The line first: if a kill loses the row, its line is dropped, and a row that is kept always has its line.
-            columns = [key for key in (*scoring.FIGURES, "readable") if key in row]
-            ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in columns})
-            write_atomic(path, json.dumps(rows))
-            ctx.progress.advance(1, f"{model} {task.name} {row['language']}: pass@1 {row['pass_at_1']:.3f}")
-            if ctx.stop:
-                ctx.interrupt()
+        for model, cells in groupby(grid[len(rows) :], key=lambda cell: cell[0]):
+            self._evaluate(config, ctx, model, [cell[1:] for cell in cells], rows, path)
         write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows, **extra}, indent=1))
         if contamination is not None:
             ctx.say(contamination.summary(extra["contamination"]))
@@ -122,6 +101,32 @@ class Eval(Stage[EvalConfig]):
             ctx.say(line)
         hit = {"contaminated": extra["contamination"]["hit"]} if extra else {}
         return {"rows": len(rows)} | hit
+
+    def _evaluate(
+        self, config: EvalConfig, ctx: StageContext, model: str, cells: Sequence[tuple[Task, float, Preamble]],
+        rows: list[dict[str, Any]], path: Path,
+    ) -> None:  # fmt: skip
+        """Adds the rows of a model, each of which is kept in `path`. Memory may not hold two models."""
+        with answering(ctx.inputs[model] / "model", ctx, config) as engine:
+            engine.tokenizer.use_template(config.prompt_template)
+            for task, temperature, shots in cells:
+                room = engine.model.cfg.max_seq_len - config.max_new_tokens
+                row = scoring.evaluate(
+                    engine, shots.encoder(engine.tokenizer, task, room, ctx.cache), task,
+                    problems=_size(config, task), samples=config.samples, k=config.k, temperature=temperature,
+                    top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
+                    context=engine.model.cfg.max_seq_len,
+                )  # fmt: skip
+                rows.append({"model": model, **row, **shots.facts()})
+                tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"
+                tag += f"/{shots.facts().get('shots', 0)}-shot" if len(config.shots) > 1 else ""
+                # The line first: if a kill loses the row, its line is dropped; a row that is kept always has its line.
+                columns = [key for key in (*scoring.FIGURES, "readable") if key in row]
+                ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in columns})
+                write_atomic(path, json.dumps(rows))
+                ctx.progress.advance(1, f"{model} {task.name} {row['language']}: pass@1 {row['pass_at_1']:.3f}")
+                if ctx.stop:
+                    ctx.interrupt()
 
 
 CUT = 0.05
