@@ -25,6 +25,8 @@ COMPARED = (
 )
 RENAMED: dict[str, str] = {}
 """Old metric name -> new one."""
+ADDED = frozenset({"rl/sampler_far"})
+"""Metrics that older runs lack; they are not compared."""
 
 
 def metric_lines(run: Path) -> list[dict]:
@@ -41,7 +43,11 @@ def metrics(run: Path) -> list[tuple]:
             line["stage"],
             line["step"],
             line["tokens"],
-            {RENAMED.get(k, k): v for k, v in line["values"].items() if "per_second" not in k and "seconds" not in k},
+            {
+                RENAMED.get(k, k): v
+                for k, v in line["values"].items()
+                if k not in ADDED and "per_second" not in k and "seconds" not in k
+            },
         )
         for line in metric_lines(run)
     ]

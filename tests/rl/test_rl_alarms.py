@@ -64,6 +64,7 @@ def codes(history):
         ("groups-too-easy", {"accuracy": (0.6, 0.99), "dead_groups": (0.2, 1.0)}),
         ("never-ending", {"truncated": (0.1, 0.7)}),
         ("sampler-mismatch", {"sampler_gap": (0.01, 0.2)}),
+        ("sampler-mismatch", {"sampler_gap": (0.01, 0.02), "sampler_far": (0.0, 0.03)}),
         ("kl-runaway", {"kl": (0.0, 3.0)}),
         ("language-mixing", {"language": (0.78, 0.5)}),
         ("reward-model-hacking", {"preference": (0.4, 0.8), "accuracy": (0.6, 0.5), "format": (0.9, 0.9)}),
@@ -90,9 +91,9 @@ def test_healthy_runs_stay_silent_from_first_to_last(seed):
         # in search traces nearly every token is certain
         {"entropy": (0.08, 0.03)},
         # bfloat16, and a reward model that does no harm
-        {"sampler_gap": (0.012, 0.012), "preference": (0.4, 0.7)},
+        {"sampler_gap": (0.012, 0.012), "sampler_far": (0.002, 0.002), "preference": (0.4, 0.7)},
         # samples drawn one rollout ahead are older than the policy, which is no fault of the sampler
-        {"sampler_gap": (0.1, 0.1), "staleness": (2, 2)},
+        {"sampler_gap": (0.1, 0.1), "sampler_far": (0.05, 0.05), "staleness": (2, 2)},
         # tool calls replaced thoughts
         {"think_share": (0.8, 0.2), "turns": (1.1, 2.0), "accuracy": (0.2, 0.9)},
         # already good at the start

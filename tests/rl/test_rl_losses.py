@@ -223,7 +223,7 @@ def test_the_whole_objective_against_enumeration(start, kl, temperature):
     loss = GRPO(loss_of(), kl, temperature)(model, batch)
     loss.total.backward()
     # the formula, sequence by sequence and token by token, in float64
-    names = ("kl", "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl")
+    names = ("kl", "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", "sampler_far")
     total, sums, cuts, largest = 0.0, dict.fromkeys(names, 0.0), 0, 0.0
     logp, old, ref = (token_logp(t, temperature) for t in (logits, sampler, reference))
     for o, (a, _) in enumerate(SEQUENCES):
@@ -237,7 +237,15 @@ def test_the_whole_objective_against_enumeration(start, kl, temperature):
             total = total - probability * (surrogate - kl * k3)
             full = (logits[context] / temperature).log_softmax(-1)
             gap = (logp[o, t] - old[o, t]).detach()
-            values = (k3, -(full.exp() * full).sum(), clipped, ratio, gap.abs(), gap.exp() - gap - 1)
+            values = (
+                k3,
+                -(full.exp() * full).sum(),
+                clipped,
+                ratio,
+                gap.abs(),
+                gap.exp() - gap - 1,
+                not 0.5 < gap.exp() < 2,
+            )
             largest = max(largest, float(gap.abs()))
             for name, value in zip(sums, values, strict=True):
                 sums[name] += float(probability) * float(torch.as_tensor(value).detach())

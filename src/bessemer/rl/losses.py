@@ -16,6 +16,7 @@ pi_ref are renormalised over the same tokens. Otherwise the ratio would compare 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,9 @@ from bessemer.rl.algorithms.base import Loss as TokenLoss
 from bessemer.rl.algorithms.grpo import grpo
 from bessemer.train.loss import Kept, predicting, token_logprobs
 from bessemer.train.objective import Loss
+
+FAR = math.log(2.0)
+"""A token whose two probabilities differ by more than this ratio counts in `sampler_far`."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class GRPO:
     def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         kl = ("kl",) if self.kl > 0 else ()
         mtp = [f"mtp_{k}" for k in range(1, depths + 1)] if self.with_mtp() else []
-        return (*kl, "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", *mtp), ("logp_gap_max",)
+        return (*kl, "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", "sampler_far", *mtp), ("logp_gap_max",)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
         """The loss, given outputs that were computed elsewhere (`Divided`)."""
@@ -98,6 +102,7 @@ class GRPO:
             # in the first update after a rollout these are the gap between sampler and trainer
             "logp_gap": (weight * gap).sum(),
             "sampler_kl": (weight * k3(sampler, logp)).sum(),
+            "sampler_far": (weight * (gap > FAR)).sum(),
         }
         peaks = {"logp_gap_max": torch.cat((gap, gap.new_zeros(1))).max()}  # a micro-batch may train on no token
         means = {name: value.detach() for name, value in metrics.items()}

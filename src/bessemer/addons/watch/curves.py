@@ -55,6 +55,8 @@ LEARNING = (
     Panel("Lost signal", "share", ("rl/dead_groups", "rl/truncated", "rl/clip_share"), 0.0),
     Panel("Pass rates", "moving estimate by task, difficulty and language", ("rl/pass/",), 0.0, 1.0),
     Panel("Sampler gap", "trainer against sampler, nats per token", ("rl/sampler_gap", "rl/sampler_kl"), 0.0),
+    Panel("Sampler mismatch", "share of tokens whose probability differs by more than a factor of 2",
+          ("rl/sampler_far",), 0.0),
     Panel("Importance weights", "of tokens, trainer over sampler",
           ("rl/correction_weight", "rl/correction_cut"), 0.0),
     Panel("Staleness", "steps between sampling and updating", ("rl/staleness",), 0.0, most=1),
