@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bessemer.addons.distributed import vllm_engine, vllm_server
+from bessemer.addons.distributed import json_server, vllm_engine
 from bessemer.addons.distributed.ray_settings import VLLMSettings
 from bessemer.addons.distributed.ray_worker import NewWeights, RolloutWorker, pack_weights
 from bessemer.addons.distributed.sampler_check import Probe, dtype_of, logprobs
@@ -369,7 +369,7 @@ def test_a_server_that_is_killed_is_reported(engine, serving, directory, monkeyp
     """The last test of the server."""
     process, address = serving
     sampler = sampler_at(address, directory)
-    monkeypatch.setattr(vllm_server, "PAUSE", 0.05)
+    monkeypatch.setattr(json_server, "PAUSE", 0.05)
     pending = sampler.policy()(PROMPTS, max_new_tokens=100, samples=32, seeds=range(12), stop_ids=[])
     os.killpg(process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"does not answer .*goes on from the last checkpoint"):

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from bessemer.addons.distributed import vllm_server
-from bessemer.addons.distributed.vllm_server import LostServer, VLLMServer, body_of, check_version, checked_url
+from bessemer.addons.distributed import json_server
+from bessemer.addons.distributed.json_server import LostServer, checked_url
+from bessemer.addons.distributed.vllm_server import VLLMServer, body_of, check_version
 from bessemer.engine.sequence import Request, SamplingParams
 from bessemer.errors import UserError
 
@@ -47,7 +48,7 @@ def server(replies, tmp_path, monkeypatch):
         def log_message(self, *arguments):
             pass
 
-    monkeypatch.setattr(vllm_server, "PAUSE", 0.01)
+    monkeypatch.setattr(json_server, "PAUSE", 0.01)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=listening.serve_forever, daemon=True)
@@ -143,7 +144,7 @@ def test_a_refusal_is_shown_and_names_the_key(server, replies):
 
 
 def test_a_lost_server_is_tried_again_and_then_reported(monkeypatch, tmp_path):
-    monkeypatch.setattr(vllm_server, "PAUSE", 0.01)
+    monkeypatch.setattr(json_server, "PAUSE", 0.01)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(LostServer, match=r"127.0.0.1:9 does not answer .*refused.*same command"):
         VLLMServer("http://127.0.0.1:9", tmp_path, None).open()
@@ -152,5 +153,5 @@ def test_a_lost_server_is_tried_again_and_then_reported(monkeypatch, tmp_path):
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "file:///etc/passwd", "http://", "http://x/?a=b"])
 def test_only_addresses_of_servers_are_taken(url):
     with pytest.raises(UserError, match=r"rollout\.url"):
-        checked_url(url)
-    assert checked_url("http://127.0.0.1:8000/v1/") == "http://127.0.0.1:8000"
+        checked_url(url, "rollout.url")
+    assert checked_url("http://127.0.0.1:8000/v1/", "") == "http://127.0.0.1:8000"

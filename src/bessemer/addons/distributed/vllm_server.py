@@ -15,13 +15,7 @@ CPU therefore samples fixed weights alone.
 
 from __future__ import annotations
 
-import http.client
 import ipaddress
-import json
-import os
-import time
-import urllib.error
-import urllib.request
 from array import array
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +25,7 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
+from bessemer.addons.distributed.json_server import JSONServer, Refused, checked_url
 from bessemer.addons.distributed.sampler_check import BOUNDS
 from bessemer.addons.distributed.vllm_engine import KEY_BITS, check_length, hub_state
 from bessemer.addons.distributed.vllm_weights import FILE, WeightFile
@@ -46,30 +41,15 @@ VERSIONS = ((0, 32), (0, 33))
 """The oldest and the newest release whose fields are known."""
 AT_ONCE = 256
 """Requests under way; vLLM's own default batch."""
-TIMEOUT = 3600.0
-"""Seconds for a sample; a long answer behind a full queue takes minutes."""
-RETRIES, PAUSE = 3, 1.0
-"""Further attempts after a lost connection, and seconds before the first; each pause is twice the last."""
-LARGEST_REPLY = 1 << 28
-
-
-class LostServer(UserError):
-    """The server does not answer."""
-
-
-class Refused(UserError):
-    """The server answers with an error."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class VLLMServer:
     """A server at `url`. `directory`: the model that it should have, and its `tokenizer`. `open` comes first."""
 
     def __init__(self, url: str, directory: Path, tokenizer: Tokenizer) -> None:
-        self.url = checked_url(url)
+        self.url = checked_url(url, "rollout.url")
+        resumes = "the same command goes on from the last checkpoint"
+        self.http = JSONServer(self.url, "the vLLM server", KEY, resumes)
         self.directory, self.tokenizer = directory, tokenizer
         self.cfg = own_config(directory)
         self.dtype = "bfloat16"
@@ -82,16 +62,11 @@ class VLLMServer:
     def open(self, trains: bool = False) -> str | None:
         """Asks for the version and the model; returns a warning. UserError if it is no server that this module can
         use, or with `trains` if it takes no new weights."""
-        reply = self._call("/version")
+        reply = self.http.call("/version")
         version = reply.get("version") if isinstance(reply, dict) else None
         warning = check_version(version, self.url)
-        listed = self._call("/v1/models")
-        entries = listed.get("data") if isinstance(listed, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise self._unusable("/v1/models lists no model")
-        base = [entry for entry in entries if not entry.get("parent") and isinstance(entry.get("id"), str)]
-        if not base:
-            raise self._unusable("/v1/models lists no model")
+        entries = self.http.models()
+        base = [entry for entry in entries if not entry.get("parent")] or entries
         self.model = base[0]["id"]
         longest = base[0].get("max_model_len")
         self.max_model_len = longest if isinstance(longest, int) else None
@@ -101,7 +76,7 @@ class VLLMServer:
     def _read_info(self, trains: bool) -> None:
         """Reads in what the server computes, if it says so. UserError if it must follow updates and cannot."""
         try:
-            info = self._call("/server_info?config_format=json")
+            info = self.http.call("/server_info?config_format=json")
         except Refused as error:
             if error.status != 404:
                 raise
@@ -163,9 +138,9 @@ class VLLMServer:
             config = self.directory / "config.json"
             self._file = WeightFile(config) if self.is_local() else WeightFile(config, self.directory.parent)
         with self._file.holding(hub_state(weights, self.cfg)) as folder:
-            self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            self.http.call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         assert not (self._file.folder / FILE).exists()
-        self._call("/reset_prefix_cache", {})
+        self.http.call("/reset_prefix_cache", {})
 
     def is_local(self) -> bool:
         host = urlsplit(self.url).hostname or ""
@@ -175,70 +150,15 @@ class VLLMServer:
             return host == "localhost"
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        reply = self._call("/v1/completions", {"model": self.model, "return_token_ids": True, "logprobs": 0} | body)
+        reply = self.http.call("/v1/completions", {"model": self.model, "return_token_ids": True, "logprobs": 0} | body)
         choices = reply.get("choices") if isinstance(reply, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise self._unusable("its reply is not a completion")
         return choices[0]
 
-    def _call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON of a reply; None if it is empty. A lost connection is tried again: a sample is a function of its
-        request."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        for attempt in range(RETRIES + 1):
-            try:
-                request = urllib.request.Request(self.url + path, data, headers)
-                with _OPENER.open(request, timeout=TIMEOUT) as reply:
-                    text = reply.read(LARGEST_REPLY + 1)
-                if len(text) > LARGEST_REPLY:
-                    raise self._unusable(f"a reply has more than {LARGEST_REPLY >> 20} MiB")
-                return json.loads(text) if text else None
-            except urllib.error.HTTPError as error:
-                raise Refused(self._refusal(path, error), error.code) from None
-            except (OSError, http.client.HTTPException) as error:
-                if attempt == RETRIES:
-                    raise LostServer(
-                        f"the vLLM server at {self.url} does not answer ({getattr(error, 'reason', None) or error}); "
-                        "start it again, and the same command goes on from the last checkpoint"
-                    ) from None
-                time.sleep(PAUSE * 2**attempt)
-            except (ValueError, RecursionError):
-                raise self._unusable(f"{path} does not reply in JSON") from None
-        raise AssertionError
-
-    def _refusal(self, path: str, error: urllib.error.HTTPError) -> str:
-        try:
-            message = " ".join(error.read(2000).decode("utf-8", "replace").split())
-        except (OSError, http.client.HTTPException):
-            message = ""
-        shown = "".join(char if char.isprintable() else " " for char in message)[:300] or str(error.reason)
-        advice = f"; put its key into {KEY}" if error.code in (401, 403) else ""
-        return f"the vLLM server at {self.url} refused {path.partition('?')[0]}: status {error.code}, {shown}{advice}"
-
     def _unusable(self, why: str) -> UserError:
         low, high = ("{}.{}".format(*version) for version in VERSIONS)
         return UserError(f"the server at {self.url} cannot sample: {why}; start a `vllm serve` of {low} to {high}")
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key elsewhere."""
-
-    def redirect_request(self, *arguments: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-
-
-def checked_url(url: str) -> str:
-    """The address without /v1 at its end; UserError if it is none."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise UserError(f"rollout.url is {url!r}; give the address of a vLLM server, such as http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1")
 
 
 def check_version(version: object, url: str) -> str | None:

@@ -30,7 +30,11 @@ class ShotChoice(StrEnum):
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A model directory, or a run: its main model, by default the last."),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A model directory, or a run: its main model, by default the last; for a suite also the address of a "
+            "server with an OpenAI-compatible API, such as http://127.0.0.1:8000/v1.",
+        ),
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task, such as countdown; may be repeated.")] = None,
     suite: Annotated[
@@ -49,6 +53,12 @@ def evaluate(
     ] = None,
     answers: Annotated[
         Path | None, typer.Option(help="Score these answers, a file or a folder of NAME.jsonl, instead of a model's.")
+    ] = None,
+    served_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The server's name of the model. Default: its only one.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the server's key. Default: none.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the suite's answers. Default: evals/SUITE/MODEL.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Answers per problem. Default: 8, or the suite's.")] = None,
@@ -103,16 +113,22 @@ def evaluate(
     if (model is None) == (answers is None):
         raise UserError("name either a model, or a file of answers with --answers")
     check_used("MODEL", model, {name: value for name, value in task_options.items() if name not in ("problems", "k")})
-    folder, rows = None if model is None else model_dir(model), []
+    address = model if model is not None and model.startswith(("http://", "https://")) else None
+    check_used("the address of a server", address, {"served_model": served_model, "api_key_env": api_key_env})
+    if address is not None and not suite:
+        raise UserError("a server answers the evaluations of a suite; add --suite r1, or name a model directory")
+    folder, rows = None if model is None or address is not None else model_dir(model), []
     from bessemer.addons.evals import evaluate as evaluation
 
     if suite:
         if task or lm_eval or k:
             raise UserError("--suite cannot be combined with --task, --lm-eval or --k; make two calls")
         from bessemer.addons.evals import suite_run
+        from bessemer.addons.evals.endpoint import Endpoint
 
+        asked = folder if address is None else Endpoint(address, served_model, api_key_env or "")
         result = suite_run.evaluate_suite(
-            folder, suite=suite, **chosen(task_options | of_suite | {"only": _names(only)})
+            asked, suite=suite, **chosen(task_options | of_suite | {"only": _names(only)})
         )
         if as_json:
             print_json(result)

@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.table import Table
 
+from bessemer.addons.evals.endpoint import Endpoint
 from bessemer.addons.evals.evaluate import between, percent
 from bessemer.addons.evals.suites import FOLDER, Evaluation, Given, check_places, choose, find, load, load_suite
 from bessemer.addons.families import data_sets
@@ -42,6 +45,8 @@ from bessemer.train import setup
 ROWS = 64
 """Answers that a process generates together: a kill loses at most this many per process."""
 RESULTS = "results.json"
+SEED_BITS = (1 << 31) - 1
+"""Of an endpoint's seeds: some take no larger ones."""
 SAMPLED = ("temperature", "top_p", "max_new_tokens")
 OPTIONAL = {"tokens": int, "finish_reason": str, "reasoning": str, "reasoning_content": str}
 Answers = dict[str, dict[int, scoring.Answer]]
@@ -72,7 +77,7 @@ class Ready:
 
 
 def evaluate_suite(
-    model: Path | None,
+    model: Path | Endpoint | None,
     *,
     suite: str,
     only: Sequence[str] = (),
@@ -84,15 +89,15 @@ def evaluate_suite(
     seed: int = 0,
     **changes: float,
 ) -> dict[str, Any]:
-    """{suite, model, rows, skipped} for a model, or without one for a file of `answers`. `samples` and `changes` (of
-    temperature, top_p, max_new_tokens) replace the suite's own. UserError if no evaluation can be run."""
+    """{suite, model, rows, skipped} for a model or an endpoint, or without one for a file of `answers`. `samples` and
+    `changes` (of temperature, top_p, max_new_tokens) replace the suite's own. UserError if no evaluation can be run."""
     chosen = load_suite(suite)
     evaluations = choose(chosen, only)
     check_places(data, evaluations)
     if answers is not None and not answers.exists():
         raise UserError(f"--answers {answers}: no such file or folder; name the file of answers, or its folder")
     ready, skipped = prepare(evaluations, data or [str(FOLDER)], problems)
-    result: dict[str, Any] = {"suite": suite, "model": str(model or answers), "rows": [], "skipped": skipped}
+    result: dict[str, Any] = {"suite": suite, "model": _name(model) or str(answers), "rows": [], "skipped": skipped}
     if model is not None:
         out = out or Path("evals") / suite / _label(model)
     if out is not None and (out / RESULTS).exists() and "suite" not in (read_json(out / RESULTS) or {}):
@@ -167,7 +172,7 @@ def prepare(
 
 
 def run(
-    model: Path, ready: Sequence[Ready], sampling: Sampling, samples: int | None, out: Path
+    model: Path | Endpoint, ready: Sequence[Ready], sampling: Sampling, samples: int | None, out: Path
 ) -> Iterator[dict[str, Any]]:
     """Yields the row of each evaluation as soon as all its answers are there. One process at a time writes to `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -183,24 +188,33 @@ def run(
 
 
 def _run(
-    model: Path, ready: Sequence[Ready], sampling: Sampling, samples: int | None, out: Path
+    model: Path | Endpoint, ready: Sequence[Ready], sampling: Sampling, samples: int | None, out: Path
 ) -> Iterator[dict[str, Any]]:
+    sample: Callable[[Ready, Sampling, int, Path], None]
+    if isinstance(model, Endpoint):
+        identity, sample = model.identity, partial(_ask, model)
+    else:
+        identity, sample = _loaded(model, sampling)
+    _say(f"answers are kept in {out}; after an interruption, the same command continues")
+    for item in ready:
+        file, count = out / f"{item.name}.jsonl", samples or item.evaluation.samples
+        header = {"evaluation": item.name, "model": identity, "sampling": asdict(sampling)}
+        _open(file, header)
+        sample(item, sampling, count, file)
+        answers = read_answers(file, [item])[item.name]
+        kept = {key: {n: group[n] for n in sorted(group)[:count]} for key, group in answers.items()}
+        yield _row(item, kept, sampling)
+
+
+def _loaded(model: Path, sampling: Sampling) -> tuple[dict[str, str], Callable[[Ready, Sampling, int, Path], None]]:
+    """(digests of the weights, what samples) of a model directory."""
     setup.keep_memory()
     engine = Engine(*setup.load_to_sample(model, _say), setup.workers())
-    _say(f"answers are kept in {out}; after an interruption, the same command continues")
     longest = engine.model.cfg.max_seq_len
     if longest < sampling.max_new_tokens:
         _say(f"the model's context of {longest} tokens truncates answers; {sampling.max_new_tokens} were requested")
     files = sorted(model.glob("*.safetensors"))
-    weights = dict(zip([file.name for file in files], sha256_of_all(files), strict=True))
-    for item in ready:
-        file, count = out / f"{item.name}.jsonl", samples or item.evaluation.samples
-        header = {"evaluation": item.name, "model": weights, "sampling": asdict(sampling)}
-        _open(file, header)
-        _sample(engine, item, sampling, count, file)
-        answers = read_answers(file, [item])[item.name]
-        kept = {key: {n: group[n] for n in sorted(group)[:count]} for key, group in answers.items()}
-        yield _row(item, kept, sampling)
+    return dict(zip([file.name for file in files], sha256_of_all(files), strict=True)), partial(_sample, engine)
 
 
 def score_file(path: Path, ready: Sequence[Ready]) -> Iterator[dict[str, Any]]:
@@ -259,10 +273,38 @@ def _sample(engine: Engine, evaluation: Ready, sampling: Sampling, samples: int,
         for batch, completions in zip(batches, engine.workers.map(engine.run, batches), strict=True):
             for sample, completion in zip(batch.samples, completions, strict=True):
                 problem, answer = problems[sample.prompt], scoring.answer_of(completion, engine.tokenizer.opening)
-                line = {"problem": problem.id, "sample": sample.sample, "question": _digest(problem), **asdict(answer)}
-                written.write(json.dumps(line, ensure_ascii=False) + "\n")
+                _write(written, problem, sample.sample, answer)
             written.flush()
             os.fsync(written.fileno())
+
+
+def _ask(endpoint: Endpoint, evaluation: Ready, sampling: Sampling, samples: int, file: Path) -> None:
+    """`_sample` by an endpoint."""
+    there = read_answers(file, [evaluation]).get(evaluation.name, {})
+    missing = [
+        (problem, number)
+        for problem in evaluation.problems
+        for number in range(samples)
+        if number not in there.get(problem.id, {})
+    ]
+    _say(f"{evaluation.name}: {len(evaluation.problems)} problems, {samples} answers each, {len(missing)} to generate")
+    options = {name: getattr(sampling, name) for name in SAMPLED}
+    with file.open("a", encoding="utf-8") as written:
+        for first in range(0, len(missing), ROWS):
+            batch = missing[first : first + ROWS]
+            asked = [
+                (problem.prompt, stable_hash("eval", sampling.seed, evaluation.name, problem.id, number) & SEED_BITS)
+                for problem, number in batch
+            ]
+            for (problem, number), answer in zip(batch, endpoint.answers(asked, **options), strict=True):
+                _write(written, problem, number, answer)
+            written.flush()
+            os.fsync(written.fileno())
+
+
+def _write(written: TextIO, problem: Problem, number: int, answer: scoring.Answer) -> None:
+    line = {"problem": problem.id, "sample": number, "question": _digest(problem), **asdict(answer)}
+    written.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _open(file: Path, header: dict[str, Any]) -> None:
@@ -345,8 +387,15 @@ def _digest(problem: Problem) -> str:
     return f"{stable_hash(problem.prompt):016x}"
 
 
-def _label(model: Path) -> str:
+def _name(model: Path | Endpoint | None) -> str | None:
+    """The model in results."""
+    return f"{model.http.url} {model.model}" if isinstance(model, Endpoint) else str(model) if model else None
+
+
+def _label(model: Path | Endpoint) -> str:
     """A name for the folder of a model's answers: `tiny-03-zero` for runs/tiny/03-zero/model."""
+    if isinstance(model, Endpoint):
+        return re.sub(r"[^\w.-]+", "-", model.model).strip("-.") or "endpoint"
     parts = model.resolve().parts
     return parts[-1] if parts[-1] != "model" else "-".join(parts[-3:-1])
 
