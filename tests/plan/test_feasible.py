@@ -9,6 +9,7 @@ from bessemer.addons.distributed import many_processes as many
 from bessemer.addons.distributed.many_processes import Gpus
 from bessemer.addons.plan import feasible, pace, stage_memory
 from bessemer.addons.plan.hardware import GIB, device
+from bessemer.addons.plan.stage_memory import StageMemory
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.model.accounting import main_params
@@ -69,27 +70,33 @@ def test_recipe_that_fits_prints_time_and_memory(call, tmp_path, monkeypatch):
 
 
 def test_rl_of_v2_lite_on_four_h200():
-    """The recipe's own machine holds its fine-tuning and not its RL: whole copies of 15.7B parameters, three times."""
+    """The reference is sharded like the policy; a trainer that samples gathers the whole network, vLLM does not."""
     needs, refused = faults("node", H200)
-    assert refused.keys() == {"zero", "dev2", "r1"} and "smallest [layout] that fits: pp = 1, ep = " in refused["zero"]
-    assert needs["zero"].bytes["copies"] == 3 * 2 * main_params(preset("v2-lite"))
-    assert 180 < needs["zero"].total / GIB < 200 and needs["dev1"].total < needs["zero"].total / 1.9
-    _, alone = faults(
-        "node", H200, *(f"{stage}.{key}" for stage in refused for key in ("kl.weight=0", "micro_tokens=4096"))
-    )
-    assert not alone, "without a reference it fits"
+    zero = needs["zero"]
+    assert not refused and zero.bytes["reference"] == zero.bytes["weights"] and "gathered" not in zero.bytes
+    assert zero.workers == 4 and zero.worker_bytes["weights"] == 2 * main_params(preset("v2-lite"))
+    local, _ = faults("node", H200, 'zero.rollout={engine="local"}')
+    assert local["zero"].bytes["gathered"] == 2 * main_params(preset("v2-lite"))
+    _, refused = faults("node", device("H100"))
+    assert "smallest [layout] that fits: ep = 8" in refused["zero"]
+
+
+def test_updates_and_sampling_take_turns():
+    need = StageMemory("zero", 2, {"weights": 5, "activations": 3, "working": 1, "gathered": 5, "cache": 2})
+    assert need.total == 5 + 7 and need.total_of({"weights", "activations"}) == 8
 
 
 def test_r1_paper_on_one_process_and_on_1024_ranks():
-    """671B: one process, then 1,024 ranks, where RL's copies, sampling on one card and the student remain."""
+    """671B: one process, then 1,024 ranks, where what RL gathers and sampling on one card remain."""
     _, unsplit = faults("r1-paper", H800)
     assert {"zero", "dev1", "cold-start", "distilled", "r1"} <= unsplit.keys()
-    needs, split = faults("r1-paper", H800, "layout.pp=16", "layout.ep=64", "layout.dp=1")
-    assert "no layout helps" in split["zero"] and needs["zero"].bytes["copies"] > 3000 * GIB
+    layout = ("layout.pp=16", "layout.ep=64", "layout.dp=1")
+    needs, split = faults("r1-paper", H800, *layout)
+    assert 'engine = "vllm"' in split["zero"] and needs["zero"].bytes["gathered"] > 1200 * GIB
     assert "one process" in split["cold-start"] and needs["zero"].ranks == 1024
-    recipe = Recipe.load(RECIPES / "r1-paper.toml", ["layout.pp=16", "layout.ep=64", "layout.dp=1"])
-    refused = {stage.name for stage in recipe.stages if stage_memory.refused_layout(recipe, stage)}
-    assert refused == {"distilled"}, "Qwen is of another family, and nothing splits it"
+    recipe = Recipe.load(RECIPES / "r1-paper.toml", layout)
+    refused = {stage.name for stage in recipe.stages if stage_memory.too_few_rows(recipe, stage)}
+    assert refused == {"distilled"}, "64 conversations cannot be divided over 1,024 ranks"
 
 
 def test_v3_pretraining_fits_and_long_rows_do_not():

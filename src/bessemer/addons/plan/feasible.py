@@ -37,8 +37,8 @@ def add(
     recipe: Recipe, stages: list[Examined], world: int | None, device: Device | None, local: int,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Adds to the examined stages their memory, their time, and the faults of both. `here`: ranks that a run starts on
-    this machine. With `world` alone the ranks are of machines that nobody named, so nothing is compared."""
+    """Adds to the examined stages their memory, their time, and the faults of both. `local`: ranks that a run starts
+    on this machine. With `world` alone the ranks are of machines that nobody named, so nothing is compared."""
     needs = stage_memory.of_stages(recipe, world or (None if device else local), device)
     for examined in stages:
         config = recipe.stage(examined.name)
@@ -46,7 +46,7 @@ def add(
             examined.found.append(need.describe())
             compared = device is not None or world is None
             examined.faults += filter(None, [stage_memory.fault(recipe, need, device) if compared else None])
-        examined.faults += filter(None, [stage_memory.refused_layout(recipe, config, world)])
+        examined.faults += filter(None, [stage_memory.too_few_rows(recipe, config, world)])
     if device is not None:
         _planned(recipe, stages, ClusterSpec(device, world or recipe.layout.fewest))
     elif world is None:
@@ -101,7 +101,7 @@ def check(recipe: Recipe, root: Path, until: str | None, world: int) -> None:
     due = {*names[: names.index(until) + 1 if until in names else len(names)]} - done
     with places.of_recipe(recipe.folder):
         for name, need in stage_memory.of_stages(recipe, world).items():
-            if name in due and not need.guess and (why := stage_memory.fault(recipe, need, None, stage_memory.CERTAIN)):
+            if name in due and not need.guess and (why := stage_memory.fault(recipe, need, None, certain=True)):
                 raise UserError(why)
 
 

@@ -87,6 +87,10 @@ class OtherModel:
         """Parameters."""
         return sum(map(math.prod, self.tensors()))
 
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max(map(math.prod, self.tensors()))
+
     def shard(self, ranks: int) -> int:
         """Parameters on the rank with the largest part of every tensor."""
         return sum(_part(shape, ranks) for shape in self.tensors())

@@ -1,31 +1,36 @@
 """What every stage of a recipe needs of a process's memory, and whether the machine that it is for has that.
 
-    training       `plan.memory` for the stage's network on its layout; a model of another family, or a stage that one
-                   process runs alone, in one piece
-    copies         whole networks beside the trained one: RL's policy gathered on every rank, its reference and that of
-                   its checkpoint, a rounded copy for sampling, a critic, teachers
-    cache          latents, or keys and values, of the answers that are sampled together; on a GPU one answer, since the
-                   engine takes what is left
+    training       `plan.memory` for the stage's network on its layout, or `plan.other_memory` for a model of another
+                   family, which several ranks shard (FSDP2)
+    beside it      RL's reference, sharded like the policy; a critic; teachers; a rounded copy for sampling
+    sampling       the whole network gathered from its shards, if the trainer's own processes sample; the cache of the
+                   answers that are sampled together (on a GPU of one, since the engine takes what is left); vLLM on the
+                   trainer's GPUs; one tensor on its way to a sampler
+    workers        processes elsewhere that sample: weights, and the cache of one answer
 
-On a CPU each worker process has gradients and activations of its own. Nothing is allocated: these are sums over shapes.
+Updates and sampling take turns, so what only one of the two needs is there once: the larger of the two. On a CPU each
+worker process has gradients and activations of its own. Nothing is allocated: these are sums over shapes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from bessemer.addons.distributed import distributed, schedules
 from bessemer.addons.distributed.mesh import Layout
+from bessemer.addons.distributed.ray_settings import VLLMSettings
 from bessemer.addons.families.tables import ImportConfig
-from bessemer.addons.plan import memory
+from bessemer.addons.plan import memory, other_memory, other_models
 from bessemer.addons.plan.guess import params
 from bessemer.addons.plan.hardware import GIB, RESERVE, Device
 from bessemer.addons.plan.memory import NumberFormats
+from bessemer.addons.plan.other_models import OtherModel
 from bessemer.addons.r1.tables import DistillConfig, ExtendConfig, LongEvalConfig, RejectConfig
 from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
@@ -34,18 +39,23 @@ from bessemer.config.table import StageConfig
 from bessemer.config.training import OptimizerConfig, PretrainConfig
 from bessemer.errors import UserError
 from bessemer.model.accounting import embedding_params, kv_cache_bytes, main_params, mtp_params
-from bessemer.model.config import ModelConfig
+from bessemer.model.config import ModelConfig, preset
 from bessemer.pipeline.work import PROMPT
 from bessemer.system import memory as this_machine
 from bessemer.train import lineage, setup
 
-OWN = re.compile(r"deepseek-(v2|v3|r1)|moonlight|kimi-k2", re.IGNORECASE)
-OTHER = re.compile(r"distill|qwen|llama", re.IGNORECASE)
-"""What the address of a model says about its family before it is downloaded."""
+PUBLISHED = {
+    "v2-lite": r"deepseek-(coder-)?v2-lite",
+    "moonlight": r"moonlight-16b",
+    "v3": r"deepseek-(v3|r1)(?!.*distill)",
+}
+"""Presets, and the addresses of the models that have their shape."""
 BILLIONS = re.compile(r"(\d+(?:\.\d+)?)b\b", re.IGNORECASE)
-"""Its parameters, as in Qwen2.5-Math-7B."""
-CERTAIN = ("weights", "gradients", "masters", "moments", "copies")
-"""Kinds that follow from shapes alone; the others depend on what a step holds at its peak."""
+"""A model's parameters, as in Qwen2.5-Math-7B."""
+UPDATING, SAMPLING = ("activations", "working"), ("gathered", "cache", "engine", "exchange")
+"""Kinds that only updates need, and those that only sampling needs."""
+GUESSED = ("operands", "activations", "working", "cache", "engine", "exchange")
+"""Kinds that depend on what a step holds at its peak; the others follow from shapes alone."""
 CHIEF = 3
 """Kinds that a message names."""
 
@@ -60,10 +70,24 @@ class StageMemory:
     bytes: dict[str, int]
     guess: str = ""
     """Where the size of a model that is not here yet is from; "" if its files or [model] tell."""
+    workers: int = 0
+    """Processes elsewhere that sample for the stage."""
+    worker_bytes: dict[str, int] = field(default_factory=dict)
+    """What each of their devices holds at least."""
 
     @property
     def total(self) -> int:
-        return sum(self.bytes.values())
+        """Bytes at the stage's fullest moment."""
+        return self.total_of(self.bytes)
+
+    def total_of(self, kinds: Collection[str]) -> int:
+        """Those of these kinds alone."""
+
+        def sum_of(some: Collection[str]) -> int:
+            return sum(size for kind, size in self.bytes.items() if kind in some and kind in kinds)
+
+        held = {*self.bytes} - {*UPDATING, *SAMPLING}
+        return sum_of(held) + max(sum_of(UPDATING), sum_of(SAMPLING))
 
     def chief(self) -> str:
         """The largest kinds, as text."""
@@ -72,7 +96,17 @@ class StageMemory:
 
     def describe(self) -> str:
         per = " a rank" if self.ranks > 1 else ""
-        return f"memory {_amount(self.total)}{per}: {self.chief()}" + f" ({self.guess})" * bool(self.guess)
+        text = f"memory {_amount(self.total)}{per}: {self.chief()}"
+        if self.workers:
+            text += f"; {_amount(sum(self.worker_bytes.values()))} on each device of {self.workers} that sample"
+        return text + f" ({self.guess})" * bool(self.guess)
+
+    def facts(self) -> dict[str, object]:
+        """As JSON, in bytes."""
+        facts: dict[str, object] = {"ranks": self.ranks, "total": self.total, "bytes": self.bytes}
+        if self.workers:
+            facts |= {"workers": self.workers, "worker_bytes": self.worker_bytes}
+        return facts | ({"guess": self.guess} if self.guess else {})
 
 
 @dataclass(frozen=True)
@@ -109,69 +143,118 @@ def of_stages(recipe: Recipe, world: int | None = None, device: Device | None = 
     return needs
 
 
-def fault(recipe: Recipe, need: StageMemory, device: Device | None, kinds: Collection[str] | None = None) -> str | None:
-    """Why a stage cannot run on a device (None: on this machine), with what to do; None if it can. `kinds`: those of
-    memory that count, by default all."""
+def fault(
+    recipe: Recipe, need: StageMemory, device: Device | None, certain: bool = False, other: Device | None = None
+) -> str | None:
+    """Why a stage cannot run on a device (None: on this machine), with what to do; None if it can. `certain`: only what
+    follows from shapes counts. `other`: the device of the workers, by default the same."""
     room = Room.of(device, need.ranks)
-    total = sum(size for kind, size in need.bytes.items() if kinds is None or kind in kinds)
-    if total <= room.bytes:
-        return None
+    total = need.total_of({*need.bytes} - {*GUESSED}) if certain else need.total
     per = f" on each of {need.ranks:,} ranks" if need.ranks > 1 else ""
-    need_text = f'stage "{need.stage}" needs {_amount(total)}{per} ({need.chief()})'
-    return f"{need_text}; {room.describe()}; {_advice(recipe, need, device, room)}"
+    if total > room.bytes:
+        need_text = f'stage "{need.stage}" needs {_amount(total)}{per} ({need.chief()})'
+        return f"{need_text}; {room.describe()}; {_advice(recipe, need, device, room)}"
+    where = other or device
+    each = sum(need.worker_bytes.values())
+    if where is not None and each > where.room:
+        parts = ", ".join(f"{kind} {_amount(size)}" for kind, size in need.worker_bytes.items())
+        return (
+            f'stage "{need.stage}" samples on devices that need {_amount(each)} each ({parts}); {where.name} has '
+            f"{_amount(where.room)}; spread a copy of the model over more of them: rollout.gpus"
+        )
+    return None
 
 
 def _advice(recipe: Recipe, need: StageMemory, device: Device | None, room: Room) -> str:
     stage = recipe.stage(need.stage)
-    if need.bytes.get("copies", 0) > room.bytes:
-        return "every rank holds whole copies of the network, so no layout helps: a smaller model, or larger devices"
+    held = need.total_of({*need.bytes} - {*UPDATING, *SAMPLING})
     if device is None and not torch.cuda.is_available():
         return "choose a smaller model, or name the devices that it is for: --device H100"
-    if need.total - need.bytes.get("activations", 0) - need.bytes.get("working", 0) <= room.bytes:
-        return "shorten its rows, lower micro_rows, or set [layout] recompute, or cp, which splits rows over ranks"
-    if not isinstance(stage, OptimizerConfig) or (cfg := _network(recipe, stage)[0]) is None:
-        return "a smaller model, or larger devices: one process holds it whole"
-    if (layout := _nearest(recipe, stage, cfg, device, room)) is not None:
-        return f"the smallest [layout] that fits: pp = {layout.pp}, ep = {layout.ep} ({layout.world:,} ranks)"
+    if held <= room.bytes < held + need.bytes.get("gathered", 0):
+        return 'sampling gathers the whole network; let others sample: [stage.rollout] engine = "vllm"'
+    if held + need.bytes.get("engine", 0) > room.bytes >= held and need.bytes.get("engine", 0):
+        return "lower rollout.gpu_memory_utilization, or give vLLM devices of its own: rollout.sleep = false"
+    if not isinstance(stage, OptimizerConfig):
+        return "one process holds it whole: a smaller model, or larger devices"
+    if (layout := nearest(recipe, stage, device, room)) is not None:
+        return f"the smallest [layout] that fits: {layout}"
+    if held <= room.bytes:
+        return "shorten its rows, lower micro_rows or micro_tokens, or set [layout] recompute, or cp, which splits rows"
     return "no [layout] of up to 1,024 ranks fits: a smaller model, shorter rows, or larger devices"
 
 
-def _nearest(
-    recipe: Recipe, stage: OptimizerConfig, cfg: ModelConfig, device: Device | None, room: Room
-) -> Layout | None:
-    """The layout with the fewest ranks whose fullest one has room."""
-    sizes = [(pp, ep) for pp in (1, 2, 4, 8, 16) for ep in (1, 2, 4, 8, 16, 32, 64) if cfg.n_routed_experts % ep == 0]
-    for pp, ep in sorted(sizes, key=lambda size: (size[0] * size[1], size[0])):
-        if pp * ep <= recipe.layout.fewest or pp > cfg.n_layers // 2:
-            continue
-        changed = recipe.layout.model_copy(update={"pp": pp, "ep": ep, "dp": 1, "cp": 1, "schedule": "auto"})
-        changed_recipe = recipe.model_copy(update={"layout": changed})
-        size = _of_stage(changed_recipe, stage, pp * ep, device)
-        if size is not None and size.total <= room.bytes:
-            return Layout(pp, 1, ep, recipe.layout.node)
+def nearest(recipe: Recipe, stage: OptimizerConfig, device: Device | None, room: Room | None = None) -> str | None:
+    """The layout with the fewest ranks on which a stage fits, as text."""
+    room = room or Room.of(device, 1)
+    cfg, model, _ = _network(recipe, stage)
+    tried: list[dict[str, int]] = []
+    if cfg is not None:
+        splits = [(pp, ep) for pp in (1, 2, 4, 8, 16) for ep in (1, 2, 4, 8, 16, 32, 64)]
+        for pp, ep in sorted(splits, key=lambda split: (math.prod(split), split)):
+            if cfg.n_routed_experts % ep == 0 and pp <= max(1, cfg.n_layers // 2):
+                tried.append({"pp": pp, "ep": ep, "dp": 1})
+    elif model is not None:
+        tried = [{"pp": 1, "ep": 1, "dp": 1 << n} for n in range(11)]
+    for sizes in tried:
+        for recompute in ([], ["attend", "experts"]):
+            if recompute and getattr(stage, "fp8", "off") != "off":
+                continue
+            world = sizes["pp"] * sizes["ep"] * sizes["dp"]
+            changed = recipe.layout.model_copy(update=sizes | {"cp": 1, "schedule": "auto", "recompute": recompute})
+            if changed.fewest == recipe.layout.fewest and set(recompute) <= set(recipe.layout.recompute):
+                continue
+            size = _of_stage(recipe.model_copy(update={"layout": changed}), stage, world, device)
+            if size is not None and size.total <= room.bytes:
+                named = [f"{key} = {value}" for key, value in sizes.items() if value > 1]
+                named += [f"recompute = {recompute}".replace("'", '"')] if recompute else []
+                return f"{', '.join(named) or 'one rank'} ({world:,} ranks)"
     return None
 
 
 def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | None) -> StageMemory | None:
-    cfg, guess = _network(recipe, stage)
+    cfg, model, guess = _network(recipe, stage)
     on_gpu = device is not None or torch.cuda.is_available()
     if isinstance(stage, OptimizerConfig):
         number = 2 if stage.precision == "bfloat16" or (stage.precision != "float32" and on_gpu) else 4
-        if cfg is None:
-            return _foreign(recipe, stage, number)
-        layout, *_ = distributed.layout_of(recipe.layout, world, not isinstance(stage, RLConfig | DistillConfig))
-        by_kind = _training(recipe, stage, cfg, layout, number, device)
-        by_kind |= _copies(recipe, stage, cfg, layout, number, by_kind)
-        by_kind["cache"] = _cache(stage, cfg, number, layout.world)
-        return StageMemory(stage.name, world, by_kind, guess)
-    if isinstance(stage, RejectConfig | EvalConfig | LongEvalConfig):  # one process holds the whole model
+        if cfg is None and model is None:
+            return _by_count(recipe, stage, number, world)
+        if cfg is not None:
+            layout, *_ = distributed.layout_of(recipe.layout, world, not isinstance(stage, RLConfig | DistillConfig))
+            by_kind = _training(recipe, stage, cfg, layout, number, device)
+            by_kind |= _beside(recipe, stage, cfg, layout, number, by_kind, on_gpu)
+        else:
+            assert model is not None
+            by_kind = _other_training(recipe, stage, model, world, number, on_gpu)
+        n_params, largest = _sizes(cfg, model)
+        by_kind |= _sampling(stage, cfg, model, number, world, device)
+        if isinstance(stage, RLConfig) and (stage.rollout.engine != "local" or by_kind.get("gathered")):
+            by_kind["exchange"] = number * largest
+        workers, worker_bytes = _workers(stage, cfg, model, n_params)
+        return StageMemory(stage.name, world, {k: v for k, v in by_kind.items() if v}, guess, workers, worker_bytes)
+    if isinstance(stage, RejectConfig | EvalConfig | LongEvalConfig):
         number = 2 if on_gpu else 4
-        count, guess = (_held(cfg), guess) if cfg else _parameters(recipe, _source(stage))
+        count = _sizes(cfg, model)[0]
+        if not count:
+            count, guess = _parameters(recipe, _source(stage))
         if not count:
             return None
-        cache = _cache(stage, cfg, number, 1) if cfg else 0
+        settings = getattr(stage, "rollout", None)
+        if settings is not None and settings.engine != "local":
+            workers, worker_bytes = _workers(stage, cfg, model, count)
+            return StageMemory(stage.name, 1, {}, guess, workers, worker_bytes)
+        cache = _cache(stage, cfg, model, number, 1)
         return StageMemory(stage.name, 1, {"weights": number * count, "cache": cache}, guess)
     return None
+
+
+def _sizes(cfg: ModelConfig | None, model: OtherModel | None) -> tuple[int, int]:
+    """(parameters in memory, those of the largest tensor)."""
+    if cfg is not None:
+        experts = 2 * cfg.n_routed_experts * cfg.moe_inter_dim * cfg.dim if cfg.n_dense_layers < cfg.n_layers else 0
+        return main_params(cfg) + mtp_params(cfg), max(cfg.vocab_size * cfg.dim, experts)
+    if model is not None:
+        return model.count(), model.largest()
+    return 0, 0
 
 
 def _training(
@@ -181,7 +264,7 @@ def _training(
     on_gpu = device is not None or torch.cuda.is_available()
     packed = bool(getattr(stage, "document_mask", not isinstance(stage, RLConfig | DistillConfig)))
     padded = number == 2 and device is not None and (packed or not device.cudnn)
-    rows, length = _micro_batch(recipe, stage, cfg)
+    rows, length = _micro_batch(recipe, stage, cfg.max_seq_len)
     name, micro = schedules.of_step(recipe.layout.schedule, layout.pp, 2 * layout.pp)
     moments = 2 if stage.moments == "bfloat16" else 4
     numbers = NumberFormats(number, moments, stage.fp8 != "off", on_gpu, stage.optimizer == "muon", padded)
@@ -195,47 +278,106 @@ def _training(
     return {k: size * (workers if k in ("gradients", "activations", "working") else 1) for k, size in by_kind.items()}
 
 
-def _micro_batch(recipe: Recipe, stage: OptimizerConfig, cfg: ModelConfig) -> tuple[int, int]:
+def _other_training(
+    recipe: Recipe, stage: OptimizerConfig, model: OtherModel, world: int, number: int, on_gpu: bool
+) -> dict[str, int]:
+    rows, length = _micro_batch(recipe, stage, model.context or 1 << 20)
+    lora = getattr(stage, "lora", None)
+    moments = 2 if stage.moments == "bfloat16" else 4
+    by_kind = other_memory.training(
+        model, world, rows, length, number, moments, bool(recipe.layout.recompute), lora.rank if lora else 0, on_gpu
+    )
+    if isinstance(stage, RLConfig) and stage.kl.weight > 0 and lora is None:
+        by_kind["reference"] = number * model.shard(world)
+    if isinstance(stage, RLConfig) and stage.rollout.precision == "bfloat16" and number == 4:
+        by_kind["rounded"] = 2 * model.count()
+    if isinstance(stage, RLConfig) and world > 1 and stage.rollout.engine == "local":
+        by_kind["gathered"] = number * model.count()
+    return by_kind
+
+
+def _micro_batch(recipe: Recipe, stage: OptimizerConfig, context: int) -> tuple[int, int]:
     """(rows, tokens of a row) of a forward pass."""
     if isinstance(stage, RLConfig | DistillConfig):
         cap = max(stage.max_new_tokens.values) if isinstance(stage, RLConfig) else stage.max_new_tokens
-        length = int(min(cap + PROMPT, cfg.max_seq_len))
+        length = int(min(cap + PROMPT, context))
         return max(1, stage.micro_tokens // length), length
     if isinstance(stage, ExtendConfig):
         return stage.micro_rows, stage.length
     corpus = getattr(stage, "corpus", None) or stage.source
-    of_corpus = getattr(recipe.stage(corpus) if corpus else None, "row_length", cfg.max_seq_len)
+    of_corpus = getattr(recipe.stage(corpus) if corpus else None, "row_length", context)
     return stage.micro_rows, int(getattr(stage, "row_length", of_corpus))
 
 
-def _copies(
-    recipe: Recipe, stage: OptimizerConfig, cfg: ModelConfig, layout: Layout, number: int, trained: dict[str, int]
-) -> dict[str, int]:
-    """Whole networks beside the trained one, in bytes."""
-    whole, gathered = number * _held(cfg), (layout.pp, layout.ep) != (1, 1)
+def _beside(
+    recipe: Recipe, stage: OptimizerConfig, cfg: ModelConfig, layout: Layout, number: int, trained: dict[str, int],
+    on_gpu: bool,
+) -> dict[str, int]:  # fmt: skip
+    """Networks beside the trained one, in bytes."""
+    count = _sizes(cfg, None)[0]
+    gathered = number * count * ((layout.pp, layout.ep) != (1, 1))
     if isinstance(stage, DistillConfig):
         teachers = len({*stage.teachers.values(), *([stage.teacher] if stage.teacher else [])})
-        return {"copies": whole * gathered + teachers * trained["weights"]}
+        return {"teachers": teachers * trained["weights"], "gathered": gathered}
     if not isinstance(stage, RLConfig):
-        return {"copies": 0}
-    copies = whole * gathered
-    copies += (
-        2 * whole * (stage.kl.weight > 0 and stage.lora is None)
-    )  # the reference, and what its checkpoint keeps of it
-    copies += 2 * _held(cfg) * (stage.rollout.precision == "bfloat16" and number == 4)
+        return {}
+    beside = {"reference": trained["weights"] * (stage.kl.weight > 0 and stage.lora is None)}
+    rounded = stage.rollout.precision == "bfloat16" and number == 4
+    if stage.rollout.engine == "local":
+        if gathered:
+            beside["gathered"] = gathered // 2 if rounded else gathered
+        elif rounded:
+            beside["rounded"] = 2 * count
     if stage.advantage.name == "critic":  # a score in place of the head, no MTP modules
         own = sum(trained[kind] for kind in ("weights", "gradients", "masters", "moments"))
         head = 0 if cfg.tie_embeddings else embedding_params(cfg)
-        copies += own * (main_params(cfg) - head) // _held(cfg)
-    return {"copies": copies}
+        beside["critic"] = own * (main_params(cfg) - head) // count
+    return beside
 
 
-def _held(cfg: ModelConfig) -> int:
-    """Parameters in memory: MTP modules share embedding and head."""
-    return main_params(cfg) + mtp_params(cfg)
+def _sampling(
+    stage: OptimizerConfig, cfg: ModelConfig | None, model: OtherModel | None, number: int, ranks: int,
+    device: Device | None,
+) -> dict[str, int]:  # fmt: skip
+    """What sampling holds on the trainer's own devices."""
+    settings = _vllm(stage)
+    if settings is not None and settings.sleep:
+        return {"engine": 0 if device is None else int(settings.gpu_memory_utilization * device.memory * GIB)}
+    return {"cache": _cache(stage, cfg, model, number, ranks)}
 
 
-def _cache(stage: StageConfig, cfg: ModelConfig, number: int, ranks: int) -> int:
+def _vllm(stage: StageConfig) -> VLLMSettings | None:
+    """The settings of vLLM, if it samples for the stage."""
+    rollout = getattr(stage, "rollout", None)
+    if rollout is None or rollout.engine != "vllm":
+        return None
+    known = {key: value for key, value in rollout.settings.items() if key in VLLMSettings.model_fields}
+    return VLLMSettings(**known)
+
+
+def _workers(
+    stage: StageConfig, cfg: ModelConfig | None, model: OtherModel | None, count: int
+) -> tuple[int, dict[str, int]]:
+    """(devices that sample and do nothing else, what each holds at least): a copy of the model, perhaps over several
+    devices, and the cache of the longest answer."""
+    rollout = getattr(stage, "rollout", None)
+    if rollout is None or rollout.engine not in ("ray", "vllm") or ((vllm := _vllm(stage)) and vllm.sleep):
+        return 0, {}
+    gpus = max(1, int(rollout.settings.get("gpus") or 1))
+    cap = getattr(stage, "max_new_tokens", 0)
+    longest = max(cap.values) if hasattr(cap, "values") else cap
+    cache = int((longest + PROMPT) * _token_bytes(cfg, model, 2))
+    return int(rollout.settings.get("workers", 1)) * gpus, {"weights": 2 * count // gpus, "cache": cache // gpus}
+
+
+def _token_bytes(cfg: ModelConfig | None, model: OtherModel | None, number: int) -> int:
+    """Bytes of a token's cache."""
+    if cfg is not None:
+        return int(kv_cache_bytes(cfg, number))
+    return model.kv_bytes(number) if model is not None else 0
+
+
+def _cache(stage: StageConfig, cfg: ModelConfig | None, model: OtherModel | None, number: int, ranks: int) -> int:
     """Bytes of what the engine stores of the answers that it samples together."""
     if isinstance(stage, RLConfig):
         if stage.rollout.engine != "local":
@@ -250,53 +392,67 @@ def _cache(stage: StageConfig, cfg: ModelConfig, number: int, ranks: int) -> int
     else:
         return 0
     rows = max(1, min(rows, answers) // ranks)
-    return int(rows * min(cap + PROMPT, cfg.max_seq_len) * kv_cache_bytes(cfg, number))
+    context = cfg.max_seq_len if cfg is not None else (model.context if model is not None else 0) or cap + PROMPT
+    return int(rows * min(cap + PROMPT, context) * _token_bytes(cfg, model, number))
 
 
-def _foreign(recipe: Recipe, stage: OptimizerConfig, number: int) -> StageMemory | None:
-    """A model of another family is trained by one process; activations are not counted."""
+def _by_count(recipe: Recipe, stage: OptimizerConfig, number: int, ranks: int) -> StageMemory | None:
+    """For a model of which only the number of parameters is known; activations are not counted."""
     count, guess = _parameters(recipe, stage.source)
     if not count:
         return None
-    lora = getattr(stage, "lora", None) is not None
-    by_kind = {"weights": number * count}
-    if not lora:
-        by_kind |= {"gradients": 4 * count, "masters": 4 * count * (number < 4), "moments": 8 * count}
-    if isinstance(stage, RLConfig) and stage.kl.weight > 0 and not lora:
-        by_kind["copies"] = 2 * number * count
-    return StageMemory(stage.name, 1, by_kind, guess)
+    share = -(-count // ranks)
+    if getattr(stage, "lora", None) is not None:
+        return StageMemory(stage.name, ranks, {"weights": number * share}, guess)
+    by_kind = {"weights": 4 * share} if ranks > 1 else {"weights": number * share, "masters": 4 * share * (number < 4)}
+    by_kind |= {"gradients": 4 * share, "moments": 8 * share}
+    if isinstance(stage, RLConfig) and stage.kl.weight > 0:
+        by_kind["reference"] = number * share
+    return StageMemory(stage.name, ranks, by_kind, guess)
 
 
-def refused_layout(recipe: Recipe, stage: StageConfig, world: int | None = None) -> str | None:
-    """Why a stage cannot be run on the ranks of [layout]: its model is of another family. None if it can."""
-    ranks, origin = world or recipe.layout.fewest, lineage.origin(recipe, _source(stage))
-    if ranks == 1 or recipe.layout.fewest == 1 or not isinstance(stage, OptimizerConfig):
+def _network(recipe: Recipe, stage: StageConfig) -> tuple[ModelConfig | None, OtherModel | None, str]:
+    """(network of a stage, or its shape if it is of another family, `StageMemory.guess`)."""
+    name = stage.name if isinstance(stage, PretrainConfig) else _source(stage)
+    if (cfg := lineage.config_of(recipe, name)) is not None:
+        return cfg, None, ""
+    if (config := lineage.imported_config(recipe, name)) is not None:
+        return None, other_models.from_config(config), ""
+    origin = lineage.origin(recipe, name)
+    if not isinstance(origin, ImportConfig):
+        return None, None, ""
+    if (model := other_models.known_model(origin.model)) is not None:
+        return None, model, "by its published config"
+    if (named := published_preset(origin.model)) is None:
+        return None, None, ""
+    with suppress(UserError):
+        default = recipe.model == Recipe.model_fields["model"].get_default(call_default_factory=True)
+        if not default:
+            return setup.model_config(recipe), None, "as if its model were [model]"
+    return preset(named), None, "by its published config"
+
+
+def too_few_rows(recipe: Recipe, stage: StageConfig, world: int | None = None) -> str | None:
+    """Why a model of another family cannot be trained on as many ranks: each takes whole rows. None if it can."""
+    ranks, model = world or recipe.layout.fewest, _network(recipe, stage)[1]
+    if model is None or ranks == 1 or not isinstance(stage, OptimizerConfig):
         return None
-    if not isinstance(origin, ImportConfig) or _is_own_family(recipe, origin):
+    if isinstance(stage, RLConfig):
+        rows, key = stage.prompts_per_rollout * stage.samples // stage.updates_per_rollout, "prompts_per_rollout"
+    else:
+        examples = getattr(stage, "batch_examples", 0)
+        rows, key = examples or getattr(stage, "batch_rows", None) or 0, "batch_examples" if examples else "batch_rows"
+    if not rows or rows >= ranks:
         return None
     return (
-        f'stage "{stage.name}" trains {origin.model}, which is not of the DeepSeek V3 family, and [layout] splits '
-        f"it over {recipe.layout.fewest} ranks; train it in a run of its own without [layout]"
+        f'stage "{stage.name}": a step of {rows:,} rows is too small for {ranks:,} ranks that shard a model of another '
+        f"family; raise {key}, or train it in a run of its own on {rows:,} ranks or fewer"
     )
 
 
-def _is_own_family(recipe: Recipe, origin: ImportConfig) -> bool:
-    """Whether an imported model is of the V3 family: by its config if it is here, otherwise by its address."""
-    if lineage.imported_config(recipe, origin.name) is not None:
-        return lineage.config_of(recipe, origin.name) is not None
-    return bool(OWN.search(origin.model)) and not OTHER.search(origin.model)
-
-
-def _network(recipe: Recipe, stage: StageConfig) -> tuple[ModelConfig | None, str]:
-    """(network of a stage, `StageMemory.guess`); None for another family."""
-    name = stage.name if isinstance(stage, PretrainConfig) else _source(stage)
-    if (cfg := lineage.config_of(recipe, name)) is not None:
-        return cfg, ""
-    origin = lineage.origin(recipe, name)
-    if isinstance(origin, ImportConfig) and _is_own_family(recipe, origin):
-        with suppress(UserError):
-            return setup.model_config(recipe), "as if its model were [model]"
-    return None, ""
+def published_preset(address: str) -> str | None:
+    """The preset of the model at an address on the Hub, if it is one of V3's family that is known."""
+    return next((name for name, form in PUBLISHED.items() if re.search(form, address, re.IGNORECASE)), None)
 
 
 def _source(stage: StageConfig) -> str | None:
