@@ -35,14 +35,14 @@ TEMPLATES = {
 @pytest.mark.parametrize("ask", [True, False])
 def test_texts_match_those_of_transformers(name, ask):
     names = {"bos_token": "<s>", "eos_token": "</s>"}
-    (theirs,), _ = render_jinja_template(
+    (reference,), _ = render_jinja_template(
         [TALK], chat_template=TEMPLATES[name], add_generation_prompt=ask, tools=None, documents=None, **names
     )
-    assert ChatTemplate(TEMPLATES[name], names)(TALK, ask) == theirs
+    assert ChatTemplate(TEMPLATES[name], names)(TALK, ask) == reference
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -57,9 +57,9 @@ def test_texts_match_those_of_transformers(name, ask):
         ("x" * (chat_template.LONGEST_TEMPLATE + 1), "characters; the limit is"),
     ],
 )
-def test_what_goes_too_far_is_an_error_and_the_next_one_works(text, said):
+def test_what_goes_too_far_is_an_error_and_the_next_one_works(text, message):
     begun = time.process_time()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         ChatTemplate(text, {})(TALK, True)
     assert time.process_time() - begun < 0.5, "it did not run here"
     assert ChatTemplate("{{ messages | length }}", {})(TALK, True) == "3"
@@ -67,11 +67,11 @@ def test_what_goes_too_far_is_an_error_and_the_next_one_works(text, said):
 
 def test_a_forked_worker_has_a_process_of_its_own():
     ChatTemplate("a", {})(TALK, True)
-    ours = chat_template._renderer(os.getpid())._child.pid
+    parent = chat_template._renderer(os.getpid())._child.pid
     read, write = os.pipe()
     if (pid := os.fork()) == 0:
         ChatTemplate("b", {})(TALK, True)
         os.write(write, str(chat_template._renderer(os.getpid())._child.pid).encode())
         os._exit(0)
     os.waitpid(pid, 0)
-    assert int(os.read(read, 20)) != ours
+    assert int(os.read(read, 20)) != parent

@@ -67,19 +67,19 @@ def test_jinja_renders_what_render_renders(messages, style, prompt):
 def test_transformers_gives_the_same_text_and_ids(tokenizer, tmp_path, style):
     transformers = pytest.importorskip("transformers")
     tokenizer.save(tmp_path)
-    ours = Tokenizer.load(tmp_path)
-    ours.chat_style = style
-    ours.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    own = Tokenizer.load(tmp_path)
+    own.chat_style = style
+    own.save(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
 
     @settings(max_examples=100, deadline=None)
     @given(MESSAGES, st.booleans())
     def same(messages, prompt):
-        text = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+        text = reference.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
         assert text == chat.render(messages, style, prompt)
-        ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]
-        if all(len(chat.typed_pieces(one["content"])) == 1 for one in messages if one["role"] == "user"):
-            assert ids == chat.render_ids(ours, messages, add_generation_prompt=prompt)
+        ids = reference.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+        if all(len(chat.typed_pieces(message["content"])) == 1 for message in messages if message["role"] == "user"):
+            assert ids == chat.render_ids(own, messages, add_generation_prompt=prompt)
 
     same()
 
@@ -91,12 +91,12 @@ def test_zero_reads_as_the_paper_writes_it():
 
 
 def test_the_preamble_names_roles_order_and_tags_in_the_order_of_table_1():
-    said = chat.ZERO_PREAMBLE
+    preamble = chat.ZERO_PREAMBLE
     parts = ["conversation", "User", "Assistant", "asks", "solves", "first", "reasons", "answer", "<think>", "</think>"]
     parts += ["<answer>", "</answer>", "in this form", "<think>", "</think> <answer>", "</answer>"]
-    place = 0
+    position = 0
     for part in parts:
-        place = said.index(part, place) + len(part)
+        position = preamble.index(part, position) + len(part)
 
 
 def test_r1_drops_the_thinking_of_earlier_turns_and_opens_a_new_one():
@@ -155,8 +155,8 @@ def test_zero_prompt_and_completion_meet_at_a_token_end(tokenizer, question, ans
     prompt = chat.render([{"role": "user", "content": question}], "zero").removeprefix(chat.BOS)
     assert prompt.endswith("Assistant:")
     for completion in (f"<think>{answer}</think> <answer>{answer}</answer>", f" {answer}"):
-        whole = tokenizer.encode(prompt + completion)
-        assert whole == tokenizer.encode(prompt) + tokenizer.encode(completion)
+        joined = tokenizer.encode(prompt + completion)
+        assert joined == tokenizer.encode(prompt) + tokenizer.encode(completion)
     assert tokenizer.encode(f"<think>{answer}")[0] == tokenizer.think_id
 
 
@@ -177,10 +177,10 @@ def test_answers_are_marked_and_nothing_else(tokenizer):
 def test_r1_does_not_train_on_a_turn_that_lost_its_thoughts(tokenizer):
     last = {"role": "assistant", "content": "<think>\nsums\n</think>\n\n4"}
     plain = {"role": "assistant", "content": "Hello."}
-    for first, kept in ((TALK[2], False), (plain, True)):
+    for first, is_trained in ((TALK[2], False), (plain, True)):
         ids, marks = chat.render_answers(tokenizer, [TALK[1], first, TALK[3], last], "r1")
         trained = [i for i, mark in zip(ids, marks, strict=True) if mark]
-        both = [*tokenizer.encode(first["content"]), tokenizer.eos_id] * kept
+        both = [*tokenizer.encode(first["content"]), tokenizer.eos_id] * is_trained
         assert trained == [*both, *tokenizer.encode(last["content"]), tokenizer.eos_id]
     zero = chat.render_answers(tokenizer, [TALK[1], TALK[2], TALK[3], last], "zero")[1]
     assert sum(zero) > sum(marks), "zero shows earlier turns whole, so it trains on them"

@@ -23,20 +23,20 @@ def pack(lengths, row_length):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(2, 16))
 def test_packing_keeps_every_token_once_and_cuts_only_what_is_too_long(lengths, row_length):
-    made = pack(lengths, row_length)
-    tokens = sorted(token for row in made for piece in row for token in piece)
+    rows = pack(lengths, row_length)
+    tokens = sorted(token for row in rows for piece in row for token in piece)
     assert tokens == list(range(sum(lengths)))
-    assert all(0 < sum(map(len, row)) <= row_length for row in made)
-    pieces = {(piece.start, piece.stop) for row in made for piece in row}
+    assert all(0 < sum(map(len, row)) <= row_length for row in rows)
+    pieces = {(piece.start, piece.stop) for row in rows for piece in row}
     start = 0
     for length in lengths:
         for cut in range(start, start + length, row_length):
             assert (cut, min(cut + row_length, start + length)) in pieces
         start += length
-    firsts = [min(piece.start for piece in row) for row in made]
+    firsts = [min(piece.start for piece in row) for row in rows]
     assert firsts == sorted(firsts), "rows come in the order of their first document"
     # What best-fit decreasing guarantees: no two rows would fit into one.
-    room = sorted(row_length - sum(map(len, row)) for row in made)
+    room = sorted(row_length - sum(map(len, row)) for row in rows)
     assert len(room) < 2 or room[-1] + room[-2] < row_length or row_length - room[-1] > room[-2]
 
 
@@ -57,10 +57,10 @@ def test_rows_of_samples_are_written_in_groups(monkeypatch, tmp_path):
     with (tmp_path / "rows").open("w+b") as file:
         rows, waste = packing.write_rows(iter(samples), 8, 0, np.dtype("<u4"), file)
         file.seek(0)
-        found = np.frombuffer(file.read(), "<u4").reshape(rows, 8)
-    assert sorted(found[found > 0].tolist()) == sorted(token for sample in samples for token in sample.tolist())
-    assert found[0].tolist() == [3] * 3 + [5] * 5, "the first group packs by itself"
-    assert waste == pytest.approx((found == 0).mean())
+        actual = np.frombuffer(file.read(), "<u4").reshape(rows, 8)
+    assert sorted(actual[actual > 0].tolist()) == sorted(token for sample in samples for token in sample.tolist())
+    assert actual[0].tolist() == [3] * 3 + [5] * 5, "the first group packs by itself"
+    assert waste == pytest.approx((actual == 0).mean())
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +74,18 @@ def content(part):
 
 def documents_of(part, tokenizer):
     """The documents that lie entirely within the rows, as ids."""
-    found = []
+    documents = []
     for row in content(part).tolist():
         current = None
         for token in row:
             if token == tokenizer.bos_id:
                 current = []
             elif token == tokenizer.eos_id and current is not None:
-                found.append(tuple(current))
+                documents.append(tuple(current))
                 current = None
             elif current is not None:
                 current.append(token)
-    return found
+    return documents
 
 
 def test_rows_hold_exactly_the_documents(built, documents, tokenizer):
@@ -93,10 +93,10 @@ def test_rows_hold_exactly_the_documents(built, documents, tokenizer):
     for document in documents:
         sides["heldout" if is_heldout(document.text, 0.1) else "train"].append(document)
     for name, part in (("train", built.train), ("heldout", built.heldout)):
-        mine = sides[name]
-        assert part.facts["documents"] == len(mine) > 0
-        assert part.facts["bytes"] == sum(len(document.text.encode()) for document in mine)
-        ids = [tuple(tokenizer.encode(document.text)) for document in mine]
+        side = sides[name]
+        assert part.facts["documents"] == len(side) > 0
+        assert part.facts["bytes"] == sum(len(document.text.encode()) for document in side)
+        ids = [tuple(tokenizer.encode(document.text)) for document in side]
         assert part.facts["tokens"] == sum(len(i) + 2 for i in ids) == int((content(part) != 2).sum())
         assert sorted(documents_of(part, tokenizer)) == sorted(i for i in ids if len(i) + 2 <= 64)
         assert part.waste == pytest.approx(1 - part.facts["tokens"] / content(part).size, abs=1e-6)
@@ -107,9 +107,9 @@ def test_rows_hold_exactly_the_documents(built, documents, tokenizer):
 
 def test_the_heldout_share_is_about_what_was_asked_and_is_decided_by_the_text():
     texts = [f"text {n}" for n in range(4000)]
-    held = {text for text in texts if is_heldout(text, 0.02)}
-    assert 40 < len(held) < 130  # 80 expected, standard deviation 9
-    assert held <= {text for text in texts if is_heldout(text, 0.05)}
+    held_out = {text for text in texts if is_heldout(text, 0.02)}
+    assert 40 < len(held_out) < 130  # 80 expected, standard deviation 9
+    assert held_out <= {text for text in texts if is_heldout(text, 0.05)}
 
 
 def test_a_batch_counts_neither_padding_nor_first_tokens(built):
@@ -125,14 +125,14 @@ def test_a_batch_counts_neither_padding_nor_first_tokens(built):
 def test_a_segment_holds_tokens_of_one_document_though_its_piece_has_no_bos(built, tokenizer):
     rows = built.train
     batch = rows.batch(range(rows.n_rows), masked=True)
-    whole = [document.tobytes() for document in rows.documents()]
+    documents_read = [document.tobytes() for document in rows.documents()]
     middles = 0
     for tokens_T, segments_T in zip(batch.tokens_BT, batch.segments_BT, strict=True):
         assert segments_T[0] == 0 and set(segments_T.diff().tolist()) <= {0, 1}
         for segment in segments_T.unique():
             ids = tokens_T[(segments_T == segment) & (tokens_T != rows.pad_id)].numpy()
             middles += ids[0] != tokenizer.bos_id and int(segment) > 0
-            assert any(ids.astype(rows._dtype).tobytes() in one for one in whole)
+            assert any(ids.astype(rows._dtype).tobytes() in entry for entry in documents_read)
     assert middles > 3, "some follow another document in their row"
     order = [5, 0, 3]
     assert np.array_equal(rows.documents_of(order), batch.segments_BT[order])

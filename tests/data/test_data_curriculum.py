@@ -13,9 +13,9 @@ from bessemer.errors import UserError
 
 def test_stretches_change_with_the_length_and_keep_their_rows():
     lengths = lambda tokens: 32 if tokens < 1000 else 64  # noqa: E731 (a schedule)
-    found = sections(2000, lengths, lambda tokens: 256 // lengths(tokens))
+    stretches = sections(2000, lengths, lambda tokens: 256 // lengths(tokens))
     # steps of 256 tokens: four up to 1,024, then four more
-    assert found == [CurriculumSection(32, 0, 0, 32), CurriculumSection(64, 1024, 32, 16)]
+    assert stretches == [CurriculumSection(32, 0, 0, 32), CurriculumSection(64, 1024, 32, 16)]
 
 
 def test_a_step_without_a_row_is_refused():
@@ -33,24 +33,24 @@ def parts_of(documents, tokenizer, tmp_path_factory):
 
 def test_a_stretch_reads_on_where_the_one_before_ended(parts_of):
     plan = [CurriculumSection(32, 0, 0, 40), CurriculumSection(64, 40 * 32, 40, 20)]
-    made = Curriculum(plan, parts_of, {"a": 0.25, "b": 0.75}, seed=1, caps={"a": 50})
-    first, second = made.mixtures
-    assert made.batch(0, 0, 3).tokens_BT.tolist() == first.batch(0, 3).tokens_BT.tolist()
-    later = made.batch(40 * 32, 40, 2).tokens_BT
+    curriculum = Curriculum(plan, parts_of, {"a": 0.25, "b": 0.75}, seed=1, caps={"a": 50})
+    first, second = curriculum.mixtures
+    assert curriculum.batch(0, 0, 3).tokens_BT.tolist() == first.batch(0, 3).tokens_BT.tolist()
+    later = curriculum.batch(40 * 32, 40, 2).tokens_BT
     assert later.shape == (2, 64) and later.tolist() == second.batch(0, 2).tokens_BT.tolist()
     epochs = first.epochs(40)
-    assert made.epochs(40 * 32, 40) == epochs and second.epochs(0) == pytest.approx(epochs, abs=0.02)
+    assert curriculum.epochs(40 * 32, 40) == epochs and second.epochs(0) == pytest.approx(epochs, abs=0.02)
     assert second.epochs(20)["a"] > epochs["a"]
-    shares = made.realised(60 * 32, 50)  # half of the second section
+    shares = curriculum.realised(60 * 32, 50)  # half of the second section
     read = np.array([40 * 32, 10 * 64])
-    wanted = np.array([first.realised(0, 40)["a"], second.realised(0, 10)["a"]]) @ read / read.sum()
-    assert shares["a"] == pytest.approx(wanted) and sum(shares.values()) == pytest.approx(1)
+    expected = np.array([first.realised(0, 40)["a"], second.realised(0, 10)["a"]]) @ read / read.sum()
+    assert shares["a"] == pytest.approx(expected) and sum(shares.values()) == pytest.approx(1)
 
 
 def test_weights_that_are_no_shares_are_reported_once_and_not_during_training(parts_of):
     plan = [CurriculumSection(32, 0, 0, 40), CurriculumSection(64, 40 * 32, 40, 20)]
     with pytest.warns(UserWarning, match="sum to 4, not 1"):
-        made = Curriculum(plan, parts_of, {"a": 1.0, "b": 3.0}, seed=1)
+        curriculum = Curriculum(plan, parts_of, {"a": 1.0, "b": 3.0}, seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert made.batch(40 * 32, 40, 2).tokens_BT.shape == (2, 64)
+        assert curriculum.batch(40 * 32, 40, 2).tokens_BT.shape == (2, 64)

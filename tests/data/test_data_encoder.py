@@ -57,8 +57,8 @@ def test_added_tokens_inside_one_another(tokenizer):
     spec = dict(tokenizer.spec, added_tokens=[*tokenizer.spec["added_tokens"], *tokens])
     other = Tokenizer(spec, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "")
     texts = ["<t>", "a <t>x b", " [<t>] ", "x[<t>]<t>", "<t><t>x<t", "[<t> ]x[", "<t>x[<t>]"]
-    found = Encoder(other).encode_batch(texts)
-    assert [ids.tolist() for ids in found] == other.encode_batch(texts)
+    actual = Encoder(other).encode_batch(texts)
+    assert [ids.tolist() for ids in actual] == other.encode_batch(texts)
     assert len(other.encode("<t>")) == 1 and len(other.encode("[<t>]")) > 3
 
 
@@ -74,12 +74,12 @@ class Upper:
 
 
 def test_a_faster_implementation_encodes_what_it_can(tokenizer, monkeypatch):
-    made = Upper(tokenizer)
-    monkeypatch.setattr(encoders, "faster", lambda _: made)
+    fast = Upper(tokenizer)
+    monkeypatch.setattr(encoders, "faster", lambda _: fast)
     encoder = Encoder(tokenizer)
     assert encoder.encode_batch(["ABC"]) == tokenizer.encode_batch(["ABC"])
     assert encoder.encode_batch(["abc"])[0].tolist() == tokenizer.encode("abc")
-    assert made.asked == ["ABC", "abc"]
+    assert fast.asked == ["ABC", "abc"]
 
 
 def test_gigatoken_cuts_around_every_character(tokenizer, monkeypatch):

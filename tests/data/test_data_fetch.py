@@ -59,20 +59,20 @@ def test_a_file_put_there_by_hand_is_used_after_its_check(wheel, tmp_path, monke
     folder = tmp_path / "cache" / "packages"
     folder.mkdir(parents=True)
     (folder / package.filename).write_bytes(path.read_bytes())
-    found = fetch(package, tmp_path / "cache")
-    assert zipfile.ZipFile(found).read("tiny_text/text.txt") == b"hello\n"
+    fetched = fetch(package, tmp_path / "cache")
+    assert zipfile.ZipFile(fetched).read("tiny_text/text.txt") == b"hello\n"
 
 
 def test_one_flipped_bit_is_an_error_and_the_file_is_removed(wheel, tmp_path, monkeypatch):
     path, package = wheel
     monkeypatch.setattr(fetching, "_command", copies(path))
-    found = fetch(package, tmp_path / "cache")
-    damaged = bytearray(found.read_bytes())
+    fetched = fetch(package, tmp_path / "cache")
+    damaged = bytearray(fetched.read_bytes())
     damaged[10] ^= 1
-    found.write_bytes(damaged)
+    fetched.write_bytes(damaged)
     with pytest.raises(UserError, match=package.sha256):
         fetch(package, tmp_path / "cache")
-    assert not found.exists()
+    assert not fetched.exists()
     assert fetch(package, tmp_path / "cache").read_bytes() == path.read_bytes()
 
 
@@ -126,8 +126,8 @@ def test_npm_is_called_so_that_no_script_runs(wheel, tmp_path, monkeypatch):
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{npm.parent}{os.pathsep}{os.environ['PATH']}")
     assert fetch(package, tmp_path / "cache").read_bytes() == path.read_bytes()
-    asked = (tmp_path / "asked").read_text()
-    assert asked.startswith("pack tiny@1.0") and "--ignore-scripts" in asked
+    arguments = (tmp_path / "asked").read_text()
+    assert arguments.startswith("pack tiny@1.0") and "--ignore-scripts" in arguments
 
 
 def test_a_missing_client_is_named(wheel, tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ def part(n_rows, mark, row_length=4, tokenizer="t"):
     writer = shards.ShardWriter(folder, "train", 0, np.dtype("<u2"))
     for number in range(n_rows):
         writer.add([mark, number, *[2] * (row_length - 3)], "own", 1)
-    made = SimpleNamespace(vocab_size=1000, pad_id=2, fingerprint=tokenizer)
-    shards.seal(folder, made, row_length, {"train": [writer.finish()]})
+    meta = SimpleNamespace(vocab_size=1000, pad_id=2, fingerprint=tokenizer)
+    shards.seal(folder, meta, row_length, {"train": [writer.finish()]})
     return open_rows(folder)
 
 
@@ -56,12 +56,12 @@ def test_permute_is_what_it_was():
 @given(st.integers(0, 5000), st.integers(1, 64), st.integers(1, 9))
 def test_rows_do_not_depend_on_the_batch_size(first, n_rows, step):
     mixture = Mixture(PARTS, WEIGHTS, seed=7)
-    whole = mixture.batch(first, n_rows)
+    full = mixture.batch(first, n_rows)
     pieces = [mixture.batch(n, min(step, first + n_rows - n)) for n in range(first, first + n_rows, step)]
-    assert whole.tokens_BT.tolist() == [row for piece in pieces for row in piece.tokens_BT.tolist()]
+    assert full.tokens_BT.tolist() == [row for piece in pieces for row in piece.tokens_BT.tolist()]
     for offset in (0, n_rows - 1):
         name, row = mixture.locate(first + offset)
-        assert whole.tokens_BT[offset, :2].tolist() == [{"a": 100, "b": 101, "c": 102}[name], row]
+        assert full.tokens_BT[offset, :2].tolist() == [{"a": 100, "b": 101, "c": 102}[name], row]
 
 
 def test_shares_are_exact_over_a_period():
@@ -80,10 +80,10 @@ def test_every_row_comes_once_an_epoch_in_a_new_order():
         seen[name].append(row)
     for name, rows in PARTS.items():
         epochs = [seen[name][i : i + rows.n_rows] for i in range(0, len(seen[name]), rows.n_rows)]
-        whole = [epoch for epoch in epochs if len(epoch) == rows.n_rows]
-        assert len(whole) >= 2
-        assert all(sorted(epoch) == list(range(rows.n_rows)) for epoch in whole)
-        assert whole[0] != whole[1]
+        complete = [epoch for epoch in epochs if len(epoch) == rows.n_rows]
+        assert len(complete) >= 2
+        assert all(sorted(epoch) == list(range(rows.n_rows)) for epoch in complete)
+        assert complete[0] != complete[1]
 
 
 def test_a_batch_weighs_tokens_but_not_padding():
@@ -135,18 +135,18 @@ def test_shares_follow_weights_that_change():
     mixture = Mixture(PARTS, CHANGING, seed=3, span=Span(ROWS))
     for first in range(0, ROWS, 1000):
         middle = (first + 500) * LENGTH
-        wanted = {"a": 0.2, "b": CHANGING["b"](middle), "c": CHANGING["c"](middle)}
-        assert mixture.realised(first, 1000) == pytest.approx(wanted, abs=0.01)
-    whole = mixture.realised(0, ROWS)
-    assert whole == pytest.approx({"a": 0.2, "b": 0.3, "c": 0.5}, abs=1 / ROWS * 3), "nothing is lost to rounding"
+        expected = {"a": 0.2, "b": CHANGING["b"](middle), "c": CHANGING["c"](middle)}
+        assert mixture.realised(first, 1000) == pytest.approx(expected, abs=0.01)
+    overall = mixture.realised(0, ROWS)
+    assert overall == pytest.approx({"a": 0.2, "b": 0.3, "c": 0.5}, abs=1 / ROWS * 3), "nothing is lost to rounding"
 
 
 def test_a_cap_is_kept_and_the_others_take_over():
     mixture = Mixture(PARTS, WEIGHTS, seed=3, span=Span(ROWS, caps={"a": 3, "b": 10}))
     assert mixture.epochs(ROWS) == pytest.approx({"a": 3, "b": 10, "c": (ROWS - 30 - 370) / 500})
     assert set(mixture.ended) == {"a", "b"} and mixture.ended["a"] < mixture.ended["b"] < ROWS * LENGTH
-    seen = [mixture.locate(n) for n in range(2000)]
-    rows = [row for name, row in seen if name == "a"]
+    locations = [mixture.locate(n) for n in range(2000)]
+    rows = [row for name, row in locations if name == "a"]
     assert sorted(rows) == sorted(list(range(10)) * 3), "every row as often as the cap says"
     early = mixture.realised(0, 100)
     assert early == pytest.approx(WEIGHTS, abs=0.02), "before that the weights hold"
@@ -172,12 +172,12 @@ def test_data_that_ends_is_refused_and_says_when():
 
 
 def test_a_stretch_continues_where_the_one_before_it_ended():
-    whole = Mixture(PARTS, WEIGHTS, seed=3, span=Span(ROWS, caps={"c": 4}))
+    uninterrupted = Mixture(PARTS, WEIGHTS, seed=3, span=Span(ROWS, caps={"c": 4}))
     read = {"a": 2.0, "b": 0.0, "c": 3.9}
     later = Mixture(PARTS, WEIGHTS, seed=3, span=Span(ROWS, first_token=99, caps={"c": 4}, read=read))
     assert later.epochs(0) == pytest.approx(read)
-    assert later.epochs(ROWS)["c"] == 4 == whole.epochs(ROWS)["c"]
-    assert later.ended["c"] < whole.ended["c"]
+    assert later.epochs(ROWS)["c"] == 4 == uninterrupted.epochs(ROWS)["c"]
+    assert later.ended["c"] < uninterrupted.ended["c"]
 
 
 @pytest.mark.parametrize(

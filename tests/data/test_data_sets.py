@@ -90,15 +90,15 @@ def test_hub_errors_are_explained(monkeypatch):
 
 def test_hub_rows_become_documents(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    asked = []
+    requests = []
 
     def load(*args, **kwargs):
-        asked.append((args, kwargs))
+        requests.append((args, kwargs))
         return iter([{"text": "one"}, {"text": "two"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert [document.text for document in read("hf://own/set/main#test")] == ["one", "two"]
-    assert asked == [(("own/set", "main"), {"split": "test", "streaming": True})]
+    assert requests == [(("own/set", "main"), {"split": "test", "streaming": True})]
 
 
 def test_poems_with_gaps_are_left_out(tmp_path):

@@ -39,19 +39,19 @@ def tokens_of(rows):
 
 
 def test_many_shards_are_one_corpus(documents, tokenizer, tmp_path):
-    one = corpus.build(documents, tokenizer, 64, tmp_path / "one", heldout=0)
+    single = corpus.build(documents, tokenizer, 64, tmp_path / "one", heldout=0)
     split(documents, tokenizer, tmp_path / "many")
-    many = open_rows(tmp_path / "many")
-    assert len(many.facts["shards"]) > 3
+    sharded = open_rows(tmp_path / "many")
+    assert len(sharded.facts["shards"]) > 3
     for key in ("documents", "tokens", "bytes", "domains"):
-        assert many.facts[key] == one.train.facts[key]
-    assert tokens_of(many) == tokens_of(one.train)
-    assert [ids.tolist() for ids in many.documents()] == [ids.tolist() for ids in one.train.documents()]
-    first = [len(np.load(plan_files(tmp_path / "many" / "rows-64", name)[1])) for name in many._names]
-    across = [first[0], first[0] - 1, 0, many.n_rows - 1]  # rows on both sides of a shard border, in any order
-    assert (many.take(across) == content(many)[across]).all()
+        assert sharded.facts[key] == single.train.facts[key]
+    assert tokens_of(sharded) == tokens_of(single.train)
+    assert [ids.tolist() for ids in sharded.documents()] == [ids.tolist() for ids in single.train.documents()]
+    first = [len(np.load(plan_files(tmp_path / "many" / "rows-64", name)[1])) for name in sharded._names]
+    across = [first[0], first[0] - 1, 0, sharded.n_rows - 1]  # rows on both sides of a shard border, in any order
+    assert (sharded.take(across) == content(sharded)[across]).all()
     with pytest.raises(IndexError):
-        many.take([many.n_rows])
+        sharded.take([sharded.n_rows])
 
 
 def test_rows_of_another_length_need_no_other_copy(documents, tokenizer, tmp_path):
@@ -149,11 +149,11 @@ def test_one_wrong_bit_in_any_file_is_a_message(documents, tokenizer, tmp_path):
         data = path.read_bytes()
         headers = list(range(0, 128, 3)) if path.suffix == ".npy" else []
         flips = 120 if path.name == "meta.json" else 25
-        for place in [*headers, *(chance.randrange(len(data)) for _ in range(flips))]:
-            flipped = data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :]
+        for offset in [*headers, *(chance.randrange(len(data)) for _ in range(flips))]:
+            flipped = data[:offset] + bytes([data[offset] ^ 1 << chance.randrange(8)]) + data[offset + 1 :]
             path.write_bytes(flipped)
             try:
-                assert everything(tmp_path / "c") == good, f"{path.name}, byte {place}: not noticed"
+                assert everything(tmp_path / "c") == good, f"{path.name}, byte {offset}: not noticed"
                 harmless += 1
             except UserError as error:
                 assert any(word in str(error) for word in ("altered", "broken", "missing", "bytes"))

@@ -96,7 +96,7 @@ def test_python_code_needs_no_download_and_parses():
 def test_python_functions_are_whole_whatever_is_between_them(tmp_path, monkeypatch):
     body = "    # it says where the text of a function ends\n    return {0}"
     functions = [f"def f{n}(a, b):\n{body.format(n)}" for n in range(3)]
-    (tmp_path / "m.py").write_text("\x0c\n".join(f"{one}\n# \u2028 and \x85\n" for one in functions), "utf-8")
+    (tmp_path / "m.py").write_text("\x0c\n".join(f"{function}\n# \u2028 and \x85\n" for function in functions), "utf-8")
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
     assert list(sources.python_functions()) == functions
 

@@ -99,14 +99,14 @@ def test_save_load_and_transformers_agree(tokenizer, texts, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.fingerprint == tokenizer.fingerprint
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
+    assert (reference.bos_token_id, reference.eos_token_id, reference.pad_token_id) == (0, 1, 2)
     for text in [*texts[:30], "<think>a</think> b", "  two  blanks ", "1234567 你好\n\n"]:
         ids = tokenizer.encode(text)
         assert loaded.encode(text) == ids
-        assert theirs(text)["input_ids"] == ids  # in particular no BOS
-        assert theirs.decode([*ids, 1], skip_special_tokens=True) == text
+        assert reference(text)["input_ids"] == ids  # in particular no BOS
+        assert reference.decode([*ids, 1], skip_special_tokens=True) == text
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["add_bos_token"] is False
 

@@ -126,9 +126,9 @@ def test_answers_are_marked_with_their_end_and_nothing_else(directory):
     tok = load_tokenizer(directory)
     messages = [*TALK, {"role": "assistant", "content": "quite"}]
     ids, answers = chat.render_answers(tok, messages)
-    told = [tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine], skip_special=False)]
+    answer_texts = [tok.decode([i for i, is_answer in zip(ids, answers, strict=True) if is_answer], skip_special=False)]
     end = tok.decode([tok.eos_id], skip_special=False)
-    assert told[0].replace(" ", "") == f"<think>36</think>40,é漢{end}quite{end}"
+    assert answer_texts[0].replace(" ", "") == f"<think>36</think>40,é漢{end}quite{end}"
     assert answers[-1] or directory.name == "chatml", "the line break of ChatML after the end is the template's"
     prompt = chat.render_ids(tok, TALK)
     assert ids[: len(prompt)] == prompt and not answers[len(prompt) - 1] and answers[len(prompt)]
@@ -139,9 +139,9 @@ def test_an_episode_continues_as_the_conversation_is_rendered(directory, role):
     """What is appended to a sampled answer; tool outputs come from the user, in their marks."""
     tok = load_tokenizer(directory)
     ids, answers = chat.render_answers(tok, [*QUESTION, ANSWER])
-    said = ids[: max(place for place, answer in enumerate(answers) if answer) + 1]
-    whole = chat.render_ids(tok, [*QUESTION, ANSWER, {"role": role, "content": "sure?"}])
-    assert said + turns.following_ids(tok, [{"role": role, "content": "sure?"}]) == whole
+    episode = ids[: max(position for position, answer in enumerate(answers) if answer) + 1]
+    rendered = chat.render_ids(tok, [*QUESTION, ANSWER, {"role": role, "content": "sure?"}])
+    assert episode + turns.following_ids(tok, [{"role": role, "content": "sure?"}]) == rendered
 
 
 def test_where_an_answer_ends(tmp_path):
@@ -226,19 +226,25 @@ def test_templates_that_write_an_empty_thought_before_an_answer_without_one(tmp_
         marks = [tok.decode([i]) for i in prompt.ids if i in (tok.think_id, tok.think_end_id)]
         assert (prompt.thinking, *marks) == (thinking, *tags)
     assert chat_prompt(tok, asked).thinking == (opening == "<think>\n")
-    said = [*thoughtless, {"role": "assistant", "content": "yes"}]
-    went_on = [*said, {"role": "user", "content": "why?"}]
+    conversation = [*thoughtless, {"role": "assistant", "content": "yes"}]
+    went_on = [*conversation, {"role": "user", "content": "why?"}]
     assert tok.decode(turns.following_ids(tok, went_on[-1:])).lstrip().startswith("user\nwhy?" * (end != "<|user|>"))
     if end == "<|user|>":
         with pytest.raises(UserError, match="a control token after the last answer"):
-            chat.render_answers(tok, said)
+            chat.render_answers(tok, conversation)
         return
     for answer in ("yes", "<think>\nsure\n</think>yes"):
-        said[-1]["content"] = answer
-        ids, answers = chat.render_answers(tok, said)
-        told = tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine], skip_special=False)
-        assert told.startswith(("40<|im_end|>", "<think></think>40<|im_end|>")) and told.endswith("yes<|im_end|>")
-        assert told.count("<think>") == told.count("</think>") >= 1 and ("sure" in told) == ("sure" in answer)
+        conversation[-1]["content"] = answer
+        ids, answers = chat.render_answers(tok, conversation)
+        answer_text = tok.decode(
+            [i for i, is_answer in zip(ids, answers, strict=True) if is_answer], skip_special=False
+        )
+        assert answer_text.startswith(("40<|im_end|>", "<think></think>40<|im_end|>")) and answer_text.endswith(
+            "yes<|im_end|>"
+        )
+        assert answer_text.count("<think>") == answer_text.count("</think>") >= 1 and ("sure" in answer_text) == (
+            "sure" in answer
+        )
 
 
 V3_1 = (  # a lone tag says whether the model thinks
@@ -272,13 +278,13 @@ def test_the_thinking_switch_reaches_templates_that_have_one_and_is_added_to_oth
         assert (tok.think_end_id in prompt.ids[-6:]) == ("</think>" in end)
 
 
-@pytest.mark.parametrize("ways", [(), ("rstrip",), ("lstrip", "rstrip")])
+@pytest.mark.parametrize("variants", [(), ("rstrip",), ("lstrip", "rstrip")])
 @pytest.mark.parametrize("blank", ["first", "always", "prepend", "never"])
-def test_a_raw_prompt_has_the_ids_of_the_library_where_it_spells_control_tokens(tmp_path, blank, ways):
+def test_a_raw_prompt_has_the_ids_of_the_library_where_it_spells_control_tokens(tmp_path, blank, variants):
     folder = houses.sentencepiece(tmp_path, houses.ZEPHYR, blank)
     spec = json.loads((folder / "tokenizer.json").read_text())
     for token in spec["added_tokens"]:
-        token |= dict.fromkeys(ways, token["special"])
+        token |= dict.fromkeys(variants, token["special"])
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     vocabulary = Vocabulary(load_tokenizer(folder))
     reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -294,26 +300,29 @@ def test_a_tokenizer_that_begins_texts_with_a_blank_does_not_begin_answers_with_
     messages = [*QUESTION, {"role": "assistant", "content": "40"}, TALK[-1], {"role": "assistant", "content": "yes"}]
     ids, answers = chat.render_answers(tok, messages)
     assert ids == theirs(folder, messages, ask=False)
-    assert tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine], skip_special=False) == "40</s>yes</s>"
+    assert (
+        tok.decode([i for i, is_answer in zip(ids, answers, strict=True) if is_answer], skip_special=False)
+        == "40</s>yes</s>"
+    )
     prompt = chat.render_ids(tok, messages[:-1])
     assert ids[: len(prompt)] == prompt == theirs(folder, messages[:-1])
 
 
-@pytest.mark.parametrize("ways", [("rstrip",), ("lstrip",), ("lstrip", "rstrip")])
-def test_control_tokens_take_the_white_space_beside_them(tmp_path, ways):
+@pytest.mark.parametrize("variants", [("rstrip",), ("lstrip",), ("lstrip", "rstrip")])
+def test_control_tokens_take_the_white_space_beside_them(tmp_path, variants):
     """Phi-3's take the line break of their template."""
     folder = houses.byte_level(tmp_path, houses.ZEPHYR)
     spec = json.loads((folder / "tokenizer.json").read_text())
     for token in spec["added_tokens"]:
-        token |= dict.fromkeys(ways, token["special"])
+        token |= dict.fromkeys(variants, token["special"])
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     tok = load_tokenizer(folder)
     assert chat.render_ids(tok, TALK) == theirs(folder, TALK)
     messages = [*TALK, {"role": "assistant", "content": " quite \u3000\n"}]
     ids, answers = chat.render_answers(tok, messages)
     assert ids == theirs(folder, messages, ask=False)
-    said = tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine])
-    assert said == f"{ANSWER['content']} quite" + " \u3000\n" * ("lstrip" not in ways)
+    answer_text = tok.decode([i for i, is_answer in zip(ids, answers, strict=True) if is_answer])
+    assert answer_text == f"{ANSWER['content']} quite" + " \u3000\n" * ("lstrip" not in variants)
 
 
 def test_a_template_that_drops_thoughts_is_noticed(tmp_path):
@@ -328,25 +337,25 @@ def test_packed_samples_begin_where_they_begin(chatml, tmp_path):
     facts = sft_rows.build([Document("", "mine", tuple(talk))] * 5, chatml, 120, tmp_path / "rows")
     rows = sft_rows.load(tmp_path / "rows", seed=0)
     batch = rows.batch(0, rows.n_rows)
-    whole, answers = chat.render_answers(chatml, talk)
+    ids, answers = chat.render_answers(chatml, talk)
     assert facts["samples"] == 5 and sum(int(row.max()) for row in batch.segments_BT) == 5
     for row in range(batch.n_rows):
         for segment in range(1, int(batch.segments_BT[row].max()) + 1):
-            mine = batch.segments_BT[row] == segment
-            assert batch.tokens_BT[row, mine].tolist()[: len(whole)] == whole
-            assert batch.loss_BT[row, mine].bool().tolist()[: len(whole)] == answers
+            in_segment = batch.segments_BT[row] == segment
+            assert batch.tokens_BT[row, in_segment].tolist()[: len(ids)] == ids
+            assert batch.loss_BT[row, in_segment].bool().tolist()[: len(ids)] == answers
 
 
 def test_a_system_message_lives_in_the_template(chatml, tmp_path):
-    said = 'Say "yes".\n{{ 1 + 1 }} %} {# 漢😀 \\n'
-    chatml.set_system(said)
+    system = 'Say "yes".\n{{ 1 + 1 }} %} {# 漢😀 \\n'
+    chatml.set_system(system)
     chatml.save(tmp_path / "saved")
-    again = load_tokenizer(tmp_path / "saved")
-    ids = chat.render_ids(again, QUESTION)
-    assert said in again.decode(ids) and "be kind" not in again.decode(ids)
+    reloaded = load_tokenizer(tmp_path / "saved")
+    ids = chat.render_ids(reloaded, QUESTION)
+    assert system in reloaded.decode(ids) and "be kind" not in reloaded.decode(ids)
     assert ids == theirs(tmp_path / "saved", QUESTION), "transformers says it too"
     own = [{"role": "system", "content": "mine"}, *QUESTION]
-    assert said not in again.decode(chat.render_ids(again, own))
+    assert system not in reloaded.decode(chat.render_ids(reloaded, own))
 
 
 def test_a_base_model_speaks_the_zero_style(tmp_path):
@@ -356,10 +365,10 @@ def test_a_base_model_speaks_the_zero_style(tmp_path):
     tok.chat_style = "zero"
     assert tok.decode(chat.question_ids(tok, "2+2?"), skip_special=False) == "User: 2+2?\nAssistant:"
     tok.save(tmp_path / "saved")
-    again = load_tokenizer(tmp_path / "saved")
-    assert again.chat_style == "zero" and again.eos_id == tok.special_id("<|im_end|>") and again.opening == ""
+    reloaded = load_tokenizer(tmp_path / "saved")
+    assert reloaded.chat_style == "zero" and reloaded.eos_id == tok.special_id("<|im_end|>") and reloaded.opening == ""
     with pytest.raises(UserError, match="no token '<｜User｜>'"):
-        chat.render_ids(again, QUESTION, "r1")
+        chat.render_ids(reloaded, QUESTION, "r1")
 
 
 @pytest.mark.parametrize("blank", ["first", "always", "prepend"])
@@ -367,10 +376,10 @@ def test_what_continues_a_text_begins_with_no_blank(tmp_path, blank):
     """Our own template on such a tokenizer, and the beginning of an answer that a client gives."""
     tok = load_tokenizer(houses.sentencepiece(tmp_path, None, blank))
     tok.chat_style = "zero"
-    said = {"role": "assistant", "content": "<think>36</think> 40"}
-    ids = chat.render_ids(tok, [*QUESTION, said])
+    answer = {"role": "assistant", "content": "<think>36</think> 40"}
+    ids = chat.render_ids(tok, [*QUESTION, answer])
     assert tok.decode(ids).lstrip() == "User: What is 12*3+4?\nAssistant:<think>36</think> 40"
-    begun = chat_prompt(tok, [Turn(**QUESTION[0]), Turn(**said)]).ids
+    begun = chat_prompt(tok, [Turn(**QUESTION[0]), Turn(**answer)]).ids
     assert tok.decode(begun).lstrip() == "User: What is 12*3+4?\nAssistant:<think>36</think> 40"
 
 

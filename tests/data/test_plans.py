@@ -110,23 +110,23 @@ def test_processes_plan_a_shard_once_between_them(corpus, tmp_path):
     for rank in ranks:
         rank.join()
         assert rank.exitcode == 0
-    found = []
+    plans = []
     for queue in planned:
-        mine = []
+        first = []
         while not queue.empty():
-            mine.append(queue.get())
-        assert mine, "each has a part of the work"
-        found += mine
-    assert sorted(found) == [f"train-{number:05d}" for number in range(12)]
+            first.append(queue.get())
+        assert first, "each has a part of the work"
+        plans += first
+    assert sorted(plans) == [f"train-{number:05d}" for number in range(12)]
     alone = find_plan(corpus, shards.read_meta(corpus), 256, tmp_path / "alone")
     assert sorted(file.name for file in (tmp_path / "together" / "rows-256").iterdir()) == sorted(
         file.name for file in alone.iterdir()
     )
-    for name in found:
-        for mine, theirs in zip(
+    for name in plans:
+        for first, second in zip(
             plan_files(alone, name), plan_files(tmp_path / "together" / "rows-256", name), strict=True
         ):
-            assert mine.read_bytes() == theirs.read_bytes()
+            assert first.read_bytes() == second.read_bytes()
 
 
 def test_what_a_killed_process_was_planning_is_planned_again(corpus, tmp_path):
@@ -141,5 +141,5 @@ def test_what_a_killed_process_was_planning_is_planned_again(corpus, tmp_path):
     process.start()
     process.join()
     assert process.exitcode == 9
-    found = find_plan(corpus, shards.read_meta(corpus), 64, tmp_path / "plans")
-    assert len(list(found.glob("*.rows.npy"))) == 12
+    plan = find_plan(corpus, shards.read_meta(corpus), 64, tmp_path / "plans")
+    assert len(list(plan.glob("*.rows.npy"))) == 12

@@ -36,12 +36,12 @@ def test_every_pair_once_with_its_rival(tmp_path):
         segment = batch.segments_BT[row] == batch.segments_BT[row, last]
         return batch.tokens_BT[row, : last + 1][segment[: last + 1]].tolist()
 
-    found = []
+    pairs_read = []
     for row, last in batch.loss_BT.nonzero().tolist():
         rival = int(batch.extras["rival_BT"][row, last])
         assert batch.segments_BT[row, rival] == batch.segments_BT[row, last] + 1
-        found.append((read(row, last), read(row, rival)))
-    assert sorted(found) == sorted((good, bad) for good, bad in PAIRS)
+        pairs_read.append((read(row, last), read(row, rival)))
+    assert sorted(pairs_read) == sorted((good, bad) for good, bad in PAIRS)
     again = [batch.tokens_BT.tolist() for batch in (rows.batch(2, 3), rows.batch(0, rows.n_rows).rows(2, 5))]
     assert again[0] == again[1]
     assert sorted(rows.batch(0, rows.n_rows).tokens_BT.tolist()) == sorted(

@@ -49,19 +49,19 @@ def samples_of(batch):
     """(ids, trained) of every sample of a batch, padding dropped."""
     for row in range(batch.n_rows):
         for segment in batch.segments_BT[row].unique():
-            mine = batch.segments_BT[row] == segment
-            yield batch.tokens_BT[row, mine].tolist(), batch.loss_BT[row, mine].bool().tolist()
+            in_segment = batch.segments_BT[row] == segment
+            yield batch.tokens_BT[row, in_segment].tolist(), batch.loss_BT[row, in_segment].bool().tolist()
 
 
 def test_every_sample_once_whole_and_with_its_answers_marked(packed, tokenizer):
     style, facts, rows = packed
     expected = [chat.render_answers(tokenizer, document.messages, style) for document in CONVERSATIONS]
-    found = []
+    samples_read = []
     for ids, trained in samples_of(rows.batch(0, rows.n_rows)):
         end = max(i for i, token in enumerate(ids) if token == tokenizer.eos_id) + 1
         assert not any(trained[end:]) and set(ids[end:]) <= {tokenizer.pad_id}
-        found.append((ids[:end], trained[:end]))
-    assert sorted(found) == sorted(expected)
+        samples_read.append((ids[:end], trained[:end]))
+    assert sorted(samples_read) == sorted(expected)
     assert facts["samples"] == 40 and facts["too_long"] == 0
     assert facts["multi_turn"] == sum(len(document.messages) > 3 for document in CONVERSATIONS) > 0
     assert facts["answer_tokens"] == sum(sum(answers) for _, answers in expected)
@@ -71,8 +71,10 @@ def test_every_sample_once_whole_and_with_its_answers_marked(packed, tokenizer):
 def test_marked_tokens_are_the_assistants_own(packed, tokenizer):
     _, _, rows = packed
     ids, trained = next(iter(samples_of(rows.batch(0, 1))))
-    said = tokenizer.decode([token for token, mine in zip(ids, trained, strict=True) if mine], skip_special=True)
-    assert "it is" in said and "what is" not in said and "be brief" not in said
+    answer_text = tokenizer.decode(
+        [token for token, is_trained in zip(ids, trained, strict=True) if is_trained], skip_special=True
+    )
+    assert "it is" in answer_text and "what is" not in answer_text and "be brief" not in answer_text
 
 
 def test_a_sample_does_not_feel_its_neighbours(packed):
@@ -81,7 +83,7 @@ def test_a_sample_does_not_feel_its_neighbours(packed):
     cfg = preset("tiny", vocab_size=300, dim=32, n_layers=2, n_heads=2, inter_dim=64, moe_inter_dim=16)
     model = Transformer(cfg).initialise(0)
     batch = next(b for n in range(rows.n_rows) if (b := rows.batch(n, 1)).segments_BT.max() > 1)
-    whole = next_token(model, batch, mtp_lambda=0.3, balance_alpha=0.0).total
+    loss_of_row = next_token(model, batch, mtp_lambda=0.3, balance_alpha=0.0).total
     alone = torch.zeros(())
     for segment in batch.segments_BT.unique():
         only = batch.segments_BT[0] == segment
@@ -90,7 +92,7 @@ def test_a_sample_does_not_feel_its_neighbours(packed):
             segments_BT=batch.segments_BT[:, only],
         )  # fmt: skip
         alone = alone + next_token(model, part, mtp_lambda=0.3, balance_alpha=0.0).total
-    assert whole.item() == pytest.approx(alone.item(), rel=1e-5)
+    assert loss_of_row.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
 def test_every_epoch_reads_every_row_once_in_an_order_of_its_own(packed):
@@ -146,11 +148,11 @@ def test_steps_of_a_number_of_conversations(packed, examples):
         row += of_step(row)
         ends.append(row)
     assert row == epochs * rows.n_rows
-    seen = [len(list(samples_of(rows.batch(n, 1)))) for n in range(row)]
-    goals = [sum(seen[:end]) // examples for end in ends]
+    counts = [len(list(samples_of(rows.batch(n, 1)))) for n in range(row)]
+    goals = [sum(counts[:end]) // examples for end in ends]
     assert goals[:-1] == sorted(set(goals[:-1])), "every step passes a goal of its own"
-    assert all(sum(seen[: end - 1]) // examples < sum(seen[:end]) // examples for end in ends[:-1])
-    assert sum(seen) == 2 * facts["samples"]
+    assert all(sum(counts[: end - 1]) // examples < sum(counts[:end]) // examples for end in ends[:-1])
+    assert sum(counts) == 2 * facts["samples"]
 
 
 @pytest.mark.parametrize(

@@ -86,26 +86,26 @@ def marked(texts):
 def test_transformers_gives_the_same_text_and_ids(marked, tmp_path, style):
     transformers = pytest.importorskip("transformers")
     marked.save(tmp_path)
-    ours = Tokenizer.load(tmp_path)
-    ours.chat_style = style
-    ours.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids = chat.render_ids(ours, TALK)
-    assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), "they show the marks, too"
+    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer.chat_style = style
+    tokenizer.save(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = chat.render_ids(tokenizer, TALK)
+    assert reference.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids), "they show the marks, too"
 
     @settings(max_examples=80, deadline=None)
     @given(MESSAGES, st.booleans(), st.sampled_from([(), TOOLS[:1], TOOLS]))
     def same(messages, prompt, given_tools):
-        asked = {"tools": [tool.as_openai() for tool in given_tools] or None, "add_generation_prompt": prompt}
-        text = theirs.apply_chat_template(messages, tokenize=False, **asked)
+        options = {"tools": [tool.as_openai() for tool in given_tools] or None, "add_generation_prompt": prompt}
+        text = reference.apply_chat_template(messages, tokenize=False, **options)
         assert text == chat.render(messages, style, prompt, given_tools)
         if not chat.has_tools(messages, given_tools):
             return
-        ids = theirs.apply_chat_template(messages, return_dict=True, **asked)["input_ids"]
+        ids = reference.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
         typed = [m["content"] for m in messages if m["role"] in ("user", "tool")]
         trusted = "".join(m["content"] for m in messages if m["role"] == "system")
-        if all(len(chat.typed_pieces(one)) == 1 for one in typed) and "｜" not in trusted:
-            assert ids == chat.render_ids(ours, messages, None, prompt, given_tools)
+        if all(len(chat.typed_pieces(pieces)) == 1 for pieces in typed) and "｜" not in trusted:
+            assert ids == chat.render_ids(tokenizer, messages, None, prompt, given_tools)
 
     same()
 
@@ -131,12 +131,12 @@ def test_turns_continue_the_same_ids(tokenizer, marked, style):
         first = chat.render_ids(tok, TALK[:1], style, tools=TOOLS)
         second = chat.render_ids(tok, TALK[:2], style, tools=TOOLS)
         third = chat.render_ids(tok, TALK[:4], style, tools=TOOLS)
-        whole, answers = chat.render_answers(tok, TALK, style, tools=TOOLS)
+        ids, answers = chat.render_answers(tok, TALK, style, tools=TOOLS)
         assert second[: len(first)] == first and third == second + chat.outputs_ids(tok, ["dry", "noon"], style)
-        assert whole[: len(third)] == third
-        trained = tok.decode([i for i, answer in zip(whole, answers, strict=True) if answer], skip_special=False)
-        said = TALK[1]["content"] + tools.calls_text(TALK[1]["tool_calls"])
-        assert trained == f"{said}{chat.EOS}{TALK[4]['content']}{chat.EOS}"
+        assert ids[: len(third)] == third
+        trained = tok.decode([i for i, answer in zip(ids, answers, strict=True) if answer], skip_special=False)
+        answer_text = TALK[1]["content"] + tools.calls_text(TALK[1]["tool_calls"])
+        assert trained == f"{answer_text}{chat.EOS}{TALK[4]['content']}{chat.EOS}"
         marks = [tok.tool_marks[mark] for mark in chat.MARKS if mark in tok.tool_marks]
         assert bool(marks) == (tok is marked)
         if marks:
@@ -162,9 +162,9 @@ def test_nobody_forges_a_call_or_an_output(tokenizer, marked, outputs, question,
 def test_calls_come_back_as_they_went(marked):
     arguments = {"city": f"{CALL_END}<｜tool", "n": [1, {"x": None}]}
     text = "<think>a</think>Yes." + tools.calls_text([called("now", "{}"), called("get_weather", arguments)])
-    content, (one, two) = parse_calls(text, TOOLS)
-    assert content == "<think>a</think>Yes." and one == ToolCall("now", {}, "{}")
-    assert two.arguments == arguments and two.as_openai("c9")["function"]["name"] == "get_weather"
+    content, (first, second) = parse_calls(text, TOOLS)
+    assert content == "<think>a</think>Yes." and first == ToolCall("now", {}, "{}")
+    assert second.arguments == arguments and second.as_openai("c9")["function"]["name"] == "get_weather"
     ids = chat.render_ids(marked, [TALK[0], TALK[1]], "r1")
     assert parse_calls(marked.decode(ids), TOOLS)[1][0].arguments == {"city": "Wuhan"}, "decoding keeps the marks"
 
@@ -196,8 +196,8 @@ def one(name, arguments):
     ],
 )
 def test_broken_calls_say_why(text, content, why):
-    found, calls = parse_calls(text, TOOLS)
-    assert found == content and len(calls) == 1 and isinstance(calls[0], BrokenCall) and why in calls[0].why, calls
+    remaining, calls = parse_calls(text, TOOLS)
+    assert remaining == content and len(calls) == 1 and isinstance(calls[0], BrokenCall) and why in calls[0].why, calls
 
 
 def test_marks_outside_of_their_place_call_nothing():
@@ -208,8 +208,8 @@ def test_marks_outside_of_their_place_call_nothing():
     assert content == f"<think>{call}</think>abc" and [c.name for c in calls] == ["now", "now"]
     content, calls = parse_calls(CALLS + f"{CALL}now{SEPARATOR}{CALL_END} and so " * 3 + CALLS_END)
     assert content == " and so  and so  and so " and len(calls) == 3
-    many = parse_calls(CALLS + f"{CALL}now{SEPARATOR}{{}}{CALL_END}" * 500 + CALLS_END)[1]
-    assert len(many) == MOST_CALLS + 1 and "at most" in many[-1].why
+    parsed = parse_calls(CALLS + f"{CALL}now{SEPARATOR}{{}}{CALL_END}" * 500 + CALLS_END)[1]
+    assert len(parsed) == MOST_CALLS + 1 and "at most" in parsed[-1].why
 
 
 HOSTILE = st.lists(st.sampled_from([*chat.MARKS, *one("now", '{"a": 1}'), "<think>", "</think>", " ", "x" * 90, "<｜"]))
@@ -221,15 +221,15 @@ def test_a_stream_says_the_same(text, thinking, size):
     def read(parts):
         parser = CallParser(thinking)
         seen = [piece for part in parts for piece in parser.push(part)] + parser.end()
-        shown = {}
+        arguments_of = {}
         for piece in seen:
             key = (piece.call, piece.broken)
-            shown[key] = shown.get(key, "") + (f"{piece.name}: " if piece.name else "") + piece.text
-        return shown, parser.calls({"now"})
+            arguments_of[key] = arguments_of.get(key, "") + (f"{piece.name}: " if piece.name else "") + piece.text
+        return arguments_of, parser.calls({"now"})
 
-    whole = read([text])
-    assert read([text[i : i + size] for i in range(0, len(text), size)]) == whole
-    assert whole[0].get((None, False), "") == parse_calls(text, TOOLS, thinking)[0]
+    at_once = read([text])
+    assert read([text[i : i + size] for i in range(0, len(text), size)]) == at_once
+    assert at_once[0].get((None, False), "") == parse_calls(text, TOOLS, thinking)[0]
 
 
 @pytest.mark.parametrize(

@@ -46,21 +46,21 @@ def write(path, *records):
 def test_conversations(tmp_path, kind, record, messages):
     path = write(tmp_path / f"a{kind}", record, record)
     read = list(sources.documents(path))
-    assert [list(one.messages) for one in read] == [messages, messages]
+    assert [list(entry.messages) for entry in read] == [messages, messages]
     assert sft_rows.count(read) == 2
 
 
 def test_of_a_prompt_no_answer_is_learnt(tokenizer):
     """With a prompt, only the completion is learnt; in a conversation, all answers are."""
     prompted = document({"prompt": EARLIER, "completion": say("It is blue.")}, "own", "here")
-    whole = document({"messages": list(prompted.messages)}, "own", "here")
+    full = document({"messages": list(prompted.messages)}, "own", "here")
     for style in ("zero", "r1"):
-        found = {}
-        for name, one in (("prompted", prompted), ("whole", whole)):
-            packed = sft_rows._sample(one, tokenizer, style)
+        rows_of = {}
+        for name, entry in (("prompted", prompted), ("whole", full)):
+            packed = sft_rows._sample(entry, tokenizer, style)
             learnt = [int(unit >> 2) for unit in packed if unit & 1]
-            found[name] = tokenizer.decode(learnt, skip_special=False).replace(" ", "")
-        assert found == {"prompted": f"Itisblue.{chat.EOS}", "whole": f"Guess.{chat.EOS}Itisblue.{chat.EOS}"}
+            rows_of[name] = tokenizer.decode(learnt, skip_special=False).replace(" ", "")
+        assert rows_of == {"prompted": f"Itisblue.{chat.EOS}", "whole": f"Guess.{chat.EOS}Itisblue.{chat.EOS}"}
 
 
 QUESTION = ASK[0]["content"]

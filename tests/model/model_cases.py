@@ -42,9 +42,9 @@ def tokens(cfg: ModelConfig, rows: int = 2, length: int = 20, seed: int = 0) -> 
     return torch.randint(cfg.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - wanted| / |wanted|."""
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @st.composite

@@ -27,7 +27,7 @@ class Naive:
     def mtp(self, tokens_T):
         """Logits of every depth k = 1..D: entry k-1 is [T-k, V]; row i predicts token i+k+1."""
         h, _ = self.main(tokens_T)
-        found = []
+        hidden = []
         for k in range(1, self.cfg.n_mtp + 1):
             p = f"model.layers.{self.cfg.n_layers + k - 1}."
             rows = []
@@ -35,8 +35,8 @@ class Naive:
                 embedded = self.norm(self.w[p + "embed_tokens.weight"][tokens_T[i + k]], p + "enorm.weight")
                 rows.append(torch.cat((embedded, self.norm(h[i], p + "hnorm.weight"))) @ self.w[p + "eh_proj.weight"].T)
             h = self.block(torch.stack(rows), p)
-            found.append(self.norm(h, p + "shared_head.norm.weight") @ self.w[p + "shared_head.head.weight"].T)
-        return found
+            hidden.append(self.norm(h, p + "shared_head.norm.weight") @ self.w[p + "shared_head.head.weight"].T)
+        return hidden
 
     def norm(self, z, key, eps=None):
         eps = self.cfg.norm_eps if eps is None else eps
@@ -110,8 +110,8 @@ class Naive:
         z = [a + b for a, b in zip(s, self.w[p + "gate.e_score_correction_bias"].tolist(), strict=True)]
         size = cfg.n_routed_experts // cfg.n_expert_groups
         group = [sum(sorted(z[g * size : (g + 1) * size])[-2:]) for g in range(cfg.n_expert_groups)]
-        kept = sorted(range(len(group)), key=group.__getitem__)[-cfg.n_limited_groups :]
-        allowed = [e for e in range(len(z)) if e // size in kept]
+        groups_kept = sorted(range(len(group)), key=group.__getitem__)[-cfg.n_limited_groups :]
+        allowed = [e for e in range(len(z)) if e // size in groups_kept]
         chosen = sorted(allowed, key=z.__getitem__)[-cfg.n_activated_experts :]
         total = sum(s[e] for e in chosen) if cfg.norm_topk_prob else 1.0
         out = self.ffn(u, p + "shared_experts.")

@@ -95,8 +95,8 @@ def hopper(monkeypatch):
 
 
 def card():
-    found = {"_capability": lambda device: (9, 0), "_installed": lambda package: package == "deep_gemm"}
-    return {backends: {"ORDER": ("deep_gemm", "emulation")}, adapters: found}
+    facts = {"_capability": lambda device: (9, 0), "_installed": lambda package: package == "deep_gemm"}
+    return {backends: {"ORDER": ("deep_gemm", "emulation")}, adapters: facts}
 
 
 CFG = tiny(dim=256, moe_inter_dim=128, n_routed_experts=6, n_activated_experts=2, n_expert_groups=1, n_limited_groups=1)
@@ -135,12 +135,12 @@ def test_experts_with_real_counts_reach_deep_gemm(hopper):
 def test_filled_rows_change_nothing(hopper, monkeypatch):
     """Output and gradients are bit for bit those without padding: tiles along the tokens were always filled up with
     zeros. Only the gradient of the tokens differs: it is summed in float32 as on a GPU, and without padding in BF16."""
-    _, found = run(*case())
+    _, actual = run(*case())
     monkeypatch.setattr(backends, "ORDER", ("emulation",))
     monkeypatch.setattr(adapters, "_capability", lambda device: (0, 0))
-    sent, wanted = run(*case())
+    sent, expected = run(*case())
     assert not sent.filled
-    for name, a, b in zip(("y", "x", "gates", "w13", "w2"), found, wanted, strict=True):
+    for name, a, b in zip(("y", "x", "gates", "w13", "w2"), actual, expected, strict=True):
         assert relative(a, b) < 1e-2 if name == "x" else torch.equal(a, b), (name, relative(a, b))
 
 
@@ -150,35 +150,35 @@ def test_weight_gradients_of_groups(hopper, count):
     draw = torch.Generator().manual_seed(1)
     dy, x = (quantise(torch.randn(sum(count), columns, generator=draw)) for columns in (64, 192))
     sides = [emulation.retile(side, count, False) for side in (dy, x)]
-    wanted = emulation.grouped_wgrad(*sides, count, torch.float32)
-    before = torch.randn(wanted.shape, generator=draw)
+    expected = emulation.grouped_wgrad(*sides, count, torch.float32)
+    before = torch.randn(expected.shape, generator=draw)
     into = before.clone()
-    torch.testing.assert_close(backends.grouped_wgrad(*sides, count), wanted)
+    torch.testing.assert_close(backends.grouped_wgrad(*sides, count), expected)
     assert backends.grouped_wgrad(*sides, count, add_to=into) is into
-    torch.testing.assert_close(into, before + wanted)
+    torch.testing.assert_close(into, before + expected)
     assert hopper.columns == [[-(-c // TILE) * TILE for c in count]] * 2 * any(count)
     unknown = DeviceCounts(torch.tensor(count, dtype=torch.int32), sum(count))
     long = [emulation.retile(side, unknown, False) for side in (dy, x)]
-    torch.testing.assert_close(backends.grouped_wgrad(*long, unknown), wanted)
+    torch.testing.assert_close(backends.grouped_wgrad(*long, unknown), expected)
     assert len(hopper.columns) == 2 * any(count), "counts that the host does not know are left to others"
 
 
 def test_weight_gradients_of_one_matrix(hopper):
     draw = torch.Generator().manual_seed(1)
     dy, x = (quantise(torch.randn(256, columns, generator=draw)) for columns in (100, 192))
-    wanted = weight_gradient(dy, x, PAPER)
-    into = torch.ones_like(wanted)
+    expected = weight_gradient(dy, x, PAPER)
+    into = torch.ones_like(expected)
     assert weight_gradient(dy, x, PAPER, add_to=into) is into and hopper.products == [(1, 1, 128)] * 2
     exact = dy.dequantise().double().t() @ x.dequantise().double()
-    assert relative(wanted, exact) < 0.05 and torch.equal(into, 1 + wanted)
+    assert relative(expected, exact) < 0.05 and torch.equal(into, 1 + expected)
     weight_gradient(dy, quantise(torch.randn(256, 100, generator=draw)), PAPER)  # a width of 100 does not fit
     assert len(hopper.products) == 2
 
 
 def test_what_does_not_fit_in_the_order_of_rows():
-    place, count, total = filled = fp8.filled(torch.tensor([0, 130, 128, 0, 1]), 259)
+    position, count, total = filled = fp8.filled(torch.tensor([0, 130, 128, 0, 1]), 259)
     assert count.tolist() == [0, 256, 128, 0, 128] and total == (259 + 5 * 127) // TILE * TILE
-    assert torch.equal(place, torch.cat([torch.arange(130), torch.arange(256, 384), torch.tensor([384])]))
+    assert torch.equal(position, torch.cat([torch.arange(130), torch.arange(256, 384), torch.tensor([384])]))
     none = fp8.filled(torch.tensor([0, 0]), 0)
     assert none.rows_E.tolist() == [0, 0] and len(none.place_M) == none.total == 0
     assert filled.spread(torch.ones(259, dtype=torch.int64), 7).sum() == 259 + 7 * (total - 259)
@@ -191,8 +191,8 @@ def on_a_rank(rank, full):
             vars(module).update(names)
         sys.modules["deep_gemm"] = DeepGEMM()
     experts, x, routing, dy = case(seed=0)
-    mine = slice(3 * rank, 3 * rank + 3)
-    experts.w13, experts.w2 = (torch.nn.Parameter(w.data[mine].clone()) for w in (experts.w13, experts.w2))
+    own_experts = slice(3 * rank, 3 * rank + 3)
+    experts.w13, experts.w2 = (torch.nn.Parameter(w.data[own_experts].clone()) for w in (experts.w13, experts.w2))
     import torch.distributed as dist
 
     hop = Hop(dist.group.WORLD, 2, rank, 0, 3, "node")
@@ -208,9 +208,11 @@ def on_a_rank(rank, full):
 
 
 def test_experts_on_two_ranks():
-    for (groups, found), (_, wanted) in zip(on_ranks(2, on_a_rank, True), on_ranks(2, on_a_rank, False), strict=True):
+    for (groups, actual), (_, expected) in zip(
+        on_ranks(2, on_a_rank, True), on_ranks(2, on_a_rank, False), strict=True
+    ):
         assert len(groups) == 4 and all(c % TILE == 0 for c in groups[0])
-        for a, b in zip(found, wanted, strict=True):
+        for a, b in zip(actual, expected, strict=True):
             assert relative(a, b) < 1e-2
 
 

@@ -36,8 +36,8 @@ def test_every_field_has_a_key():
 def test_the_published_config_is_written():
     """Reference A.1: V3 after context extension, key by key."""
     cfg = preset("v3", rope_factor=40.0, max_seq_len=163840)
-    found = mapping.to_hf(cfg, torch.bfloat16)
-    wanted = dict(
+    actual = mapping.to_hf(cfg, torch.bfloat16)
+    expected = dict(
         architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", vocab_size=129280, hidden_size=7168,
         intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=128,
         num_key_value_heads=128, n_shared_experts=1, n_routed_experts=256, num_experts_per_tok=8, n_group=8,
@@ -47,10 +47,10 @@ def test_the_published_config_is_written():
         tie_word_embeddings=False, max_position_embeddings=163840, attention_bias=False, bos_token_id=0,
         eos_token_id=1, rope_theta=10000.0, torch_dtype="bfloat16", ep_size=1, use_cache=True, attention_dropout=0.0,
     )  # fmt: skip
-    assert {key: found[key] for key in wanted} == wanted
+    assert {key: actual[key] for key in expected} == expected
     yarn = dict(factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1, mscale=1, mscale_all_dim=1)
-    assert found["rope_scaling"] == {"type": "yarn", **yarn}
-    assert found["rope_parameters"] == {"rope_type": "yarn", "rope_theta": 10000.0, **yarn}
+    assert actual["rope_scaling"] == {"type": "yarn", **yarn}
+    assert actual["rope_parameters"] == {"rope_type": "yarn", "rope_theta": 10000.0, **yarn}
 
 
 def test_either_rope_spelling_is_enough_and_two_must_agree():
@@ -87,8 +87,8 @@ def test_one_mscale_alone_is_stated_as_a_factor_that_transformers_reads():
         values["rope_scaling"]["attention_factor"] = wrong
         with pytest.raises(UserError, match=rf"attention_factor = {wrong!r} .*; delete attention_factor$"):
             mapping.from_hf(values, "here")
-    for same in ({"mscale_all_dim": 0.0}, {}):
-        assert "attention_factor" not in mapping.to_hf(tiny(**YARN, **same), torch.float32)["rope_scaling"]
+    for fields in ({"mscale_all_dim": 0.0}, {}):
+        assert "attention_factor" not in mapping.to_hf(tiny(**YARN, **fields), torch.float32)["rope_scaling"]
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def test_fp8_loads_as_the_values_it_encodes(quantised, dtype):
     assert model.layers[2].attn.wkv_a.weight.dtype == (dtype or torch.bfloat16)
     state = model.state_dict()
     for slot in slots(CFG):
-        found = slot.of(state)
-        assert torch.equal(found, exact[slot.key].to(found.dtype)), slot.key
+        value = slot.of(state)
+        assert torch.equal(value, exact[slot.key].to(value.dtype)), slot.key
 
 
 def test_convert_writes_plain_weights(quantised, tmp_path_factory):

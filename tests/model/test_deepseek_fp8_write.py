@@ -64,10 +64,10 @@ CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8"
 
 
 def stored(directory):
-    found = {}
+    tensors = {}
     for file in directory.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
+        tensors |= load_file(file)
+    return tensors
 
 
 def same_bytes(a, b) -> bool:
@@ -91,12 +91,12 @@ def written(request, model, tmp_path_factory):
 
 
 def test_every_key_of_the_release_with_its_dtype(written):
-    found = stored(written[1])
+    tensors = stored(written[1])
     scales = {key + "_scale_inv": "F32" for key, dtype in B1.items() if dtype == "F8"}
-    assert {key: CODES[tensor.dtype] for key, tensor in found.items()} == B1 | scales
+    assert {key: CODES[tensor.dtype] for key, tensor in tensors.items()} == B1 | scales
     for key in scales:
-        rows, columns = found[key.removesuffix("_scale_inv")].shape
-        assert found[key].shape == ((rows + 127) // 128, (columns + 127) // 128), key
+        rows, columns = tensors[key.removesuffix("_scale_inv")].shape
+        assert tensors[key].shape == ((rows + 127) // 128, (columns + 127) // 128), key
     assert {slot.key for slot in slots(CFG) if slot.fp8} == {key for key, dtype in B1.items() if dtype == "F8"}
 
 
@@ -120,18 +120,18 @@ def test_values_against_a_table_in_float64(model, written):
     scales, directory = written
     table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     table = table[table.isfinite()].unique()
-    found, state = stored(directory), model.state_dict()
+    tensors, state = stored(directory), model.state_dict()
     for slot in slots(CFG):
         if not slot.fp8 or "experts.1." in slot.key:  # a sample of the experts suffices
             continue
         exact = slot.of(state).double()
-        values, factors = found[slot.key].double(), found[slot.key + "_scale_inv"].double()
+        values, factors = tensors[slot.key].double(), tensors[slot.key + "_scale_inv"].double()
         for p, q in [(p, q) for p in range(factors.shape[0]) for q in range(factors.shape[1])]:
             tile = (slice(p * 128, p * 128 + 128), slice(q * 128, q * 128 + 128))
-            wanted = exact[tile].abs().max() / 448
+            expected = exact[tile].abs().max() / 448
             if scales == "ue8m0":
-                wanted = 2 ** torch.ceil(torch.log2(wanted))
-            assert abs(factors[p, q] / wanted - 1) < 2**-23
+                expected = 2 ** torch.ceil(torch.log2(expected))
+            assert abs(factors[p, q] / expected - 1) < 2**-23
             scaled = exact[tile] / factors[p, q]
             above = torch.searchsorted(table, scaled.clamp(-448, 448).contiguous())
             nearest = torch.minimum((table[above] - scaled).abs(), (table[(above - 1).clamp(min=0)] - scaled).abs())
@@ -149,13 +149,13 @@ def test_powers_of_two(written):
 def test_torch_reads_the_same_matrices(written):
     """torch.distributed.checkpoint knows this layout and shares no code with ours."""
     directory = written[1]
-    ours = deepseek.load(directory, dtype=torch.float32).state_dict()
-    theirs = {slot.key: torch.full(slot.shape, torch.nan) for slot in slots(CFG)}
+    model_state = deepseek.load(directory, dtype=torch.float32).state_dict()
+    reference = {slot.key: torch.full(slot.shape, torch.nan) for slot in slots(CFG)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about running without a process group
-        dcp.load(theirs, storage_reader=QuantizedHuggingFaceStorageReader(str(directory)), no_dist=True)
+        dcp.load(reference, storage_reader=QuantizedHuggingFaceStorageReader(str(directory)), no_dist=True)
     for slot in slots(CFG):
-        assert torch.equal(theirs[slot.key], slot.of(ours).float()), slot.key
+        assert torch.equal(reference[slot.key], slot.of(model_state).float()), slot.key
 
 
 @pytest.mark.parametrize("scales", SCALES)
@@ -165,14 +165,14 @@ def test_transformers_computes_the_same_logits(scales, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # for example about shapes that transformers would misread
         random_model(EVEN).save(tmp_path, form=BlockFp8(scales))
-    theirs, info = DeepseekV3ForCausalLM.from_pretrained(
+    reference, info = DeepseekV3ForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True, attn_implementation="eager",
         experts_implementation="eager",
     )  # fmt: skip
     assert not any(info.values()), info
-    ours, ids = deepseek.load(tmp_path, dtype=torch.float32).eval(), tokens(EVEN)
+    model, ids = deepseek.load(tmp_path, dtype=torch.float32).eval(), tokens(EVEN)
     with torch.no_grad():
-        assert relative(theirs.eval()(ids).logits, ours(ids)) < 1e-5
+        assert relative(reference.eval()(ids).logits, model(ids)) < 1e-5
 
 
 def test_what_transformers_would_misread_is_reported(model, tmp_path):
@@ -283,22 +283,22 @@ def test_by_way_of_bfloat16(written, tmp_path):
         trips.append(tmp_path / f"fp8-{n}")
     once, twice, thrice = map(stored, trips)
     for key in (slot.key for slot in slots(CFG) if slot.fp8):
-        (a, s), (b, t) = ((found[key], found[key + "_scale_inv"]) for found in (once, twice))
+        (a, s), (b, t) = ((tensors[key], tensors[key + "_scale_inv"]) for tensors in (once, twice))
         if scales == "float32":
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)) and ((s / t - 1).abs() <= 2**-8).all()
         assert torch.equal(b.view(torch.uint8), thrice[key].view(torch.uint8))
     assert same_bytes(trips[1], trips[2])
     if scales == "ue8m0":
-        one, two = (deepseek.load(trip, dtype="float32").state_dict() for trip in trips[:2])
-        assert all(torch.equal(one[name], two[name]) for name in one)
+        direct, by_bfloat16 = (deepseek.load(trip, dtype="float32").state_dict() for trip in trips[:2])
+        assert all(torch.equal(direct[name], by_bfloat16[name]) for name in direct)
 
 
 def test_without_mtp_tied_and_in_another_dtype(tmp_path):
     source = random_model(tiny(tie_embeddings=True))
     source.save(tmp_path / "a", form=BlockFp8("float32"), mtp=False, dtype="float32")
-    found = stored(tmp_path / "a")
-    assert not any(key.startswith("model.layers.3.") for key in found) and "lm_head.weight" not in found
-    assert found["model.embed_tokens.weight"].dtype == torch.float32
+    tensors = stored(tmp_path / "a")
+    assert not any(key.startswith("model.layers.3.") for key in tensors) and "lm_head.weight" not in tensors
+    assert tensors["model.embed_tokens.weight"].dtype == torch.float32
     assert json.loads((tmp_path / "a" / "config.json").read_text())["torch_dtype"] == "float32"
     assert torch.equal(deepseek.load(tmp_path / "a").embed.weight, source.embed.weight)
 
@@ -313,10 +313,10 @@ def test_a_plain_save_over_an_fp8_one_forgets_it(model, tmp_path):
 def test_reward_models_alike(tmp_path):
     scorer = Scorer.of(random_model(CFG), seed=1).eval()
     scorer.save(tmp_path, form=BlockFp8("float32"))
-    found = stored(tmp_path)
-    assert found["score.weight"].dtype == torch.bfloat16 and found[KV_A].dtype == torch.float8_e4m3fn
-    again = deepseek.load(tmp_path, dtype="float32", kind=Scorer)
-    assert relative(again.layers[2].attn.wkv_a.weight, scorer.layers[2].attn.wkv_a.weight) < 0.03
+    tensors = stored(tmp_path)
+    assert tensors["score.weight"].dtype == torch.bfloat16 and tensors[KV_A].dtype == torch.float8_e4m3fn
+    reloaded = deepseek.load(tmp_path, dtype="float32", kind=Scorer)
+    assert relative(reloaded.layers[2].attn.wkv_a.weight, scorer.layers[2].attn.wkv_a.weight) < 0.03
 
 
 def test_a_matrix_of_zeros_and_one_of_tiny_numbers(tmp_path):
@@ -325,9 +325,9 @@ def test_a_matrix_of_zeros_and_one_of_tiny_numbers(tmp_path):
     source.layers[2].attn.wo.weight.data.mul_(1e-44)
     source.layers[1].attn.wo.weight.data[:100].mul_(1e-30)
     source.save(tmp_path, form=BlockFp8("float32"))
-    again = deepseek.load(tmp_path, dtype="float32")
-    assert not again.layers[2].attn.wkv_a.weight.any()
-    assert again.layers[2].attn.wo.weight.abs().max() < 1e-38
+    reloaded = deepseek.load(tmp_path, dtype="float32")
+    assert not reloaded.layers[2].attn.wkv_a.weight.any()
+    assert reloaded.layers[2].attn.wo.weight.abs().max() < 1e-38
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -412,8 +412,8 @@ def test_the_command(model, written, tmp_path, call):
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *there], capture_output=True, text=True)
         assert not done.returncode, done.stderr
     else:
-        status, _, said = call(*there, "--scales", scales)
-        assert not status, said
+        status, _, message = call(*there, "--scales", scales)
+        assert not status, message
     assert same_bytes(tmp_path / "b", directory)
     assert (tmp_path / "b" / "config.json").read_text() == (directory / "config.json").read_text()
     assert not call("convert", tmp_path / "b", tmp_path / "c")[0]

@@ -28,9 +28,9 @@ def test_network_and_mtp_equal_the_naive_equations(changes, tmp_path):
     model = deepseek.load(tmp_path).eval()
     ids = tokens(cfg, rows=1, length=10)
     naive = Naive(tmp_path, cfg)
-    _, wanted = naive.main(ids[0])
+    _, expected = naive.main(ids[0])
     with torch.no_grad():
-        error = relative(model(ids)[0], wanted)
+        error = relative(model(ids)[0], expected)
     errors = [error] + [relative(a[0], b) for a, b in zip(mtp_logits(model, ids), naive.mtp(ids[0]), strict=True)]
     assert len(errors) == 1 + cfg.n_mtp
     assert max(errors) < 1e-5, errors  # float32 against float64
@@ -39,18 +39,20 @@ def test_network_and_mtp_equal_the_naive_equations(changes, tmp_path):
 def test_mtp_equals_transformers(tmp_path):
     cfg = tiny(n_mtp=1)
     random_model(cfg).save(tmp_path)
-    ours = deepseek.load(tmp_path).eval()
-    theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    theirs._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3.*"]  # its list has only DeepSeek-V3's own index, 61
-    module = MtpModel.from_pretrained(theirs).eval()
+    own = deepseek.load(tmp_path).eval()
+    reference = DeepseekV3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    reference._keys_to_ignore_on_load_unexpected = [
+        r"model\.layers\.3.*"
+    ]  # its list has only DeepSeek-V3's own index, 61
+    module = MtpModel.from_pretrained(reference).eval()
     ids = tokens(cfg, rows=1, length=16)
     with torch.no_grad():
-        hidden = theirs.model(ids).last_hidden_state
+        hidden = reference.model(ids).last_hidden_state
         positions = torch.arange(15)[None]
-        cache = MtpCache(config=theirs.config.get_mtp_config())
+        cache = MtpCache(config=reference.config.get_mtp_config())
         after = module.forward_layer(0, hidden[:, :-1], positions, cache, input_ids=ids[:, 1:])
-        wanted = module.shared_head(after)
-    error = relative(mtp_logits(ours, ids)[0], wanted)
+        expected = module.shared_head(after)
+    error = relative(mtp_logits(own, ids)[0], expected)
     assert error < 1e-5
 
 
@@ -60,10 +62,10 @@ def test_dropping_mtp_leaves_the_main_model_alone(tmp_path):
     model.save(tmp_path / "with")
     model.save(tmp_path / "without", mtp=False)
     ids = tokens(cfg)
-    for found in (deepseek.load(tmp_path / "with", mtp=False), deepseek.load(tmp_path / "without")):
-        assert found.cfg == cfg.model_copy(update={"n_mtp": 0}) and len(found.mtp) == 0
+    for loaded in (deepseek.load(tmp_path / "with", mtp=False), deepseek.load(tmp_path / "without")):
+        assert loaded.cfg == cfg.model_copy(update={"n_mtp": 0}) and len(loaded.mtp) == 0
         with torch.no_grad():
-            assert torch.equal(found.eval()(ids), model(ids))
+            assert torch.equal(loaded.eval()(ids), model(ids))
 
 
 def test_announced_but_absent_mtp_is_stated(tmp_path):

@@ -88,29 +88,29 @@ def logits_of(model, cfg):
 
 def from_theirs(cfg, directory) -> float:
     """transformers writes, we read."""
-    theirs = hf_model(cfg)
-    theirs.save_pretrained(directory)
-    ours = deepseek.load(directory, mtp=False).eval()
-    assert ours.cfg == cfg.model_copy(
+    reference = hf_model(cfg)
+    reference.save_pretrained(directory)
+    model = deepseek.load(directory, mtp=False).eval()
+    assert model.cfg == cfg.model_copy(
         update=dict(
             n_mtp=0,
-            original_seq_len=ours.cfg.original_seq_len,
-            mscale=ours.cfg.mscale,
-            mscale_all_dim=ours.cfg.mscale_all_dim,
+            original_seq_len=model.cfg.original_seq_len,
+            mscale=model.cfg.mscale,
+            mscale_all_dim=model.cfg.mscale_all_dim,
         )
     )
-    return relative(logits_of(ours, cfg), logits_of(theirs, cfg))
+    return relative(logits_of(model, cfg), logits_of(reference, cfg))
 
 
 def to_theirs(cfg, directory) -> float:
     """We write, and transformers reads without missing keys, unexpected keys or warnings."""
-    ours = random_model(cfg)
-    ours.save(directory, mtp=False)
+    model = random_model(cfg)
+    model.save(directory, mtp=False)
     kind = DeepseekV2ForCausalLM if cfg.score_func == "softmax" else DeepseekV3ForCausalLM
-    theirs, info = kind.from_pretrained(directory, output_loading_info=True, **EAGER)
+    reference, info = kind.from_pretrained(directory, output_loading_info=True, **EAGER)
     assert not any(info.values()), info
-    assert theirs.dtype == torch.float32
-    return relative(logits_of(theirs.eval(), cfg), logits_of(ours, cfg))
+    assert reference.dtype == torch.float32
+    return relative(logits_of(reference.eval(), cfg), logits_of(model, cfg))
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_bfloat16_agrees_to_its_own_precision(tmp_path):
     """Written in BF16, both sides hold the same weights; we read gate, norms and biases as float32."""
     cfg = tiny(n_mtp=0)
     random_model(cfg).save(tmp_path, dtype="bfloat16")
-    ours = deepseek.load(tmp_path, dtype=torch.float32).eval()
-    theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **EAGER).eval()
-    assert relative(logits_of(ours, cfg), logits_of(theirs, cfg)) < BOUND
+    model = deepseek.load(tmp_path, dtype=torch.float32).eval()
+    reference = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **EAGER).eval()
+    assert relative(logits_of(model, cfg), logits_of(reference, cfg)) < BOUND
     assert deepseek.load(tmp_path).embed.weight.dtype == torch.bfloat16

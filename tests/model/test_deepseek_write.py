@@ -147,8 +147,8 @@ def test_tied_head_is_shared_after_loading(tmp_path):
     model = random_model(tiny(tie_embeddings=True))
     model.save(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    found = deepseek.load(tmp_path)
-    assert found.head.weight is found.embed.weight and same(found, model)
+    loaded = deepseek.load(tmp_path)
+    assert loaded.head.weight is loaded.embed.weight and same(loaded, model)
     conversion.convert(tmp_path, tmp_path / "again")
     assert same(deepseek.load(tmp_path / "again"), model)
 
@@ -234,7 +234,7 @@ def _die_before(step: int) -> None:
 @pytest.mark.parametrize("in_one_step", [True, False])
 def test_killed_at_any_moment(tmp_path, monkeypatch, in_one_step):
     if not in_one_step:
-        monkeypatch.setattr(replace, "exchange", lambda one, other: False)
+        monkeypatch.setattr(replace, "exchange", lambda source, destination: False)
     old, new = random_model(tiny()), random_model(tiny(), seed=4)
     target, finished, restored = tmp_path / "m", False, in_one_step
     old.save(target)
@@ -249,11 +249,11 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, in_one_step):
             restored = True
             with pytest.raises(ZeroDivisionError), replace.replacing(target):
                 raise ZeroDivisionError
-        found = deepseek.load(target)
-        assert same(found, new) if finished else same(found, old) or same(found, new)
+        loaded = deepseek.load(target)
+        assert same(loaded, new) if finished else same(loaded, old) or same(loaded, new)
         if finished:
             break
-        if same(found, new):
+        if same(loaded, new):
             old.save(target)
     assert finished and restored and step > 20
 
@@ -308,10 +308,10 @@ def test_convert_copies_the_rest(model, tmp_path):
     assert json.loads((dst / "generation_config.json").read_text()) == {"top_p": 0.5}
     config = json.loads((dst / "config.json").read_text())
     assert (config["eos_token_id"], config["torch_dtype"], config["num_nextn_predict_layers"]) == (4, "bfloat16", 0)
-    found, wanted = deepseek.load(dst).state_dict(), deepseek.load(src, dtype="bfloat16", mtp=False).state_dict()
-    for name, tensor in wanted.items():
+    actual, expected = deepseek.load(dst).state_dict(), deepseek.load(src, dtype="bfloat16", mtp=False).state_dict()
+    for name, tensor in expected.items():
         stored = tensor if name.endswith("bias_E") else tensor.to(torch.bfloat16)
-        assert torch.equal(found[name], stored.to(tensor.dtype)), name
+        assert torch.equal(actual[name], stored.to(tensor.dtype)), name
 
 
 def test_convert_never_writes_over_its_source(model, tmp_path):

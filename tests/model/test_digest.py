@@ -45,16 +45,16 @@ def test_of_a_terabyte_little_is_read(tmp_path, monkeypatch):
     """Sparse files of the size and with the number of tensors of V3: no byte of them exists."""
     tensors, shards, size = 90_000, 10, 15_000_000
     for shard in range(shards):
-        each = tensors // shards
+        per_shard = tensors // shards
         header = json.dumps({
             f"model.layers.{shard}.{n}.weight": {
                 "dtype": "BF16", "shape": [size // 2], "data_offsets": [n * size, (n + 1) * size],
             }
-            for n in range(each)
+            for n in range(per_shard)
         }).encode()  # fmt: skip
         file = tmp_path / f"model-{shard:05d}.safetensors"
         file.write_bytes(struct.pack("<Q", len(header)) + header)
-        os.truncate(file, 8 + len(header) + each * size)
+        os.truncate(file, 8 + len(header) + per_shard * size)
     index = {
         f"model.layers.{s}.{n}.weight": f"model-{s:05d}.safetensors"
         for s in range(shards)

@@ -46,31 +46,31 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_grouped_products_are_the_reference_in_value_and_gradient(on_gpu, counts, dtype):
     exact = run(expert_ffn.equation, in_float64(case(counts, dtype, D=16, inner=8)))
-    for found, wanted in zip(run(expert_ffn, case(counts, dtype, D=16, inner=8)), exact, strict=True):
-        assert found.shape == wanted.shape and found.dtype == dtype
-        assert relative(found, wanted) < BOUNDS[dtype] if wanted.norm() else not found.any()
+    for actual, expected in zip(run(expert_ffn, case(counts, dtype, D=16, inner=8)), exact, strict=True):
+        assert actual.shape == expected.shape and actual.dtype == dtype
+        assert relative(actual, expected) < BOUNDS[dtype] if expected.norm() else not actual.any()
 
 
 def test_an_expert_without_rows_has_no_gradient_even_where_torch_leaves_it_unwritten(monkeypatch):
     """As its grouped product does on Blackwell."""
     cuda, real = torch.device("cuda"), grouped.F.grouped_mm
-    for capability, wanted in (((9, 0), False), ((10, 0), True), ((12, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert grouped.leaves_unwritten(cuda) is wanted and not grouped.leaves_unwritten(torch.device("cpu"))
+    for capability, expected in (((9, 0), False), ((10, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, value=capability: value)
+        assert grouped.leaves_unwritten(cuda) is expected and not grouped.leaves_unwritten(torch.device("cpu"))
 
-    def unwritten(left, right, offs):
-        out = real(left, right, offs=offs)
+    def unwritten(first, right, offs):
+        out = real(first, right, offs=offs)
         out[offs.diff(prepend=offs.new_zeros(1)) == 0] = float("nan")
         return out
 
     monkeypatch.setattr(grouped, "leaves_unwritten", lambda device: True)
-    left, right = torch.randn(9, 8), torch.randn(9, 16)
+    rows, right = torch.randn(9, 8), torch.randn(9, 16)
     for counts in ([0, 4, 0, 0, 5, 0], [0, 0, 9], [9]):
         end_E = grouped.ends(torch.tensor(counts))
         monkeypatch.setattr(grouped.F, "grouped_mm", real)
-        wanted = grouped.weight_gradient(left, right, end_E)
+        expected = grouped.weight_gradient(rows, right, end_E)
         monkeypatch.setattr(grouped.F, "grouped_mm", unwritten)
-        assert torch.equal(grouped.weight_gradient(left, right, end_E), wanted)
+        assert torch.equal(grouped.weight_gradient(rows, right, end_E), expected)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -93,9 +93,9 @@ def test_rows_are_gathered_and_summed_as_by_the_loop(on_gpu, monkeypatch, dtype)
         weight.grad_dtype = torch.float32
         weight.grad = torch.ones_like(weight, dtype=torch.float32)
     routed_ffn(own[0], expert, own[1], *own[2:]).backward(dy.to(dtype))
-    for found, wanted in zip(own, exact, strict=True):
-        added = 1 if found.grad.dim() == 3 else 0
-        assert relative(found.grad - added, wanted.grad) < BOUNDS[dtype]
+    for actual, expected in zip(own, exact, strict=True):
+        added = 1 if actual.grad.dim() == 3 else 0
+        assert relative(actual.grad - added, expected.grad) < BOUNDS[dtype]
 
 
 def test_swiglu_keeps_nan_and_zero_weights():
@@ -156,8 +156,8 @@ def test_experts_launch_as_many_kernels_for_any_number_of_experts_and_wait_for_n
     for name in ("forward", "backward"):  # one kernel each on a GPU
         monkeypatch.setattr(swiglu, name, fused(getattr(swiglu, f"{name}_reference")))
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("the host waits for a tensor"))
-    few, many = layer_launches(8), layer_launches(256)
-    assert few == many and few.count("_grouped_mm") == 6
+    few, large = layer_launches(8), layer_launches(256)
+    assert few == large and few.count("_grouped_mm") == 6
     assert few.count("index_select") + few.count("index") == 6, (
         "rows and gates are gathered once forward, once backward"
     )
@@ -256,11 +256,11 @@ def test_a_layer_saves_what_the_planner_counts(monkeypatch, name, dtype, packed)
         x = torch.empty(1, T, cfg.dim, device=meta, dtype=dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             layer.train()(x, rope, ends)
-        found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) - rope.nbytes
-        wanted = T * layer_activation_bytes(
+        actual = sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) - rope.nbytes
+        expected = T * layer_activation_bytes(
             cfg, dense, fp8=False, number_bytes=dtype.itemsize, fused=True, whole=True, padded=packed
         )
-        assert wanted <= found < 1.001 * wanted
+        assert expected <= actual < 1.001 * expected
 
 
 def test_training_never_asks_the_device_for_a_number():
@@ -374,10 +374,10 @@ def test_attention_of_a_gpu_is_the_equation(monkeypatch, kind):
     monkeypatch.setattr(attention_gpu, "KERNELS", {})
     monkeypatch.setattr(attention_gpu, "backend", lambda *_: kind)
     cotangent = torch.randn(B, T, H, value, generator=generator, dtype=torch.float64)
-    for given in (Packed.of(segments, cpu), segments, None):
-        if kind == "varlen" and not isinstance(given, Packed):
+    for packed in (Packed.of(segments, cpu), segments, None):
+        if kind == "varlen" and not isinstance(packed, Packed):
             continue
-        found = attention_gpu.latent_attention(*leaves, rope, 0.3, given)
+        actual = attention_gpu.latent_attention(*leaves, rope, 0.3, packed)
         turn = torch.view_as_complex(rope)
         q_rope, k_rope = (
             torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
@@ -386,12 +386,12 @@ def test_attention_of_a_gpu_is_the_equation(monkeypatch, kind):
         q = torch.cat((leaves[0][..., :nope], q_rope.transpose(1, 2)), -1)
         k = torch.cat((leaves[1][..., :nope], k_rope.unsqueeze(2).expand(-1, -1, H, -1)), -1)
         score = torch.einsum("bthx,bshx->bhts", q, k) * 0.3
-        seen = attention_gpu.causal_mask(T, None if given is None else segments, cpu)
-        wanted = torch.einsum(
-            "bhts,bshx->bthx", score.masked_fill(~seen, float("-inf")).softmax(-1), leaves[1][..., nope:]
+        mask = attention_gpu.causal_mask(T, None if packed is None else segments, cpu)
+        expected = torch.einsum(
+            "bhts,bshx->bthx", score.masked_fill(~mask, float("-inf")).softmax(-1), leaves[1][..., nope:]
         )
-        assert relative(found, wanted) < 1e-12
-        gradients = (torch.autograd.grad(out, leaves, cotangent) for out in (found, wanted))
+        assert relative(actual, expected) < 1e-12
+        gradients = (torch.autograd.grad(out, leaves, cotangent) for out in (actual, expected))
         assert all(relative(a, b) < 1e-12 for a, b in zip(*gradients, strict=True))
 
 
@@ -403,10 +403,10 @@ def test_packed_segments_know_where_they_end(seed):
     for T in (300, 299, 17):
         own = first_tokens(packed, T)
         runs = [run for row in segments[:, :T] for run in torch.unique_consecutive(row, return_counts=True)[1].tolist()]
-        wanted = torch.tensor([0, *runs]).cumsum(0).tolist()
+        expected = torch.tensor([0, *runs]).cumsum(0).tolist()
         ends = own.end_S.tolist()
-        assert own.end_S.dtype == torch.int32 and ends[: len(wanted)] == wanted
-        assert set(ends[len(wanted) :]) <= {3 * T}
+        assert own.end_S.dtype == torch.int32 and ends[: len(expected)] == expected
+        assert set(ends[len(expected) :]) <= {3 * T}
         assert max(runs) <= own.longest and torch.equal(own.segments_BT, segments[:, :T])
     assert len(packed.end_S) - 1 in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), "compiled layers see few shapes"
     assert packed.longest in (128, 256, 300)
@@ -423,7 +423,7 @@ HALF, CUDA = torch.bfloat16, torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "widths", "packed", "broken", "kind", "said"),
+    ("capability", "dtype", "widths", "packed", "broken", "kind", "warning"),
     [
         ((9, 0), HALF, (192, 128), False, (), "cudnn", None),
         ((9, 0), HALF, (192, 128), False, ("cudnn",), "flash", None),
@@ -436,7 +436,7 @@ HALF, CUDA = torch.bfloat16, torch.device("cuda")
     ],
 )
 def test_the_best_working_attention_is_chosen_and_a_slow_fallback_is_reported(
-    monkeypatch, recwarn, capability, dtype, widths, packed, broken, kind, said
+    monkeypatch, recwarn, capability, dtype, widths, packed, broken, kind, warning
 ):
     def trial(which, *_):
         if which in broken:
@@ -446,15 +446,15 @@ def test_the_best_working_attention_is_chosen_and_a_slow_fallback_is_reported(
     monkeypatch.setattr(attention_gpu, "_try", trial)
     attention_gpu._tried.cache_clear()
     assert [attention_gpu.backend(CUDA, dtype, *widths, packed) for _ in range(2)] == [kind] * 2
-    texts = [str(warning.message) for warning in recwarn]
-    assert len(texts) == (said is not None) and all(re.search(said, text) for text in texts)
+    texts = [str(caught.message) for caught in recwarn]
+    assert len(texts) == (warning is not None) and all(re.search(warning, text) for text in texts)
     attention_gpu._tried.cache_clear()
 
 
 def test_segments_that_resume_are_not_packed():
     """Tokens see their whole segment, wherever its parts are; only contiguous segments can be packed."""
-    back = torch.tensor([[0, 0, 1, 1, 0]])
-    assert torch.equal(Packed.of(back, torch.device("cpu")), back)
+    resumed = torch.tensor([[0, 0, 1, 1, 0]])
+    assert torch.equal(Packed.of(resumed, torch.device("cpu")), resumed)
     empty = Packed.of(torch.zeros(2, 0, dtype=torch.int64), torch.device("cpu"))
     assert empty.end_S.tolist() == [0, 0]
 
@@ -483,6 +483,6 @@ def test_a_shape_without_a_kernel_leaves_other_shapes_theirs(monkeypatch):
         monkeypatch.setitem(
             sys.modules, "bessemer.addons.accelerate.kernels.triton_gate", SimpleNamespace(forward=forward)
         )
-        with pytest.warns(UserWarning, match=str(error)) as said:
+        with pytest.warns(UserWarning, match=str(error)) as warnings:
             assert gate(on_gpu, None) == "plain"
-        assert gate.works is works and ("gcc" in str(said[0].message)) is not works
+        assert gate.works is works and ("gcc" in str(warnings[0].message)) is not works

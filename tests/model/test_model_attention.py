@@ -62,9 +62,9 @@ def form(request, monkeypatch):
 def test_core_equals_the_equation(form, T, dtype, bound):
     inputs, table = projections(T, dtype)
     for segments in (None, two_segments(T)):
-        wanted = in_float64(*(x.double() for x in inputs), table, segments)
-        found = latent_attention(*inputs, table, 0.3, segments)
-        assert found.dtype == dtype and relative(found, wanted) < bound
+        expected = in_float64(*(x.double() for x in inputs), table, segments)
+        actual = latent_attention(*inputs, table, 0.3, segments)
+        assert actual.dtype == dtype and relative(actual, expected) < bound
 
 
 @pytest.mark.parametrize("T", LENGTHS)
@@ -75,9 +75,9 @@ def test_gradients_of_the_core(form, T, dtype, bound):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     cotangent = torch.randn(2, T, 3, VALUE, generator=torch.Generator().manual_seed(1)).to(dtype)
     for segments in (None, two_segments(T)):
-        found = torch.autograd.grad(latent_attention(*inputs, table, 0.3, segments), inputs, cotangent)
-        wanted = torch.autograd.grad(in_float64(*exact, table, segments), exact, cotangent.double())
-        for a, b in zip(found, wanted, strict=True):
+        actual = torch.autograd.grad(latent_attention(*inputs, table, 0.3, segments), inputs, cotangent)
+        expected = torch.autograd.grad(in_float64(*exact, table, segments), exact, cotangent.double())
+        for a, b in zip(actual, expected, strict=True):
             assert a.dtype == dtype
             assert relative(a, b) < bound if b.norm() > 1e-9 else a.norm() < bound  # one key has no score gradient
 
@@ -89,13 +89,13 @@ def test_attention_without_a_graph(T, segmented):
     inputs, table = projections(T)
     segments = two_segments(T) if segmented else None
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    wanted = in_float64(*exact, table, segments)
+    expected = in_float64(*exact, table, segments)
     plain = [x.detach() for x in inputs]
     out, lse = attention_forward(*plain, table, 0.3, segments)
-    assert relative(out, wanted) < 1e-6
+    assert relative(out, expected) < 1e-6
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    found = attention_backward(cotangent, *plain, table, 0.3, segments, out, lse)
-    for a, b in zip(found, torch.autograd.grad(wanted, exact, cotangent.double()), strict=True):
+    actual = attention_backward(cotangent, *plain, table, 0.3, segments, out, lse)
+    for a, b in zip(actual, torch.autograd.grad(expected, exact, cotangent.double()), strict=True):
         assert relative(a, b) < 2e-6 if b.norm() > 1e-9 else a.norm() < 2e-6
 
 
@@ -115,9 +115,9 @@ def in_float64(q, kv, k_rope, table, segments):
 def test_rotations_may_differ_from_row_to_row():
     inputs, table = projections()
     tables = torch.stack((table, table.flip(0)))
-    found = latent_attention(*inputs, tables, 0.3)
+    actual = latent_attention(*inputs, tables, 0.3)
     for b in range(2):
-        assert relative(found[b : b + 1], latent_attention(*(x[b : b + 1] for x in inputs), tables[b], 0.3)) < 1e-6
+        assert relative(actual[b : b + 1], latent_attention(*(x[b : b + 1] for x in inputs), tables[b], 0.3)) < 1e-6
 
 
 @pytest.mark.parametrize("numbers", [[3, 3, 1, 1, 3], [0, 1, 2, 3, 4], [7, 7, 7, 8, 9]], ids=["back", "rising", "few"])
@@ -148,8 +148,8 @@ def test_memory_grows_with_the_length(form, segmented):
 
         return live_bytes(forward), live_and_highest(backward)[1]
 
-    (kept, most), (kept_long, most_long) = bytes_at(1100), bytes_at(4400)
-    assert kept_long < 4.3 * kept
+    (saved, most), (kept_long, most_long) = bytes_at(1100), bytes_at(4400)
+    assert kept_long < 4.3 * saved
     assert most_long < 4.3 * most
 
 
@@ -184,13 +184,13 @@ def test_absorbed_decodes_token_by_token_from_the_cache():
     mla, x = mla_of(cfg), torch.randn(2, 9, cfg.dim, generator=torch.Generator().manual_seed(2))
     table = rope_table(cfg, 9)
     with torch.no_grad():
-        wanted = mla(x, table)
+        expected = mla(x, table)
         cache = mla.latent(x, table)
         assert cache.shape == (2, 9, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
         at = torch.tensor([3, 7])
         visible = torch.arange(9)[None, None] <= at[:, None, None]
-        found = mla.absorbed(x[[0, 1], at][:, None], cache, visible, table[at][:, None])
-    assert relative(found[:, 0], wanted[[0, 1], at]) < 1e-6
+        actual = mla.absorbed(x[[0, 1], at][:, None], cache, visible, table[at][:, None])
+    assert relative(actual[:, 0], expected[[0, 1], at]) < 1e-6
 
 
 def test_latent_norm_is_applied_to_the_latent_only():

@@ -47,8 +47,8 @@ def test_below_zero_the_gate_chooses_itself():
     layer, h = layer_of(cfg), stream(cfg)
     free, choice = layer.route(h).routing, random_choice(cfg, (S * T,))
     choice[::2] = -1
-    taken = layer.route(h, choice).routing.expert_NK
-    assert torch.equal(taken[::2], free.expert_NK[::2]) and torch.equal(taken[1::2], choice[1::2].long())
+    actual = layer.route(h, choice).routing.expert_NK
+    assert torch.equal(actual[::2], free.expert_NK[::2]) and torch.equal(actual[1::2], choice[1::2].long())
 
 
 @pytest.mark.parametrize("changes", [{}, dict(norm_topk_prob=False), V2], ids=["v3", "plain-gates", "softmax"])
@@ -60,7 +60,7 @@ def test_layer_and_gradients_equal_a_loop_in_float64(changes):
     attended = layer.route(h, choice)
     loss = (layer.feed_forward(attended) * target).sum() + 3 * attended.routing.balance
     names = [name for name, _ in layer.ffn.named_parameters()] + ["h"]
-    got = torch.autograd.grad(loss, [*layer.ffn.parameters(), h])
+    gradients = torch.autograd.grad(loss, [*layer.ffn.parameters(), h])
 
     w = {name: p.detach().double().requires_grad_() for name, p in layer.ffn.named_parameters()}
     gain, x = layer.ffn_norm.weight.detach().double(), h.detach().double().requires_grad_()
@@ -89,8 +89,10 @@ def test_layer_and_gradients_equal_a_loop_in_float64(changes):
         load = [a + b for a, b in zip(load, count, strict=True)]
     assert relative(loss.detach(), expected.detach()) < 1e-5
     assert layer.ffn.gate.load_E.tolist() == load, "what was done is counted, not what would have been chosen"
-    for name, mine, wanted in zip(names, got, torch.autograd.grad(expected, [*w.values(), x]), strict=True):
-        assert relative(mine, wanted) < 1e-5, name
+    for name, gradient, exact_gradient in zip(
+        names, gradients, torch.autograd.grad(expected, [*w.values(), x]), strict=True
+    ):
+        assert relative(gradient, exact_gradient) < 1e-5, name
 
 
 class Told(Naive):
@@ -114,11 +116,11 @@ def test_the_network_takes_a_choice_for_every_sparse_layer(tmp_path):
     deepseek.save(model, tmp_path)
     naive = Told(tmp_path, cfg)
     with torch.no_grad():
-        found = model.train_outputs(ids, mtp=False, choice_BTLK=choice).hidden_BTD
+        hidden = model.train_outputs(ids, mtp=False, choice_BTLK=choice).hidden_BTD
         free = model.train_outputs(ids, mtp=False).hidden_BTD
-    for row, mine, alone in zip(range(len(ids)), found, free, strict=True):
+    for row, row_hidden, alone in zip(range(len(ids)), hidden, free, strict=True):
         naive.choices = iter(choice[row].transpose(0, 1).flatten(0, 1))
-        wanted = naive.main(ids[row])[0]
-        assert relative(mine, wanted) < 1e-5 and relative(alone, wanted) > 1e-2
+        expected = naive.main(ids[row])[0]
+        assert relative(row_hidden, expected) < 1e-5 and relative(alone, expected) > 1e-2
     with pytest.raises(AssertionError, match="one choice for every sparse layer"):
         model.train_outputs(ids, choice_BTLK=choice[:, :, 1:])

@@ -48,11 +48,11 @@ def loss_of(model, number, rows=2, length=20):
 @pytest.mark.parametrize("kind", KINDS)
 def test_i_and_w_have_the_bits_of_b(kind, shape):
     cfg = tiny(**(V2 if shape == "v2" else {}))
-    whole, _ = trained(cfg, *KINDS[kind])
+    at_once, _ = trained(cfg, *KINDS[kind])
     parts, store = trained(cfg, *KINDS[kind])
     store.serve(parts)
     for number in range(2):
-        loss_of(whole, number).backward()
+        loss_of(at_once, number).backward()
         loss = loss_of(parts, number)
         with store.open(number):
             loss.backward()
@@ -62,8 +62,8 @@ def test_i_and_w_have_the_bits_of_b(kind, shape):
     for number in range(2):
         store.run(number)
     assert not len(store)
-    for (name, wanted), found in zip(whole.named_parameters(), parts.parameters(), strict=True):
-        assert torch.equal(wanted.grad, found.grad), name
+    for (name, expected), actual in zip(at_once.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(expected.grad, actual.grad), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,8 +74,8 @@ def test_a_closed_store_changes_nothing(kind):
     for model in (plain, served):
         loss_of(model, 0).backward()
     assert not len(store)
-    for (name, wanted), found in zip(plain.named_parameters(), served.parameters(), strict=True):
-        assert torch.equal(wanted.grad, found.grad), name
+    for (name, expected), actual in zip(plain.named_parameters(), served.parameters(), strict=True):
+        assert torch.equal(expected.grad, actual.grad), name
 
 
 def test_without_gradients_there_before():
@@ -90,37 +90,37 @@ def test_without_gradients_there_before():
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
 
 
-@pytest.mark.parametrize("way", ["at once", "deferred"])
-def test_gradients_added_where_they_lie_have_the_bits_of_autograd(way, monkeypatch):
+@pytest.mark.parametrize("path", ["at once", "deferred"])
+def test_gradients_added_where_they_lie_have_the_bits_of_autograd(path, monkeypatch):
     """Two batches; FP8 products accumulate into their weights' gradients themselves."""
     cfg = tiny()
     (plain, _), (adding, store) = trained(cfg, *KINDS["fp8"]), trained(cfg, *KINDS["fp8"])
-    given = []
+    calls = []
     for model, own in ((plain, False), (adding, True)):
         with monkeypatch.context() as patch:
             if own:
                 for name in ("gemm", "grouped_wgrad"):
                     real = getattr(backends, name)
-                    patch.setattr(backends, name, spy(real, given))
+                    patch.setattr(backends, name, spy(real, calls))
             else:
                 patch.setattr(deferred, "own_gradient", lambda weight: None)
-            if own and way == "deferred":
+            if own and path == "deferred":
                 store.serve(model)
             for number in range(2):
-                with store.open(number) if own and way == "deferred" else nullcontext():
+                with store.open(number) if own and path == "deferred" else nullcontext():
                     loss_of(model, number).backward()
     for number in range(2):
         store.run(number)
     high = re.compile(r"gate|embed|head|eh_proj")  # matrices whose products are not in FP8
     matrices = sum(p.dim() > 1 and not high.search(name) for name, p in adding.named_parameters())
-    assert given.count(True) == (0 if way == "deferred" else 2 * matrices)
-    for (name, wanted), found in zip(plain.named_parameters(), adding.parameters(), strict=True):
-        assert torch.equal(wanted.grad, found.grad), name
+    assert calls.count(True) == (0 if path == "deferred" else 2 * matrices)
+    for (name, expected), actual in zip(plain.named_parameters(), adding.parameters(), strict=True):
+        assert torch.equal(expected.grad, actual.grad), name
 
 
-def spy(real, given):
+def spy(real, calls):
     def call(*arguments, add_to=None, **named):
-        given.append(add_to is not None)
+        calls.append(add_to is not None)
         return real(*arguments, add_to=add_to, **named)
 
     return call
@@ -154,7 +154,7 @@ def test_every_product_is_made_once(kind, monkeypatch):
     model, store = trained(cfg, *KINDS[kind])
     store.serve(model)
     loss = loss_of(model, 0)
-    whole = products(loss.backward, monkeypatch)
+    at_once = products(loss.backward, monkeypatch)
 
     def inputs():
         with store.open(0):
@@ -162,7 +162,7 @@ def test_every_product_is_made_once(kind, monkeypatch):
 
     loss = loss_of(model, 0)
     first, second = products(inputs, monkeypatch), products(lambda: store.run(0), monkeypatch)
-    assert first + second == whole
+    assert first + second == at_once
     layers = [*model.layers, *(module.layer for module in model.mtp)]
     if kind == "fp8":  # 5 of attention, 2 of the dense FFN or the shared expert; 2 of routed experts, grouped
         assert second["gemm"] == 7 * len(layers)
@@ -194,12 +194,12 @@ def read_by_gradients(cfg, tokens, sent):
 def test_what_waits_holds_what_its_gradients_read():
     """After I, BF16 holds an input and an output gradient of every matrix, and FP8 about half of what those take with
     copies of the rows that are sent; after W nothing is left."""
-    cfg, held = preset("tiny"), {}
+    cfg, held_bytes = preset("tiny"), {}
     for kind in ("bf16", "fp8-bf16"):
         dtype, recipe = KINDS[kind]
         model = set_fp8(Transformer(cfg).initialise(0), recipe)
         model.train()
-        kept = Optimizer(model, compute_dtype=dtype).kept
+        weights_kept = Optimizer(model, compute_dtype=dtype).kept
         store = Store()
         store.serve(model)
         model.rope_table(128)
@@ -209,7 +209,7 @@ def test_what_waits_holds_what_its_gradients_read():
             with store.open(0):
                 loss.backward()
 
-        held[kind] = live_bytes(inputs) - kept.nbytes  # weights in FP8, kept until the optimizer's step
-        assert live_bytes(lambda store=store: store.run(0)) == pytest.approx(-held[kind], rel=0.01)
-    assert held["bf16"] == pytest.approx(2 * read_by_gradients(cfg, 4 * 128, sent=False), rel=0.05)
-    assert held["fp8-bf16"] < 0.6 * 2 * read_by_gradients(cfg, 4 * 128, sent=True)
+        held_bytes[kind] = live_bytes(inputs) - weights_kept.nbytes  # weights in FP8, kept until the optimizer's step
+        assert live_bytes(lambda store=store: store.run(0)) == pytest.approx(-held_bytes[kind], rel=0.01)
+    assert held_bytes["bf16"] == pytest.approx(2 * read_by_gradients(cfg, 4 * 128, sent=False), rel=0.05)
+    assert held_bytes["fp8-bf16"] < 0.6 * 2 * read_by_gradients(cfg, 4 * 128, sent=True)

@@ -27,8 +27,8 @@ def run(function, arguments):
     """Output and the gradients of rows, weights, w13, w2 under a fixed random cotangent."""
     out = function(*arguments)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
-    wanted = [argument for argument in arguments if argument.requires_grad]
-    return [out.detach(), *torch.autograd.grad(out, wanted, cotangent)]
+    leaves = [argument for argument in arguments if argument.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
@@ -36,11 +36,11 @@ def test_the_equation_row_by_row(counts):
     """In float64: y = weight * W2 (silu(W1 x) * W3 x)."""
     rows, weights, count, w13, w2 = case(counts, torch.float64)
     expert = [e for e, n in enumerate(counts) for _ in range(n)]
-    found = expert_ffn.equation(rows, weights, count, w13, w2)
+    actual = expert_ffn.equation(rows, weights, count, w13, w2)
     for m, e in enumerate(expert):
         gate, up = w13[e, :5] @ rows[m], w13[e, 5:] @ rows[m]
-        wanted = weights[m] * (w2[e] @ (gate / (1 + torch.exp(-gate)) * up))
-        torch.testing.assert_close(found[m], wanted)
+        expected = weights[m] * (w2[e] @ (gate / (1 + torch.exp(-gate)) * up))
+        torch.testing.assert_close(actual[m], expected)
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
@@ -48,12 +48,12 @@ def test_the_equation_row_by_row(counts):
 def test_implementations_equal_the_equation_in_value_and_gradient(counts, dtype, bound):
     """Against the equation in float64; the bounds are a few roundings of the dtype."""
     exact = run(expert_ffn.equation, in_float64(case(counts, dtype)))
-    for found, wanted in zip(run(expert_ffn, case(counts, dtype)), exact, strict=True):
-        assert found.shape == wanted.shape and found.dtype == dtype
-        if wanted.norm():
-            assert relative(found, wanted) < bound
+    for actual, expected in zip(run(expert_ffn, case(counts, dtype)), exact, strict=True):
+        assert actual.shape == expected.shape and actual.dtype == dtype
+        if expected.norm():
+            assert relative(actual, expected) < bound
         else:
-            assert not found.any()
+            assert not actual.any()
 
 
 @pytest.mark.parametrize("counts", COUNTS[:4], ids=str)
@@ -103,5 +103,5 @@ def test_the_compiler_never_looks_inside():
     def function(rows):
         return experts_gpu.expert_ffn(rows, weights, count, *parameters)
 
-    found = torch.compile(function, backend="eager")(rows)
-    assert torch.equal(found, function(rows))
+    actual = torch.compile(function, backend="eager")(rows)
+    assert torch.equal(actual, function(rows))

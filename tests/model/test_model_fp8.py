@@ -74,9 +74,9 @@ def test_every_parameter_and_its_format(monkeypatch, cfg):
     assert len(list(model.named_parameters())) > 20
     for name, parameter in model.named_parameters():
         bare = re.sub(r"^(layers\.\d+|mtp\.\d+(\.layer)?)\.", "", name)
-        found = "fp8" if parameter.data_ptr() in quantised else "high"
-        assert found == FORMATS[bare], name
-        assert (found == "fp8") == (name in on_disk), name
+        kind = "fp8" if parameter.data_ptr() in quantised else "high"
+        assert kind == FORMATS[bare], name
+        assert (kind == "fp8") == (name in on_disk), name
 
 
 def test_eval_mode_is_untouched():
@@ -145,38 +145,38 @@ def test_attention_equals_the_plain_one(monkeypatch, changes, segmented, exactly
     cfg = tiny(**changes)
     segments = (torch.arange(30) // 11).expand(2, -1) if segmented else None
     x, dy = (torch.randn(2, 30, cfg.dim, generator=torch.Generator().manual_seed(n)) for n in (5, 6))
-    found = []
-    for ours in (True, False):
-        layer, mine = in_training(cfg).layers[1], x.clone().requires_grad_()
+    results = []
+    for actual in (True, False):
+        layer, leaf = in_training(cfg).layers[1], x.clone().requires_grad_()
         rope = Transformer(cfg).rope_table(30)
-        if ours:
-            y = fp8.attention(layer.attn_norm, layer.attn, mine, rope, segments, POWERS)
+        if actual:
+            y = fp8.attention(layer.attn_norm, layer.attn, leaf, rope, segments, POWERS)
         else:
-            y = plain_attention(layer, mine, rope, segments)
+            y = plain_attention(layer, leaf, rope, segments)
         y.backward(dy)
         grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-        found.append((y.detach(), {"x": mine.grad} | grads))
-    (y, ours), (wanted, theirs) = found
-    assert relative(y, wanted) < 1e-6
-    assert ours.keys() == theirs.keys() and len(ours) > 6
-    for name in ours.keys() - {"attn.wo.weight"}:
-        assert relative(ours[name], theirs[name]) < (2e-3 if exactly else 5e-2), name
+        results.append((y.detach(), {"x": leaf.grad} | grads))
+    (y, actual), (plain_y, plain) = results
+    assert relative(y, plain_y) < 1e-6
+    assert actual.keys() == plain.keys() and len(actual) > 6
+    for name in actual.keys() - {"attn.wo.weight"}:
+        assert relative(actual[name], plain[name]) < (2e-3 if exactly else 5e-2), name
 
 
 def test_what_attention_keeps_of_its_output_is_what_w_o_learns_from(monkeypatch):
     """W_O's gradient is computed from the output in E5M6, quantised again along the tokens, by powers of two."""
     cfg = tiny()
     layer = in_training(cfg).layers[1]
-    seen = {}
+    saved = {}
     original = fp8.backends.pack_e5m6
-    monkeypatch.setattr(fp8.backends, "pack_e5m6", lambda out, scale: seen.setdefault("packed", original(out, scale)))
+    monkeypatch.setattr(fp8.backends, "pack_e5m6", lambda out, scale: saved.setdefault("packed", original(out, scale)))
     x = torch.randn(2, 30, cfg.dim, generator=torch.Generator().manual_seed(5))
     dy = torch.randn(2, 30, cfg.dim, generator=torch.Generator().manual_seed(6))
     fp8.attention(layer.attn_norm, layer.attn, x, Transformer(cfg).rope_table(30), None, PAPER).backward(dy)
-    kept = seen["packed"].unpack(cfg.n_heads * cfg.v_head_dim, torch.float32)
-    left = quantise(quantise(dy.flatten(0, 1)).dequantise().t()).dequantise()
-    wanted = left @ quantise(kept.t(), "tile", power_of_two=True).dequantise().t()
-    assert relative(layer.attn.wo.weight.grad, wanted) < 1e-6
+    unpacked = saved["packed"].unpack(cfg.n_heads * cfg.v_head_dim, torch.float32)
+    dy_by_rows = quantise(quantise(dy.flatten(0, 1)).dequantise().t()).dequantise()
+    expected = dy_by_rows @ quantise(unpacked.t(), "tile", power_of_two=True).dequantise().t()
+    assert relative(layer.attn.wo.weight.grad, expected) < 1e-6
 
 
 @pytest.mark.parametrize("gradient", ["tile", "block", "tensor"])
@@ -200,7 +200,7 @@ def test_swiglu_keeps_fp8_inputs_and_learns_from_them(gradient, grouped):
         y = fp8.expert_swiglu(rows, sent, w13, w2, recipe, weight, count)
     else:
         y = fp8.swiglu(x, w13, w2, recipe)
-    ours = torch.autograd.grad(y, inputs, dy)
+    actual = torch.autograd.grad(y, inputs, dy)
 
     def linear(a, w):
         return fp8_grouped_linear(a, count, w, recipe) if grouped else fp8_linear(a, w, recipe)
@@ -212,8 +212,8 @@ def test_swiglu_keeps_fp8_inputs_and_learns_from_them(gradient, grouped):
     h = linear(x, w13)
     assert relative(y, linear(activated(h), w2)) < 1e-3
     h = _Rounded.apply(h, quantise(h, "tile", power_of_two=True).dequantise())
-    theirs = torch.autograd.grad(linear(activated(h), w2), inputs, dy)
-    for name, a, b in zip(("x", "w13", "w2", "weight"), ours, theirs, strict=False):
+    reference = torch.autograd.grad(linear(activated(h), w2), inputs, dy)
+    for name, a, b in zip(("x", "w13", "w2", "weight"), actual, reference, strict=False):
         assert relative(a, b) < (6e-2 if name == "w2" else 2e-3), name
 
 
@@ -263,22 +263,22 @@ def test_a_whole_layer_against_float64():
     draw = torch.Generator().manual_seed(5)
     x, dy = (torch.randn(4, 128, cfg.dim, generator=draw) for _ in range(2))
     choice = torch.rand(512, 4, generator=draw).argsort(-1)[:, :2]
-    found = {}
+    errors = {}
     for recipe in (None, PAPER):
         model = in_training(cfg, recipe)
-        layer, mine = model.layers[1], x.clone().requires_grad_()
-        y, _ = layer(mine, model.rope_table(128), None, choice)
+        layer, leaf = model.layers[1], x.clone().requires_grad_()
+        y, _ = layer(leaf, model.rope_table(128), None, choice)
         y.backward(dy)
         grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-        found[recipe] = {"y": y.detach() - x, "x": mine.grad - dy} | grads
+        errors[recipe] = {"y": y.detach() - x, "x": leaf.grad - dy} | grads
     exact = x.double().requires_grad_()
     y, w = layer_in_float64(layer, exact, model.rope_table(128), choice)
     y.backward(dy.double())
-    wanted = {"y": y.detach() - x, "x": exact.grad - dy} | {name: p.grad for name, p in w.items()}
-    assert found[PAPER].keys() == wanted.keys() and len(wanted) > 14
-    for name, value in wanted.items():
-        assert relative(found[None][name], value) < 3e-6, name
-        assert 0.05 < relative(found[PAPER][name], value) < 0.12, name
+    expected = {"y": y.detach() - x, "x": exact.grad - dy} | {name: p.grad for name, p in w.items()}
+    assert errors[PAPER].keys() == expected.keys() and len(expected) > 14
+    for name, value in expected.items():
+        assert relative(errors[None][name], value) < 3e-6, name
+        assert 0.05 < relative(errors[PAPER][name], value) < 0.12, name
 
 
 def test_what_is_dispatched_is_retiled_without_loss(monkeypatch):
@@ -288,10 +288,10 @@ def test_what_is_dispatched_is_retiled_without_loss(monkeypatch):
     original = backends.retile
 
     def seen(operand, count, power_of_two):
-        found = original(operand, count, power_of_two)
-        wanted = emulation.pad_groups(operand.dequantise(), count).t()
-        lost.append(relative(found.dequantise(), wanted))
-        return found
+        actual = original(operand, count, power_of_two)
+        expected = emulation.pad_groups(operand.dequantise(), count).t()
+        lost.append(relative(actual.dequantise(), expected))
+        return actual
 
     monkeypatch.setattr(backends, "retile", seen)
     monkeypatch.setattr(emulation, "retile", seen)
@@ -311,8 +311,8 @@ def test_what_is_sent_to_the_experts(dtype):
     x = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     token = torch.tensor([4, 0, 0, 2, 5, 4, 4])
     rows, sent = fp8.send(x, token, PAPER)
-    wanted = quantise(x, "tile", power_of_two=True)
-    assert torch.equal(sent.dequantise(), wanted.dequantise()[token])
+    expected = quantise(x, "tile", power_of_two=True)
+    assert torch.equal(sent.dequantise(), expected.dequantise()[token])
     assert rows.dtype == dtype and rows.shape == (7, 300) and rows.untyped_storage().nbytes() == dtype.itemsize
     drows = torch.arange(7.0)[:, None].expand(7, 300).to(dtype)
     rows.backward(drows)
@@ -332,9 +332,9 @@ def test_tokens_are_counted_once():
     """The gate runs again in backward, which must not count."""
     cfg = tiny()
     model, plain = in_training(cfg), in_training(cfg, None)
-    for one in (model, plain):
-        loss = next_token(one, batch(cfg), mtp_lambda=0.3, balance_alpha=1e-3)
-        with balance.uncounted(one.gates()):
+    for network in (model, plain):
+        loss = next_token(network, batch(cfg), mtp_lambda=0.3, balance_alpha=1e-3)
+        with balance.uncounted(network.gates()):
             loss.total.backward()
     for name, gate in model.gates().items():
         assert gate.load_E.sum() == plain.gates()[name].load_E.sum()
@@ -355,18 +355,18 @@ def test_a_weight_that_is_not_finite_makes_the_loss_so():
 def test_bytes_kept_are_as_computed(name):
     """Within 5 % in FP8, in BF16 and in float32. FP8 keeps less than 1/2.05 of what BF16 keeps with plain operations
     that send rows, as on a GPU."""
-    cfg, found = preset(name), {}
+    cfg, actual = preset(name), {}
     data = batch(cfg, rows=4, length=128)
     for dtype, recipe in ((torch.bfloat16, PAPER), (torch.bfloat16, None), (torch.float32, None)):
         model = set_fp8(Transformer(cfg).initialise(0).to_compute(dtype), recipe)
         model.train()
         model.rope_table(128)
         live, _ = live_and_highest(lambda model=model: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4))
-        wanted = activation_bytes(cfg, 4, 128, fp8=recipe is not None, number_bytes=dtype.itemsize)
-        assert live == pytest.approx(wanted, rel=0.05), (dtype, recipe)
-        found[dtype, recipe] = live
+        expected = activation_bytes(cfg, 4, 128, fp8=recipe is not None, number_bytes=dtype.itemsize)
+        assert live == pytest.approx(expected, rel=0.05), (dtype, recipe)
+        actual[dtype, recipe] = live
     plain = stage_activation_bytes(cfg, range(cfg.n_layers), 4, 128, last=True, fp8=False, fused=True)
-    assert found[torch.bfloat16, PAPER] < plain / 2.05
+    assert actual[torch.bfloat16, PAPER] < plain / 2.05
 
 
 def test_kept_bytes_of_other_shapes():

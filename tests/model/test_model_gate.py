@@ -62,10 +62,10 @@ def test_gate_equals_a_loop(changes, bias):
     x = inputs(cfg)
     routing = gate(x, 1)
     for n in range(len(x)):
-        wanted = naive(gate, x[n])
-        found = dict(zip(routing.expert_NK[n].tolist(), routing.weight_NK[n].tolist(), strict=True))
-        assert found.keys() == wanted.keys()
-        assert [found[e] for e in wanted] == pytest.approx(list(wanted.values()), rel=1e-5)
+        expected = naive(gate, x[n])
+        actual = dict(zip(routing.expert_NK[n].tolist(), routing.weight_NK[n].tolist(), strict=True))
+        assert actual.keys() == expected.keys()
+        assert [actual[e] for e in expected] == pytest.approx(list(expected.values()), rel=1e-5)
 
 
 def test_published_check():
@@ -119,7 +119,7 @@ def test_balance_equals_a_loop():
     gate, S, T = gate_of(cfg, (-0.3, 0.3)), 3, 7
     x = inputs(cfg, S * T)
     routing = gate.train()(x, S)
-    wanted = 0.0
+    expected = 0.0
     for s in range(S):
         for i in range(cfg.n_routed_experts):
             f = p = 0.0
@@ -127,9 +127,9 @@ def test_balance_equals_a_loop():
                 score = torch.sigmoid(x[t].double() @ gate.weight.detach().double().T)
                 p += (score[i] / score.sum()).item() / T
                 f += (routing.expert_NK[t] == i).any().item() * cfg.n_routed_experts / (cfg.n_activated_experts * T)
-            wanted += f * p
-    assert routing.balance.item() == pytest.approx(wanted, rel=1e-5)
-    assert wanted != pytest.approx(S, rel=1e-3)  # and is not trivially balanced
+            expected += f * p
+    assert routing.balance.item() == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(S, rel=1e-3)  # and is not trivially balanced
     assert torch.equal(gate.load_E, torch.bincount(routing.expert_NK.flatten(), minlength=12).float())
 
 
@@ -167,10 +167,10 @@ def test_tokens_reach_their_experts_and_return_as_by_a_loop():
         for weight in experts.parameters():
             weight.normal_(generator=torch.Generator().manual_seed(3))
         for n in range(9):
-            wanted = torch.zeros(cfg.dim)
+            expected = torch.zeros(cfg.dim)
             for e, weight in zip(routing.expert_NK[n].tolist(), routing.weight_NK[n], strict=True):
                 gate, up = (experts.w13[e] @ x[n]).chunk(2)
-                wanted += weight * (experts.w2[e] @ (torch.nn.functional.silu(gate) * up))
+                expected += weight * (experts.w2[e] @ (torch.nn.functional.silu(gate) * up))
             arguments = x, routing.expert_NK, routing.weight_NK, experts.w13, experts.w2
-            for found in (experts(moe.dispatch(x, routing, experts)), moe.routed_ffn.equation(*arguments)):
-                torch.testing.assert_close(found[n], wanted, atol=1e-4, rtol=1e-4)
+            for actual in (experts(moe.dispatch(x, routing, experts)), moe.routed_ffn.equation(*arguments)):
+                torch.testing.assert_close(actual[n], expected, atol=1e-4, rtol=1e-4)

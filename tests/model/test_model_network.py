@@ -89,8 +89,8 @@ def test_a_segment_is_what_it_would_be_alone():
             alone = model.train_outputs(ids[:1, start:end])
             assert relative(packed.hidden_BTD[:1, start:end], alone.hidden_BTD) < 1e-5
             # the last MTP position of a segment looks at the next one's first token; it carries no loss
-            found = packed.mtp_hidden[0][:1, start : end - 1]
-            assert relative(found, alone.mtp_hidden[0]) < 1e-5
+            actual = packed.mtp_hidden[0][:1, start : end - 1]
+            assert relative(actual, alone.mtp_hidden[0]) < 1e-5
 
 
 def test_train_outputs_without_mtp_and_head():
@@ -105,13 +105,13 @@ def test_balance_sums_all_moe_layers_mtp_included():
     cfg = tiny(n_mtp=2)
     model, ids = random_model(cfg).train(), tokens(cfg)
     total = model.train_outputs(ids).balance
-    seen = []
-    handles = [gate.register_forward_hook(lambda *a: seen.append(a[2].balance)) for gate in model.gates().values()]
+    losses = []
+    handles = [gate.register_forward_hook(lambda *a: losses.append(a[2].balance)) for gate in model.gates().values()]
     model.train_outputs(ids)
     for handle in handles:
         handle.remove()
-    assert len(seen) == 4 == len(model.gates())
-    torch.testing.assert_close(total, torch.stack(seen).sum())
+    assert len(losses) == 4 == len(model.gates())
+    torch.testing.assert_close(total, torch.stack(losses).sum())
     assert all(gate.load_E.sum() > 0 for gate in model.gates().values())
 
 
@@ -160,10 +160,10 @@ def test_compute_dtype_leaves_gates_and_gains_in_float32():
         assert tensor.dtype == (torch.float32 if wide else torch.bfloat16), name
     exact, ids = random_model(tiny()), tokens(tiny())
     with torch.no_grad():
-        found, wanted = model(ids), exact(ids)
-    assert found.dtype == torch.bfloat16
+        actual, expected = model(ids), exact(ids)
+    assert actual.dtype == torch.bfloat16
     # most tokens: a few flip to another expert if two scores are closer than BF16 resolves
-    error = (found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    error = (actual.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.median() < 3e-2
 
 

@@ -34,10 +34,10 @@ def test_a_network_of_equations_alone_is_the_same_network(monkeypatch):
         total.backward()
         return total, {name: parameter.grad for name, parameter in model.named_parameters()}
 
-    found, gradients = step()
+    actual, gradients = step()
     for operation in OPERATIONS:
         monkeypatch.setattr(operation, "implementations", [])
-    wanted, exact = step()
-    assert relative(found.detach(), wanted.detach()) < 1e-5
+    expected, exact = step()
+    assert relative(actual.detach(), expected.detach()) < 1e-5
     for name, gradient in gradients.items():
         assert relative(gradient, exact[name]) < 1e-5, name

@@ -62,18 +62,18 @@ def in_phases(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("phases", [*((phase,) for phase in PHASES), PHASES], ids="-".join)
 def test_same_bits_and_tokens_counted_once(phases, dtype):
-    plain, again = in_training((), dtype), in_training(phases, dtype)
-    wanted, found = gradients(plain), gradients(again)
-    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+    plain, recomputed = in_training((), dtype), in_training(phases, dtype)
+    expected, actual = gradients(plain), gradients(recomputed)
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
     for name, gate in plain.gates().items():
-        assert torch.equal(gate.load_E, again.gates()[name].load_E)
+        assert torch.equal(gate.load_E, recomputed.gates()[name].load_E)
 
 
 def test_same_bits_in_a_pipeline_with_weight_gradients_later():
-    wanted, again = in_phases(in_training(())), in_training(PHASES)
-    found = in_phases(again)
-    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
-    assert all(gate.load_E.sum() > 0 for gate in again.gates().values())
+    expected, recomputed = in_phases(in_training(())), in_training(PHASES)
+    actual = in_phases(recomputed)
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+    assert all(gate.load_E.sum() > 0 for gate in recomputed.gates().values())
 
 
 @counted_with_kernels
@@ -81,17 +81,17 @@ def test_same_bits_in_a_pipeline_with_weight_gradients_later():
 def test_fewer_bytes_are_kept(dtype):
     """Recomputing any one phase keeps less. Recomputing all keeps least: the residual stream and rows in transit. As
     computed, within 2 %."""
-    cfg, kept = preset("tiny"), {}
+    cfg, saved = preset("tiny"), {}
     data = batch(cfg, rows=4, length=128)
     for phases in ((), *((phase,) for phase in PHASES), PHASES):
         model = Transformer(cfg).initialise(0).to_compute(dtype).set_recompute(phases)
         model.train()
         model.rope_table(128)
-        kept[phases] = live_bytes(lambda model=model: next_token(model, data, **TERMS))
-        wanted = activation_bytes(cfg, 4, 128, fp8=False, number_bytes=dtype.itemsize, recompute=phases)
-        assert kept[phases] == pytest.approx(wanted, rel=0.02), phases
-    assert all(kept[(phase,)] < 0.97 * kept[()] for phase in PHASES)
-    assert kept[PHASES] < 0.36 * kept[()]
+        saved[phases] = live_bytes(lambda model=model: next_token(model, data, **TERMS))
+        expected = activation_bytes(cfg, 4, 128, fp8=False, number_bytes=dtype.itemsize, recompute=phases)
+        assert saved[phases] == pytest.approx(expected, rel=0.02), phases
+    assert all(saved[(phase,)] < 0.97 * saved[()] for phase in PHASES)
+    assert saved[PHASES] < 0.36 * saved[()]
 
 
 def test_in_eval_mode_and_without_gradients_nothing_is_kept_or_repeated():

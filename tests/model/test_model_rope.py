@@ -61,11 +61,11 @@ def test_decoding_a_long_text_computes_few_positions_more_than_once(monkeypatch)
     assert len(model.rope_table(131_074)) == 131_074 and not computed
 
 
-@pytest.mark.parametrize("mscale, all_dim, wanted", [(1.0, 1.0, 1.0), (0.707, 0.707, 1.0), (1.0, 0.0, 1.3688879)])
-def test_table_scale(mscale, all_dim, wanted):
+@pytest.mark.parametrize("mscale, all_dim, expected", [(1.0, 1.0, 1.0), (0.707, 0.707, 1.0), (1.0, 0.0, 1.3688879)])
+def test_table_scale(mscale, all_dim, expected):
     cfg = preset("v3", rope_factor=40.0, mscale=mscale, mscale_all_dim=all_dim)
     radius = mla.rope_table(cfg, 7).norm(dim=-1)
-    torch.testing.assert_close(radius, torch.full_like(radius, wanted))
+    torch.testing.assert_close(radius, torch.full_like(radius, expected))
 
 
 def test_v2_temperature():
@@ -89,12 +89,12 @@ def test_rotation_is_complex_multiplication_of_interleaved_pairs():
 def test_the_key_of_one_token_behind_a_latent_of_odd_width(dtype):
     """A slice of one row is contiguous, but its pairs start at an odd element."""
     joint = torch.randn(1, 1, 13).to(dtype)
-    found = mla.rotate(joint[..., 5:], mla.rope_table(tiny(), 4)[3:])
-    assert torch.equal(found, mla.rotate(joint[..., 5:].clone(), mla.rope_table(tiny(), 4)[3:]))
+    actual = mla.rotate(joint[..., 5:], mla.rope_table(tiny(), 4)[3:])
+    assert torch.equal(actual, mla.rotate(joint[..., 5:].clone(), mla.rope_table(tiny(), 4)[3:]))
     cfg = tiny(kv_lora_rank=13)
     attention, x = mla.MLA(cfg), torch.randn(1, 3, cfg.dim)
-    whole = attention(x, mla.rope_table(cfg, 3))
-    torch.testing.assert_close(attention(x[:, :1], mla.rope_table(cfg, 1)), whole[:, :1])
+    output = attention(x, mla.rope_table(cfg, 3))
+    torch.testing.assert_close(attention(x[:, :1], mla.rope_table(cfg, 1)), output[:, :1])
     assert attention.latent(x[:, :1], mla.rope_table(cfg, 1)).shape == (1, 1, 13 + cfg.qk_rope_head_dim)
 
 
@@ -112,6 +112,6 @@ def test_rotation_keeps_dtype_and_computes_in_float32():
     cfg = tiny()
     x = torch.randn(6, cfg.qk_rope_head_dim).to(torch.bfloat16)
     table = mla.rope_table(cfg, 6)
-    found = mla.rotate(x, table)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, mla.rotate(x.float(), table).to(torch.bfloat16))
+    actual = mla.rotate(x, table)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, mla.rotate(x.float(), table).to(torch.bfloat16))

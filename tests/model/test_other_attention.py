@@ -71,11 +71,11 @@ def test_gradients_match_those_of_one_head_after_the_other(kind):
     mla, T = model.layers[0].attn, 70  # more than one block of queries
     x = torch.randn(1, T, model.cfg.dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
     x_TD = x.detach()[0].double().requires_grad_()
-    out, (wanted, w) = mla(x, model.rope_table(T)), attention_in_float64(mla, x_TD)
-    assert relative(out[0], wanted) < 1e-5
+    out, (expected, w) = mla(x, model.rope_table(T)), attention_in_float64(mla, x_TD)
+    assert relative(out[0], expected) < 1e-5
     upstream = torch.randn(T, model.cfg.dim, generator=torch.Generator().manual_seed(1))
     (out[0] * upstream).sum().backward()
-    (wanted * upstream).sum().backward()
+    (expected * upstream).sum().backward()
     assert relative(x.grad[0], x_TD.grad) < 1e-5
     for name, parameter in mla.named_parameters():
         assert relative(parameter.grad, w[name].grad) < 1e-5, name

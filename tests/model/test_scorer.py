@@ -34,10 +34,10 @@ def last(model, tokens_BT, lengths):
 def test_the_body_is_copied_and_the_head_is_new():
     base = random_model(CFG)
     network = Scorer.of(base, seed=1)
-    ours, theirs = network.state_dict(), base.state_dict()
-    assert ours.keys() - theirs.keys() == {"score.weight"}
-    assert all(name.startswith(("head.", "mtp.")) for name in theirs.keys() - ours.keys())
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "score.weight")
+    scorer_state, base_state = network.state_dict(), base.state_dict()
+    assert scorer_state.keys() - base_state.keys() == {"score.weight"}
+    assert all(name.startswith(("head.", "mtp.")) for name in base_state.keys() - scorer_state.keys())
+    assert all(torch.equal(scorer_state[name], base_state[name]) for name in scorer_state if name != "score.weight")
     base.embed.weight.data.zero_()
     assert network.embed.weight.any(), "a copy, not a view"
     assert torch.equal(Scorer.of(base, 1).score.weight, network.score.weight)
@@ -51,41 +51,41 @@ def test_transformers_reads_the_same_scores(changes, tmp_path):
     network = scorer(tiny(**changes))
     network.save(tmp_path)
     kind = DeepseekV2ForSequenceClassification if changes is V2 else DeepseekV3ForSequenceClassification
-    theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True, **EAGER)
+    reference, info = kind.from_pretrained(tmp_path, output_loading_info=True, **EAGER)
     assert not any(info.values()), info
-    assert theirs.config.num_labels == 1 and theirs.config.pad_token_id == 2
+    assert reference.config.num_labels == 1 and reference.config.pad_token_id == 2
     ids, lengths = tokens(CFG, rows=3).clamp(min=3), (20, 7, 13)
     for row, length in enumerate(lengths):
         ids[row, length:] = 2
     with torch.no_grad():
-        found = theirs.eval()(ids, attention_mask=(ids != 2).long()).logits.squeeze(1)
-    assert relative(found, last(network, ids, lengths)) < 1e-5
+        actual = reference.eval()(ids, attention_mask=(ids != 2).long()).logits.squeeze(1)
+    assert relative(actual, last(network, ids, lengths)) < 1e-5
 
 
 def test_what_transformers_writes_is_read(tmp_path):
     network = scorer()
     network.save(tmp_path / "ours")
     DeepseekV3ForSequenceClassification.from_pretrained(tmp_path / "ours", **EAGER).save_pretrained(tmp_path / "theirs")
-    again = deepseek.load(tmp_path / "theirs", kind=Scorer).eval()
+    reloaded = deepseek.load(tmp_path / "theirs", kind=Scorer).eval()
     ids = tokens(CFG)
-    assert relative(last(again, ids, (20, 20)), last(network, ids, (20, 20))) < 1e-6
+    assert relative(last(reloaded, ids, (20, 20)), last(network, ids, (20, 20))) < 1e-6
 
 
 def test_it_comes_back_bit_by_bit_with_strict_keys(tmp_path):
     network = scorer()
     network.save(tmp_path)
-    again = deepseek.load(tmp_path, kind=Scorer).state_dict()
-    assert again.keys() == network.state_dict().keys()
-    assert all(torch.equal(again[name], tensor) for name, tensor in network.state_dict().items())
+    reloaded = deepseek.load(tmp_path, kind=Scorer).state_dict()
+    assert reloaded.keys() == network.state_dict().keys()
+    assert all(torch.equal(reloaded[name], tensor) for name, tensor in network.state_dict().items())
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
         "DeepseekV3ForSequenceClassification"
     ]
     file = tmp_path / "model.safetensors"
-    whole = load_file(file)
-    save_file({key: tensor for key, tensor in whole.items() if key != "score.weight"}, file)
+    tensors = load_file(file)
+    save_file({key: tensor for key, tensor in tensors.items() if key != "score.weight"}, file)
     with pytest.raises(UserError, match=r"score\.weight is missing"):
         deepseek.load(tmp_path, kind=Scorer)
-    save_file(whole | {"lm_head.weight": torch.zeros(96, 32)}, file)
+    save_file(tensors | {"lm_head.weight": torch.zeros(96, 32)}, file)
     with pytest.raises(UserError, match=r"lm_head\.weight has no place"):
         deepseek.load(tmp_path, kind=Scorer)
 

@@ -196,8 +196,8 @@ class Batch:
             yield self.own_T
         if self.before is not None:
             yield self.before.trained_N
-            found = self.before.segments
-            if isinstance(found, Packed):
-                yield from (found.segments_BT, found.end_S)
-            elif found is not None:
-                yield found
+            ids_BT = self.before.segments
+            if isinstance(ids_BT, Packed):
+                yield from (ids_BT.segments_BT, ids_BT.end_S)
+            elif ids_BT is not None:
+                yield ids_BT

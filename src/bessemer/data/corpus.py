@@ -180,24 +180,26 @@ class _SplitWriter:
         self._open = None
 
 
-def _chunks(documents: Iterable[Document], limit: int | None, left: Callable[[], float]) -> Iterator[list[Document]]:
+def _chunks(
+    documents: Iterable[Document], limit: int | None, chars_left: Callable[[], float]
+) -> Iterator[list[Document]]:
     """Non-blank documents in groups of about CHUNK_CHARS characters, or of two characters for each of the `left()`
     tokens if that is less: most tokens are longer, so little is tokenised in vain."""
     chunk: list[Document] = []
-    size = taken = 0
-    wanted = max(LEAST_CHARS, min(CHUNK_CHARS, 2 * left()))
+    size = total = 0
+    target = max(LEAST_CHARS, min(CHUNK_CHARS, 2 * chars_left()))
     for document in documents:
-        if limit is not None and taken >= limit:
+        if limit is not None and total >= limit:
             break
         if not document.text.strip():
             continue
-        taken += 1
+        total += 1
         chunk.append(document)
         size += len(document.text)
-        if size >= wanted:
+        if size >= target:
             yield chunk
             chunk, size = [], 0
-            wanted = max(LEAST_CHARS, min(CHUNK_CHARS, 2 * left()))
+            target = max(LEAST_CHARS, min(CHUNK_CHARS, 2 * chars_left()))
     if chunk:
         yield chunk
 
@@ -254,9 +256,9 @@ class Augment:
     def _split(self, ids: Sequence[int] | np.ndarray, rng: random.Random) -> np.ndarray:
         ids = np.asarray(ids, np.int32)
         boundaries = np.flatnonzero(self._is_boundary[ids]).tolist()
-        at = [place for place in boundaries if rng.random() < self._split_rate]
-        halves = [self._halves[int(ids[place])] for place in at]
-        pieces = np.split(ids, [edge for place in at for edge in (place, place + 1)])
+        at = [boundary for boundary in boundaries if rng.random() < self._split_rate]
+        halves = [self._halves[int(ids[boundary])] for boundary in at]
+        pieces = np.split(ids, [edge for boundary in at for edge in (boundary, boundary + 1)])
         pieces[1::2] = [np.array(half, np.int32) for half in halves]
         return np.concatenate(pieces)
 

@@ -49,9 +49,9 @@ class Document:
 
 def data_sets(what: str) -> Any:
     """The add-on that reads `what`, which this module does not."""
-    if (found := plugins.hook("data-sets")) is None:
+    if (plugin := plugins.hook("data-sets")) is None:
         raise UserError(f"{what} is read by an add-on that is not installed; write the data as {' or '.join(KINDS)}")
-    return found
+    return plugin
 
 
 def suffixes() -> tuple[str, ...]:
@@ -176,5 +176,5 @@ def without_none(value: Any) -> Any:
     """The value without the None entries that parquet adds to every message for keys it lacks. Also applies inside
     calls, where only arguments given as text keep a null."""
     if isinstance(value, dict):
-        return {key: without_none(one) for key, one in value.items() if one is not None}
-    return [without_none(one) for one in value] if isinstance(value, list) else value
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value

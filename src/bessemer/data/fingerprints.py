@@ -33,11 +33,11 @@ NO_VERIFY = "BESSEMER_NO_VERIFY"
 
 def sha256(path: Path, fresh: bool = False) -> str:
     """Hex digest of a file, from the table if it is there. `fresh`: computed from the bytes, and the table updated."""
-    place, key = str(path.resolve()), _key(path)
+    name, key = str(path.resolve()), _key(path)
     with suppress(sqlite3.Error, OSError), closing(_table()) as table:
-        found = None if fresh else table.execute("SELECT key, sha256 FROM hashes WHERE path = ?", (place,)).fetchone()
-        if found is not None and found[0] == key:
-            return str(found[1])
+        row = None if fresh else table.execute("SELECT key, sha256 FROM hashes WHERE path = ?", (name,)).fetchone()
+        if row is not None and row[0] == key:
+            return str(row[1])
     if (size := path.stat().st_size) >= LARGE:
         print(f"reading {path} ({size / 1e9:.0f} GB) once, for its SHA-256", file=sys.stderr, flush=True)
     started = time.time_ns()
@@ -45,7 +45,7 @@ def sha256(path: Path, fresh: bool = False) -> str:
     stat = path.stat()
     if key == _key(path) and started - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_NS:
         with suppress(sqlite3.Error, OSError), closing(_table()) as table, table:
-            table.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", (place, key, digest))
+            table.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", (name, key, digest))
     return digest
 
 

@@ -91,16 +91,16 @@ def planned_quota(
 ) -> tuple[Quota, dict[str, int]]:
     """The table for `span`, and the tokens at which sources reach their cap. Raises UserError if no data is left."""
     slots = max(SHORTEST, -(-span.rows // PERIODS))
-    left = np.array([_left(name, rows_of[name], span) for name in names])
+    rows_left = np.array([_left(name, rows_of[name], span) for name in names])
     carried, table = np.zeros(len(names)), []
     ended: dict[str, int] = {}
     for period in range(max(1, -(-span.rows // slots))):
         tokens = span.first_token + (period + 0.5) * slots * row_length
         # Without caps the last period is whole, so those runs keep their rows.
         n_rows = min(slots, span.rows - period * slots) if span.caps else slots
-        shares = _shares(names, weights, tokens, left)
+        shares = _shares(names, weights, tokens, rows_left)
         due = shares * n_rows + carried
-        counts, carried = _period(shares, carried, left, n_rows)
+        counts, carried = _period(shares, carried, rows_left, n_rows)
         if counts.sum() < n_rows:
             raise UserError(
                 f"the data runs out at {tokens:,.0f} tokens: every source has been read as often as its cap allows "
@@ -108,10 +108,10 @@ def planned_quota(
                 "train on fewer tokens"
             )
         # A source that just lasts to the end of the run has not ended: no row of it is missing.
-        needed = (left < 1) | (due - counts >= 1) | ((period + 1) * slots < span.rows)
-        left = left - counts
-        for place in np.flatnonzero((left < 1) & needed).tolist():
-            ended.setdefault(names[place], round(tokens))
+        needed = (rows_left < 1) | (due - counts >= 1) | ((period + 1) * slots < span.rows)
+        rows_left = rows_left - counts
+        for slot in np.flatnonzero((rows_left < 1) & needed).tolist():
+            ended.setdefault(names[slot], round(tokens))
         table.append(counts)
     return Quota(np.array(table)), ended
 
@@ -122,7 +122,7 @@ def _left(name: str, n_rows: int, span: Span) -> float:
     return max(0.0, (cap - span.read.get(name, 0.0)) * n_rows) if cap < float("inf") else cap
 
 
-def _shares(names: Sequence[str], weights: Mapping[str, Weight], tokens: float, left: np.ndarray) -> np.ndarray:
+def _shares(names: Sequence[str], weights: Mapping[str, Weight], tokens: float, rows_left: np.ndarray) -> np.ndarray:
     """Current shares of the sources that may still be read; they sum to 1, or to 0 if there is none."""
     shares = np.array([w(tokens) if callable(w) else w for w in (weights[name] for name in names)], dtype=float)
     for name, weight in zip(names, shares, strict=True):
@@ -135,20 +135,22 @@ def _shares(names: Sequence[str], weights: Mapping[str, Weight], tokens: float, 
             f"the mixture weights sum to {shares.sum():.4g} at {tokens:,.0f} tokens, not 1; used as shares",
             stacklevel=2,
         )
-    shares[left < 1] = 0
+    shares[rows_left < 1] = 0
     return shares / shares.sum() if shares.sum() else shares
 
 
-def _period(shares: np.ndarray, carried: np.ndarray, left: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
+def _period(
+    shares: np.ndarray, carried: np.ndarray, rows_left: np.ndarray, slots: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(counts, rows carried over) of one period."""
     due = np.where(shares > 0, np.maximum(0.0, shares * slots + carried), 0.0)
-    most = np.floor(np.minimum(left, slots)).astype(np.int64)
+    most = np.floor(np.minimum(rows_left, slots)).astype(np.int64)
     counts = np.zeros(len(shares), dtype=np.int64)
     while (missing := slots - counts.sum()) and (available := (counts < most) & (shares > 0)).any():
-        rest = np.where(
+        remainder = np.where(
             available, np.maximum(due - counts, shares * 1e-9), 0.0
         )  # the others make up for a capped source
-        counts = np.minimum(counts + largest_remainder(list(rest / rest.sum()), int(missing)), most)
+        counts = np.minimum(counts + largest_remainder(list(remainder / remainder.sum()), int(missing)), most)
     return counts, np.where(counts < most, shares * slots + carried - counts, 0.0)
 
 
@@ -204,10 +206,10 @@ class Mixture:
         tokens_BT, length_B = np.empty((n_rows, self.row_length), dtype=np.int64), np.empty(n_rows, dtype=np.int64)
         documents_BT = np.empty_like(tokens_BT) if masked else None
         for number, source in enumerate(self.sources.values()):
-            mine = which == number
-            tokens_BT[mine], length_B[mine] = source.take(rows[mine]), source.lengths(rows[mine])
+            of_part = which == number
+            tokens_BT[of_part], length_B[of_part] = source.take(rows[of_part]), source.lengths(rows[of_part])
             if documents_BT is not None:
-                documents_BT[mine] = source.documents_of(rows[mine])
+                documents_BT[of_part] = source.documents_of(rows[of_part])
         return to_batch(tokens_BT, length_B, documents_BT)
 
     def realised(self, first_row: int, n_rows: int) -> dict[str, float]:
@@ -217,8 +219,8 @@ class Mixture:
 
     def epochs(self, n_rows: int) -> dict[str, float]:
         """How often each source has been read through after `n_rows` rows, earlier sections included."""
-        taken = self._first + self._given(n_rows)
-        return {name: float(taken[i] / source.n_rows) for i, (name, source) in enumerate(self.sources.items())}
+        used = self._first + self._given(n_rows)
+        return {name: float(used[i] / source.n_rows) for i, (name, source) in enumerate(self.sources.items())}
 
     def _given(self, n_rows: int) -> np.ndarray:
         """Rows of each source among the first `n_rows`."""
@@ -243,18 +245,20 @@ class Mixture:
     def _locate(self, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         period, slot = np.divmod(n, self.quota.slots)
         which, kth = np.empty(len(n), dtype=np.int64), np.empty(len(n), dtype=np.int64)
-        for one in np.unique(period):
-            now = period == one
-            which[now], kth[now] = self._slots(int(one), slot[now])
+        for number_of_period in np.unique(period):
+            in_period = period == number_of_period
+            which[in_period], kth[in_period] = self._slots(int(number_of_period), slot[in_period])
         rows = np.empty(len(n), dtype=np.int64)
         for number, (name, source) in enumerate(self.sources.items()):
-            mine = which == number
-            epochs, places = np.divmod(kth[mine], source.n_rows)
+            of_part = which == number
+            epochs, places = np.divmod(kth[of_part], source.n_rows)
             images = np.empty(len(places), dtype=np.int64)
             for epoch in np.unique(epochs):
-                now = epochs == epoch
-                images[now] = permute(places[now], source.n_rows, permutation_key(self.seed, name, int(epoch)))
-            rows[mine] = images
+                in_period = epochs == epoch
+                images[in_period] = permute(
+                    places[in_period], source.n_rows, permutation_key(self.seed, name, int(epoch))
+                )
+            rows[of_part] = images
         return which, rows
 
     def _slots(self, period: int, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -336,12 +340,12 @@ def sections(tokens: int, length: Callable[[int], float], rows: Callable[[int], 
     done = row = 0
     plan: list[CurriculumSection] = []
     while done < tokens:
-        now, n_rows = int(length(done)), rows(done)
+        row_length, n_rows = int(length(done)), rows(done)
         if n_rows < 1:  # the run would never end
-            raise UserError(f"a step at {done:,} tokens has less than one row of {now} tokens; raise batch_rows")
-        if not plan or plan[-1].length != now:
-            plan.append(CurriculumSection(now, done, row, 0))
-        row, done = row + n_rows, done + n_rows * now
+            raise UserError(f"a step at {done:,} tokens has less than one row of {row_length} tokens; raise batch_rows")
+        if not plan or plan[-1].length != row_length:
+            plan.append(CurriculumSection(row_length, done, row, 0))
+        row, done = row + n_rows, done + n_rows * row_length
         plan[-1] = replace(plan[-1], rows=row - plan[-1].first_row)
     return plan
 

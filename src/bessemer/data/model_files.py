@@ -25,10 +25,10 @@ MOST = 64 << 20
 
 def check_regular(path: Path) -> int:
     """The size in bytes of a regular file or a link's target. Raises UserError for a pipe, a device or a socket."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is not a regular file; {AGAIN}")
-    return found.st_size
+    return status.st_size
 
 
 def read_bytes(path: Path, most: int = MOST) -> bytes:

@@ -146,28 +146,28 @@ def _rows_of(length_P: np.ndarray, row_length: int) -> tuple[np.ndarray, int]:
         while n:
             if fitting := rooms >> length:
                 room = length + (fitting & -fitting).bit_length() - 1
-                each, stack = room // length, by_room[room]
-                taken = min(len(stack), -(-n // each))
-                rows = stack[: -taken - 1 : -1]
-                del stack[-taken:]
+                per_row, stack = room // length, by_room[room]
+                count = min(len(stack), -(-n // per_row))
+                rows = stack[: -count - 1 : -1]
+                del stack[-count:]
                 if not stack:
                     rooms &= ~(1 << room)
             else:
-                room, each = row_length, row_length // length
-                rows = list(range(n_rows, n_rows - (-n // each)))
+                room, per_row = row_length, row_length // length
+                rows = list(range(n_rows, n_rows - (-n // per_row)))
                 n_rows += len(rows)
-            full = n // each
-            placed += rows[:full] if each == 1 else [row for row in rows[:full] for _ in range(each)]
-            n -= each * len(rows[:full])
-            left = [(room - each * length, rows[:full])]
+            full = n // per_row
+            placed += rows[:full] if per_row == 1 else [row for row in rows[:full] for _ in range(per_row)]
+            n -= per_row * len(rows[:full])
+            waiting = [(room - per_row * length, rows[:full])]
             if full < len(rows):  # the last row takes what is left
                 placed += rows[full:] * n
-                left.append((room - n * length, rows[full:]))
+                waiting.append((room - n * length, rows[full:]))
                 n = 0
-            for now, some in left:
-                if now and some:
-                    by_room[now] += some
-                    rooms |= 1 << now
+            for room_left, some in waiting:
+                if room_left and some:
+                    by_room[room_left] += some
+                    rooms |= 1 << room_left
     row_P = np.empty(len(length_P), dtype=np.int64)
     row_P[order] = placed
     return row_P, n_rows

@@ -101,8 +101,8 @@ class Rows:
     def _located(self, rows: np.ndarray) -> Iterator[tuple[str, int]]:
         """(shard, number within it) of every row."""
         places = np.searchsorted(self._ends, rows, side="right")
-        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            yield self._names[place], row - (int(self._ends[place - 1]) if place else 0)
+        for row, index in zip(rows.tolist(), places.tolist(), strict=True):
+            yield self._names[index], row - (int(self._ends[index - 1]) if index else 0)
 
     def _fill(self, row_T: np.ndarray, name: str, number: int) -> None:
         shard, crc, at = self._open(name), 0, 0

@@ -68,8 +68,8 @@ class SFTRows:
         epochs, places = np.divmod(np.arange(first_row, first_row + n_rows), self.n_rows)
         rows = np.empty_like(places)
         for epoch in np.unique(epochs):
-            now = epochs == epoch
-            rows[now] = permute(places[now], self.n_rows, permutation_key(self.seed, "turns", int(epoch)))
+            in_epoch = epochs == epoch
+            rows[in_epoch] = permute(places[in_epoch], self.n_rows, permutation_key(self.seed, "turns", int(epoch)))
         return self._batch(self.packed_RT[rows])
 
     def _batch(self, packed_BT: np.ndarray) -> Batch:
@@ -92,7 +92,7 @@ def build(
                 facts["too_long"] += 1
                 continue
             facts["samples"] += 1
-            facts["multi_turn"] += sum(one["role"] == "user" for one in document.messages or ()) > 1
+            facts["multi_turn"] += sum(message["role"] == "user" for message in document.messages or ()) > 1
             facts["tokens"] += len(sample)
             facts["answer_tokens"] += int((sample & 1).sum())
             yield sample
@@ -177,7 +177,7 @@ def _sample(document: Document, tokenizer: Tokenizer, style: str | None) -> np.n
     if document.prompted and True in answers:  # train only on the last run of the assistant's tokens
         end = len(answers) - answers[::-1].index(True)
         start = end - [*answers[:end][::-1], False].index(False)
-        answers = [one and place >= start for place, one in enumerate(answers)]
+        answers = [is_answer and position >= start for position, is_answer in enumerate(answers)]
     packed = np.array(ids, dtype=DTYPE) * 4 + np.array(answers, dtype=DTYPE)
     packed[0] += 2
     return packed

@@ -221,7 +221,7 @@ def check(folder: Path, meta: Mapping[str, Any], splits: Iterable[str] = SPLITS,
     width = np.dtype(meta["dtype"]).itemsize
     for split in splits:
         facts = meta["parts"][split]
-        whole = all_bytes or facts["tokens"] * width <= CHECKED_BYTES
+        reads_all = all_bytes or facts["tokens"] * width <= CHECKED_BYTES
         for shard in facts["shards"]:
             tokens, ends = tokens_file(folder, shard["name"]), ends_file(folder, shard["name"])
             for path in (tokens, ends):
@@ -229,7 +229,7 @@ def check(folder: Path, meta: Mapping[str, Any], splits: Iterable[str] = SPLITS,
                     raise UserError(f"{path} is missing; {REBUILD}")
             if tokens.stat().st_size != (size := shard["tokens"] * width):
                 raise UserError(f"{tokens} has {tokens.stat().st_size} bytes, not {size}; {REBUILD}")
-            for path, key in ((ends, "ends_sha256"), (tokens, "sha256"))[: 2 if whole else 1]:
+            for path, key in ((ends, "ends_sha256"), (tokens, "sha256"))[: 2 if reads_all else 1]:
                 if sha256_of(path) != shard[key]:
                     raise UserError(f"{path} was altered: its sha256 is not the one in meta.json; {REBUILD}")
 

@@ -102,13 +102,13 @@ def check(spec: str, characters: int | None = None) -> str | None:
         return None
     if spec in registered():
         return None
-    found = documents(spec)  # UserError for a path that does not exist
+    texts = documents(spec)  # UserError for a path that does not exist
     path, number, size = located(spec), 0, 0
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    whole = sum(file.stat().st_size for file in files) <= READ_BYTES
-    for number, document in enumerate(found, start=1):
+    reads_all = sum(file.stat().st_size for file in files) <= READ_BYTES
+    for number, document in enumerate(texts, start=1):
         size += len(document.text)
-        if (characters is not None and size >= characters) or (number == READ_DOCUMENTS and not whole):
+        if (characters is not None and size >= characters) or (number == READ_DOCUMENTS and not reads_all):
             return f"{spec}: its first {number:,} documents"
     if not number:
         raise UserError(f"{spec} contains no document")

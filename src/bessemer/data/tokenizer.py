@@ -93,13 +93,13 @@ class Tokenizer:
             show_progress=False,
         )
         tok.train_from_iterator(texts, trainer)
-        made = cls(json.loads(tok.to_str()), BOS, EOS, PAD, chat.jinja(chat_style))
-        if made.vocab_size < vocab_size:
+        tokenizer = cls(json.loads(tok.to_str()), BOS, EOS, PAD, chat.jinja(chat_style))
+        if tokenizer.vocab_size < vocab_size:
             warnings.warn(
-                f"the texts give only {made.vocab_size} tokens, not {vocab_size}: no pair is left that occurs twice",
+                f"the texts give only {tokenizer.vocab_size} tokens, not {vocab_size}: no pair occurs twice any more",
                 stacklevel=2,
             )
-        return made
+        return tokenizer
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -271,7 +271,7 @@ class Tokenizer:
     @property
     def tool_marks(self) -> dict[str, int]:
         """The ids of `MARKS`; empty if they are not tokens here, and the marks are written as text."""
-        ids = {mark: known for mark in MARKS if (known := self._tok.token_to_id(mark)) is not None}
+        ids = {mark: token_id for mark in MARKS if (token_id := self._tok.token_to_id(mark)) is not None}
         return ids if len(ids) == len(MARKS) else {}
 
     def _id(self, content: str) -> int:

@@ -16,19 +16,19 @@ OURS = __name__.partition(".")[0] + "."
 
 
 def judge_all(
-    asked: Sequence[tuple[Task, Problem, str]], share: Share = ALONE, holders: Sequence[int] | None = None
+    answers: Sequence[tuple[Task, Problem, str]], share: Share = ALONE, holders: Sequence[int] | None = None
 ) -> list[Judged]:
     """What is found about each (task, problem, answer), in order. Collective: all ranks pass the same, or `holders`,
     the ranks that have the answers."""
     if holders is None:
-        mine = _mine(asked, share)
+        numbers = _own_numbers(answers, share)
     else:
-        mine = [number for number, rank in enumerate(holders) if rank == share.me]
-    for number in mine:
-        task, problem, answer = asked[number]
+        numbers = [number for number, rank in enumerate(holders) if rank == share.me]
+    for number in numbers:
+        task, problem, answer = answers[number]
         task.begin(problem, answer)
-    found = share.merge({number: _judged(*asked[number]) for number in mine})
-    return [found[number] for number in range(len(asked))]
+    verdicts = share.merge({number: _judged(*answers[number]) for number in numbers})
+    return [verdicts[number] for number in range(len(answers))]
 
 
 def _judged(task: Task, problem: Problem, completion: str) -> Judged:
@@ -45,11 +45,11 @@ def ours(task: Task) -> bool:
     return type(task).__module__.startswith(OURS)
 
 
-def _mine(asked: Sequence[tuple[Task, Problem, str]], share: Share) -> list[int]:
+def _own_numbers(answers: Sequence[tuple[Task, Problem, str]], share: Share) -> list[int]:
     """The numbers of the answers that this rank judges."""
     if share.n == 1:
-        return list(range(len(asked)))
-    owner = share.merge({number: share.me for number, one in enumerate(asked) if _begun(*one)})
-    for number, (task, *_) in enumerate(asked):
+        return list(range(len(answers)))
+    owner = share.merge({number: share.me for number, answer in enumerate(answers) if _begun(*answer)})
+    for number, (task, *_) in enumerate(answers):
         owner.setdefault(number, number % share.n if ours(task) else 0)
-    return [number for number in range(len(asked)) if owner[number] == share.me]
+    return [number for number in range(len(answers)) if owner[number] == share.me]

@@ -133,19 +133,25 @@ def judge(
 ) -> dict[str, Any]:
     """The evaluation row for the answers to each problem, at least k of them. `seed` is for the intervals, `share` as
     in `judge_all`."""
-    asked = list(zip(problems, groups, strict=True))
-    plain = [(task, problem, one.text) for problem, group in asked for one in group if one.episode is None]
-    found = iter(judge_all(plain, share))
+    questions = list(zip(problems, groups, strict=True))
+    plain = [
+        (task, problem, completion.text)
+        for problem, group in questions
+        for completion in group
+        if completion.episode is None
+    ]
+    results = iter(judge_all(plain, share))
     verdicts = [
-        [next(found).verdict if one.episode is None else one.episode.verdict for one in group] for group in groups
+        [next(results).verdict if completion.episode is None else completion.episode.verdict for completion in group]
+        for group in groups
     ]
     rates, figures = metrics.rates(verdicts, k), dict[str, Any]()
     for name, values in rates.items():
         figures |= {name: float(np.mean(values)), **_interval(name, values, seed)}
     answers = [answer for group in groups for answer in group]
-    consistent = [fmean(consistency(answer.text, problem.language) for answer in group) for problem, group in asked]
+    consistent = [fmean(consistency(answer.text, problem.language) for answer in group) for problem, group in questions]
     named = _named(problems)
-    read, readable = _readability(asked, named, seed)
+    read, readable = _readability(questions, named, seed)
     lengths = [answer.tokens for answer in answers if answer.tokens is not None]
     ends = [answer.finish_reason for answer in answers if answer.finish_reason is not None]
     return {
@@ -183,14 +189,14 @@ def _interval(name: str, values: Sequence[float], seed: int) -> dict[str, list[f
 
 
 def _readability(
-    asked: Sequence[tuple[Problem, Sequence[Answer]]], named: Sequence[str], seed: int
+    questions: Sequence[tuple[Problem, Sequence[Answer]]], named: Sequence[str], seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keys by problem, and keys of all answers, from the hook `readable`; none without it."""
     if (judge := plugins.hook("readable")) is None:
         return {}, {}
-    readings = [[judge(answer.text, problem.language) for answer in group] for problem, group in asked]
-    shares = [fmean(one.readable for one in group) for group in readings]
-    faults = Counter(one.reason for group in readings for one in group if not one.readable)
+    readings = [[judge(answer.text, problem.language) for answer in group] for problem, group in questions]
+    shares = [fmean(reading.readable for reading in group) for group in readings]
+    faults = Counter(reading.reason for group in readings for reading in group if not reading.readable)
     n = sum(map(len, readings))
     return {"readable_by_problem": dict(zip(named, shares, strict=True))}, {
         "readable": (n - faults.total()) / n,
@@ -218,11 +224,11 @@ def _of_episodes(episodes: Sequence[PlayedEpisode]) -> dict[str, Any]:
 def _named(problems: Sequence[Problem]) -> list[str]:
     """A name for each problem, equal in every evaluation that asks the same; repeated problems are numbered."""
     names: list[str] = []
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for problem in problems:
         name = f"{stable_hash(problem.language, problem.prompt):016x}"[:12]
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+        counts[name] += 1
+        names.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
     return names
 
 
@@ -233,7 +239,7 @@ def heldout(task: Task, problems: int, skip: int = 0) -> list[Problem]:
     if size == 0:
         raise UserError(f"{task.name} holds out no problem; write @test after its file, or name another task")
     if size is not None and skip + problems > size:
-        what = f"{problems} problems requested after the first {skip}" if skip else f"{problems} problems requested"
+        request = f"{problems} problems requested after the first {skip}" if skip else f"{problems} problems requested"
         most = f"use at most {size - skip}" if skip < size else f"skip at most {size - 1}"
-        raise UserError(f"{what}, but {task.name} has {size} held-out ones; {most}")
+        raise UserError(f"{request}, but {task.name} has {size} held-out ones; {most}")
     return [task.problem("test", i, seed=0) for i in range(skip, skip + problems)]

@@ -135,8 +135,8 @@ def stored_params(cfg: ModelConfig) -> int:
 
 def active_params(cfg: ModelConfig, tables: bool = True) -> int:
     """Parameters of the main model that one token uses; `tables`: with embedding and head."""
-    both = embedding_params(cfg) * (1 if cfg.tie_embeddings else 2)
-    return _all_layers(cfg, active_only=True) + cfg.dim + (both if tables else 0)
+    embeddings = embedding_params(cfg) * (1 if cfg.tie_embeddings else 2)
+    return _all_layers(cfg, active_only=True) + cfg.dim + (embeddings if tables else 0)
 
 
 # --- cache and FLOPs -------------------------------------------------------------------------------------------------

@@ -103,20 +103,20 @@ class Transformer(LanguageModel):
         return self
 
     def initial_values(
-        self, seed: int, wanted: Callable[[str, int | None], bool] = lambda name, expert: True
+        self, seed: int, selects: Callable[[str, int | None], bool] = lambda name, expert: True
     ) -> Iterator[tuple[str, int | None, Tensor]]:
         """Yields (parameter name, expert, initial values) of every matrix. Stacked experts come one by one if that
         gives the same numbers as all at once (the generator works in blocks of 16); otherwise expert is None.
 
         A model of `APART` parameters or more seeds the generator for every matrix and expert from seed, name and
-        expert, and draws only what is `wanted`; a smaller model draws all its numbers from one stream."""
+        expert, and draws only what is `selects`; a smaller model draws all its numbers from one stream."""
         generator = torch.Generator().manual_seed(seed)
         apart = sum(parameter.numel() for parameter in self.parameters()) >= APART
         for name, parameter in self.named_parameters():
             one_by_one = parameter.dim() == 3 and (apart or parameter[0].numel() % 16 == 0)
             for expert in range(len(parameter)) if one_by_one else (None,):
                 shape = parameter.shape if expert is None else parameter.shape[1:]
-                if parameter.dim() < 2 or (apart and not wanted(name, expert)):
+                if parameter.dim() < 2 or (apart and not selects(name, expert)):
                     continue
                 if apart:
                     digest = hashlib.sha256(f"{seed} {name} {expert}".encode()).digest()
