@@ -38,10 +38,12 @@ def test_the_best_experts_are_masked_and_come_back(model, batch):
         assert not (first[:, :, None] == best[:, None, :]).any()
     with probes.without(model, 2, random=True):
         drawn = probes.choices(model)(batch)[0][0]
-    kept = [(row[:, None] == own[None]).any(1).float().mean() for row, own in zip(drawn, plain[0][0], strict=True)]
-    assert 0.5 < float(torch.stack(kept).mean()) < 1  # two random experts of sixteen are masked, not the best two
+    share_kept = [
+        (row[:, None] == own[None]).any(1).float().mean() for row, own in zip(drawn, plain[0][0], strict=True)
+    ]
+    assert 0.5 < float(torch.stack(share_kept).mean()) < 1  # two random experts of sixteen are masked, not the best two
     again = probes.choices(model)(batch)
-    assert all(torch.equal(one, other) for (one, _), (other, _) in zip(plain, again, strict=True))
+    assert all(torch.equal(actual, other) for (actual, _), (other, _) in zip(plain, again, strict=True))
 
 
 def test_experts_that_are_off_get_no_token(model, batch):
@@ -68,8 +70,8 @@ def test_information():
 
 def test_neurons_of_a_dense_network(batch):
     dense = Transformer(preset("claims", dim=32, n_layers=3, vocab_size=64, n_dense_layers=3)).initialise(0).eval()
-    found = probes.neurons(dense)(batch)
-    assert len(found) == 2 and found[0][0].shape == (48, probes.STRONGEST) and found[0][1] == CFG.inter_dim
+    active = probes.neurons(dense)(batch)
+    assert len(active) == 2 and active[0][0].shape == (48, probes.STRONGEST) and active[0][1] == CFG.inter_dim
 
 
 def test_experts_by_token(model, batch):

@@ -13,16 +13,18 @@ WAYS = ("none", "inputs", "keys", "expanded", "latents")
 
 @torch.inference_mode()
 def test_all_caches_give_the_same_attention():
-    kept = Remembered(CFG, 3, 20)
-    kept.keys[:, :, -1] = kept.values[:, :, -1] = kept.latents[:, -1] = 0  # each step fills in the new token's entries
-    expected = kept.step_none()
+    cache = Remembered(CFG, 3, 20)
+    cache.keys[:, :, -1] = cache.values[:, :, -1] = cache.latents[:, -1] = (
+        0  # each step fills in the new token's entries
+    )
+    expected = cache.step_none()
     for name in WAYS:
-        assert torch.allclose(getattr(kept, f"step_{name}")(), expected, atol=1e-5), name
-    assert kept.step_groups().shape == expected.shape and not torch.allclose(kept.step_groups(), expected, atol=1e-3)
+        assert torch.allclose(getattr(cache, f"step_{name}")(), expected, atol=1e-5), name
+    assert cache.step_groups().shape == expected.shape and not torch.allclose(cache.step_groups(), expected, atol=1e-3)
 
 
 def test_bytes_match_those_of_the_shapes():
-    found = Remembered(CFG, 3, 20).bytes()
+    actual = Remembered(CFG, 3, 20).bytes()
     numbers = {
         "none": 0,
         "inputs": 32,
@@ -31,7 +33,7 @@ def test_bytes_match_those_of_the_shapes():
         "expanded": 12,
         "latents": 12,
     }
-    assert found == {name: 3 * 20 * 4 * n for name, n in numbers.items()}
+    assert actual == {name: 3 * 20 * 4 * n for name, n in numbers.items()}
 
 
 def test_a_cache_is_dominated_by_one_no_worse_in_bytes_and_time():

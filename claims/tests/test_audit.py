@@ -48,12 +48,12 @@ def test_an_audit_that_cannot_be_made(arguments, words):
 
 def test_draws_have_their_distribution():
     values = chance.draw(1000, 3)
-    for one in read_toml("ranges.toml")["input"]:
-        drawn = values[one["name"]]
-        if "chance" in one:
-            assert drawn.mean() == pytest.approx(one["chance"], abs=0.002)
+    for row in read_toml("ranges.toml")["input"]:
+        drawn = values[row["name"]]
+        if "chance" in row:
+            assert drawn.mean() == pytest.approx(row["chance"], abs=0.002)
             continue
-        low, mode, high = one["low"], one["mode"], one["high"]
+        low, mode, high = row["low"], row["mode"], row["high"]
         assert low <= drawn.min() and drawn.max() <= high
         assert drawn.mean() == pytest.approx((low + mode + high) / 3, rel=1e-3)
         below = np.mean(drawn < mode)
@@ -67,7 +67,7 @@ def test_batched_step_times_equal_single_ones():
     shared = (replace(v3, layout=Layout(4, 2, 64), micro=8), replace(PLAIN, schedule="interleaved", slices=5, tp=2))
     for setup in shared:
         setups = list(chance.drawn(setup, chance.draw(5, 0), setup.shape.experts > 0))
-        alone = [step_time(one).seconds for one in setups]
+        alone = [step_time(case).seconds for case in setups]
         assert chance.step_seconds(setups).tolist() == pytest.approx(alone, rel=1e-12)
 
 
@@ -97,13 +97,13 @@ def test_the_credibility_of_the_published_cost(monkeypatch):
     assert json.loads(CliRunner().invoke(app, [*call, "--json"]).output) == facts
     inside = facts["inside_million_gpu_hours"]
     assert 2 < inside["low"] < inside["median"] < inside["high"] < 6 and facts["published_million_gpu_hours"] == 2.664
-    assert sum(one["variance"] for one in facts["inputs"]) == pytest.approx(100)
+    assert sum(row["variance"] for row in facts["inputs"]) == pytest.approx(100)
     twice = facts["would_have_to_be_false"][0]
     assert twice["million_gpu_hours"] == 2 * 2.664
     assert twice["tokens_per_second_per_gpu"] == pytest.approx(14.8e12 / (2 * 2.664e6 * 3600))
-    assert {one["seen_before"] for one in facts["other_runs"]} == {True, False}
-    said = CliRunner().invoke(app, call).output
-    assert "what would" not in said and "The draws fail this test" in said and "Llama 4 Scout" in said
+    assert {row["seen_before"] for row in facts["other_runs"]} == {True, False}
+    printed = CliRunner().invoke(app, call).output
+    assert "what would" not in printed and "The draws fail this test" in printed and "Llama 4 Scout" in printed
     with pytest.raises(UserError, match="an interval needs at least 20"):
         credibility.credibility("deepseek-v3", 3, 0)
     with pytest.raises(UserError, match="did you mean deepseek-v3"):
@@ -112,7 +112,7 @@ def test_the_credibility_of_the_published_cost(monkeypatch):
 
 def test_tuning_and_test_runs_are_disjoint():
     """No run is used both for tuning and for the test, and no range has a test run as its source."""
-    seen, test = (read_toml(name)["run"] for name in ("validation.toml", "heldout.toml"))
-    assert not {(run["source"], run["tokens_s"]) for run in seen} & {(run["source"], run["tokens_s"]) for run in test}
+    tuned, test = (read_toml(name)["run"] for name in ("validation.toml", "heldout.toml"))
+    assert not {(run["source"], run["tokens_s"]) for run in tuned} & {(run["source"], run["tokens_s"]) for run in test}
     assert len(test) == 16 and all({"source", "assumed"} <= run.keys() for run in test)
-    assert all(one["source"] for one in read_toml("ranges.toml")["input"])
+    assert all(row["source"] for row in read_toml("ranges.toml")["input"])

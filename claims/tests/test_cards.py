@@ -17,7 +17,7 @@ from bessemer_claims.verdict import ClaimVerdict, Measured
 
 
 @pytest.fixture(scope="module")
-def made(all_cards):
+def all_cards(all_cards):
     return {card.name: card for card in all_cards}
 
 
@@ -33,7 +33,8 @@ def test_both_languages_say_the_same():
             assert english.isascii() or not re.search("[一-鿿]", english), name
             assert re.search("[一-鿿]", chinese), name
             fields = [
-                sorted(field for _, field, *_ in string.Formatter().parse(one) if field) for one in (english, chinese)
+                sorted(field for _, field, *_ in string.Formatter().parse(sentence) if field)
+                for sentence in (english, chinese)
             ]
             assert fields[0] == fields[1], name
 
@@ -42,7 +43,7 @@ def test_no_sentence_reports_a_run_that_never_happened():
     """The page derives that from the results that exist."""
     stale = re.compile(r"(run|made|measured) yet|not (been )?(run|repeated)|尚未|还没有")
     texts = {name: [*(claim.found or ()), *(claim.limit or ())] for name, claim in registry.claims().items()}
-    texts |= {name: [*one.does, *one.limit] for name, one in registry.experiments().items()}
+    texts |= {name: [*experiment.does, *experiment.limit] for name, experiment in registry.experiments().items()}
     assert not [name for name, several in texts.items() if stale.search(" ".join(several))]
 
 
@@ -54,7 +55,7 @@ def test_every_kind_has_what_decides_it():
         parts = [part for part in rules[name].parts if part.kind != "B"] if name in rules else []
         assert set(plain) == {part.metric for part in parts}, name
         assert all(re.search("[一-鿿]", chinese) and unit in words["unit"] for _, chinese, unit in plain.values()), name
-        for control in filter(None, (one for part in parts for one in (part.positive, part.negative))):
+        for control in filter(None, (candidate for part in parts for candidate in (part.positive, part.negative))):
             assert control in registry.metrics()["control"], (name, control)
         kinds = {part.kind for part in rules[name].parts} if name in rules else set()
         if claim.kinds[0] in "RXS":
@@ -64,34 +65,35 @@ def test_every_kind_has_what_decides_it():
         assert bool(claim.scores) == ("B" in kinds), name
 
 
-def test_verdicts(made):
+def test_verdicts(all_cards):
     """The verdicts of this version: to change this test is to change what the page claims."""
-    found = {
-        verdict: " ".join(name for name, card in made.items() if card.verdict is verdict) for verdict in ClaimVerdict
+    verdicts = {
+        verdict: " ".join(name for name, card in all_cards.items() if card.verdict is verdict)
+        for verdict in ClaimVerdict
     }
-    assert found[ClaimVerdict.CONTRADICTED] == "H3 H9 M12 M17 M18 L5 L11 L13 T2 F10 G5 Z7 Z9 K6"
-    assert found[ClaimVerdict.NOT_TESTABLE] == "H13 G6 D5" and found[ClaimVerdict.NOT_SHOWN] == "F7 K3"
-    shown = "H6 H7 H10 H12 H14 M1 M13 M21 L3 L4 T1 T3 T8 T9 F1 F2 F4 F5 F11 P1 P4 G1 G2 G7 Z1"
-    assert found[ClaimVerdict.SHOWN] == shown
-    assert len(found[ClaimVerdict.PART].split()) == 41 and len(found[ClaimVerdict.NOT_RUN].split()) == 34
-    assert all(card.verdict is not ClaimVerdict.SHOWN for card in made.values() if card.earlier)
+    assert verdicts[ClaimVerdict.CONTRADICTED] == "H3 H9 M12 M17 M18 L5 L11 L13 T2 F10 G5 Z7 Z9 K6"
+    assert verdicts[ClaimVerdict.NOT_TESTABLE] == "H13 G6 D5" and verdicts[ClaimVerdict.NOT_SHOWN] == "F7 K3"
+    expected = "H6 H7 H10 H12 H14 M1 M13 M21 L3 L4 T1 T3 T8 T9 F1 F2 F4 F5 F11 P1 P4 G1 G2 G7 Z1"
+    assert verdicts[ClaimVerdict.SHOWN] == expected
+    assert len(verdicts[ClaimVerdict.PART].split()) == 41 and len(verdicts[ClaimVerdict.NOT_RUN].split()) == 34
+    assert all(card.verdict is not ClaimVerdict.SHOWN for card in all_cards.values() if card.earlier)
 
 
 def test_results_of_runs_take_their_place():
     """How trained arms enter a card: three seeds, one control that must show harm and one that must not."""
-    same = Measured([-0.004, -0.002, -0.003], positive=[0.02, 0.03, 0.025], negative=[0.001, -0.001, 0.0])
+    unchanged = Measured([-0.004, -0.002, -0.003], positive=[0.02, 0.03, 0.025], negative=[0.001, -0.001, 0.0])
     metric = "bpb(ref) / bpb(MHA) - 1"
-    results = {"L6": {metric: same}, "F7": {"held-out, FP8 / BF16 - 1, %": Measured([0.1, 0.12, 0.11])}}
+    results = {"L6": {metric: unchanged}, "F7": {"held-out, FP8 / BF16 - 1, %": Measured([0.1, 0.12, 0.11])}}
     results["Z2"] = {}
     latent, fp8, rise = cards.make(["L6", "F7", "Z2"], results)
     assert latent.verdict is ClaimVerdict.SHOWN and latent.facts()["parts"][0]["interval"][0] == pytest.approx(-0.003)
     assert fp8.verdict is ClaimVerdict.PART and fp8.earlier is None  # its other metric has not been run
     assert rise.found is not None and "three runs" in rise.found[0]
-    [blind] = cards.make(["L6"], {"L6": {metric: Measured(same.values, positive=[0.02, -0.03, 0.0])}})
+    [blind] = cards.make(["L6"], {"L6": {metric: Measured(unchanged.values, positive=[0.02, -0.03, 0.0])}})
     assert blind.verdict is ClaimVerdict.NOT_SHOWN
 
 
-def test_figures_match_independent_sums(made):
+def test_figures_match_independent_sums(all_cards):
     """Against published totals and hand counts, not against the code that made the cards."""
     assert exact.COMPUTED["L5"]()["share"] == pytest.approx(100 * (512 + 64) / (128 * (128 + 128)))
     assert exact.COMPUTED["L4"]()["context_gb"] == pytest.approx(128 * 256 * 61 * 2 * 131072 / 1e9)

@@ -33,7 +33,7 @@ def opened(browser, file, request):
     tab, complaints = context.new_page(), []
     tab.on("console", lambda message: complaints.append(message.text))
     tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on("request", lambda asked: complaints.append(asked.url))
+    tab.on("request", lambda outgoing: complaints.append(outgoing.url))
     tab.goto(f"file://{file}")
     yield tab
     context.close()
@@ -43,16 +43,16 @@ def opened(browser, file, request):
 def test_the_page_in_docs_is_what_the_committed_results_give():
     root = Path(__file__).parents[2]
     due = "run: python claims/tools/page.py"
-    made = page.committed()
+    all_cards = page.committed()
     body = re.compile(r"<main>.*</main>", re.S)  # styles and script may change
     committed = (root / "docs" / "claims.html").read_text(encoding="utf-8")
-    assert body.search(committed)[0] == body.search(page.document(made))[0], due
+    assert body.search(committed)[0] == body.search(page.document(all_cards))[0], due
     assert len(committed.encode()) < 2_000_000
-    names, numbers = phrases.words()["verdict"], cards.counts(made)
-    for place, (name, form) in enumerate((("README.md", "{1} {0}"), ("README.zh.md", "{0} {1} 条"))):
+    names, numbers = phrases.words()["verdict"], cards.counts(all_cards)
+    for index, (name, form) in enumerate((("README.md", "{1} {0}"), ("README.zh.md", "{0} {1} 条"))):
         readme = (root / name).read_text(encoding="utf-8")
         for verdict, number in numbers.items():
-            assert form.format(names[verdict][place], number) in readme, f"{name}: {due}"
+            assert form.format(names[verdict][index], number) in readme, f"{name}: {due}"
 
 
 def test_size_and_content(file):
@@ -96,8 +96,8 @@ def test_the_language_changes_by_keyboard(opened):
 def test_a_verdict_shows_its_claims_alone(opened):
     wrong = opened.locator("button.v-contradicted")
     wrong.click()
-    shown = [card.get_attribute("id") for card in opened.locator(".claim").all() if card.is_visible()]
-    assert len(shown) == int(wrong.locator("em").inner_text()) and {"M12", "L5", "K6"} < set(shown)
+    visible = [card.get_attribute("id") for card in opened.locator(".claim").all() if card.is_visible()]
+    assert len(visible) == int(wrong.locator("em").inner_text()) and {"M12", "L5", "K6"} < set(visible)
     wrong.click()
     assert opened.locator("#M5").is_visible() and opened.locator("#K6").is_hidden()
 
@@ -115,5 +115,5 @@ def test_pictures_of_extreme_values_stay_inside(size):
     part = Part(kind="R", side="equal", metric="<b>x</b>", threshold=0.0, margin=0.1, paper=-3 * size)
     reach, control = Interval(0.0, -size, size), Interval(size, size, 2 * size)
     drawn = page._gap("Q1", PartFinding(part, Outcome.UNCLEAR, part.metric, reach, control, value=0.0))
-    places = [float(place) for place in re.findall(r"(?:left|width):(-?[\d.]+)%", drawn)]
-    assert places and all(0 <= place <= 100 for place in places) and "<b>x" not in drawn
+    places = [float(position) for position in re.findall(r"(?:left|width):(-?[\d.]+)%", drawn)]
+    assert places and all(0 <= position <= 100 for position in places) and "<b>x" not in drawn

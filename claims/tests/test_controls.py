@@ -58,8 +58,8 @@ def feed_of(tmp_path_factory):
 def test_noise_is_in_training_rows_alone(feed_of):
     def read(share):
         feed = feed_of(f"pretrain.token_noise={share}", "pretrain.mtp_targets=own")
-        held = feed.validation("countdown")[0]
-        return feed.batch(3, 8).tokens_BT, feed.batch(5, 6).tokens_BT, held.tokens_BT
+        held_out = feed.validation("countdown")[0]
+        return feed.batch(3, 8).tokens_BT, feed.batch(5, 6).tokens_BT, held_out.tokens_BT
 
     (plain, _, held), (noisy, later, held_too) = read(0.0), read(0.3)
     assert 0.2 < (plain != noisy).float().mean() < 0.32 and torch.equal(noisy[2:], later)

@@ -8,11 +8,11 @@ from bessemer_claims import fp8
 
 def test_formats_differ_in_nothing_else():
     for arm in fp8.FORMATS:
-        made = fp8.recipe(arm, 2, "whole")
-        base, other = made.stage("bf16"), made.stage(arm)
+        built = fp8.recipe(arm, 2, "whole")
+        base, other = built.stage("bf16"), built.stage(arm)
         changed = {key for key, value in dict(base).items() if value != getattr(other, key)} - {"name"}
-        assert changed == ({"precision"} if arm == "float32" else {"fp8"}) and made.seed == 2
-        assert base.tokens == 1_000_000 and len(made.stages) == 3
+        assert changed == ({"precision"} if arm == "float32" else {"fp8"}) and built.seed == 2
+        assert base.tokens == 1_000_000 and len(built.stages) == 3
     assert fp8.jobs("quick") == []
     jobs = fp8.jobs("full", seeds=2)
     assert [job.donor for job in jobs[:3]] == [None, "fp8-whole-bf16-1", "fp8-whole-bf16-1"]
@@ -20,16 +20,16 @@ def test_formats_differ_in_nothing_else():
 
 @pytest.mark.slow
 def test_a_pair_of_runs_gives_two_gaps(tmp_path):
-    [job] = [one for one in fp8.jobs("default") if one.arm == "unscaled"]
-    made = job.recipe()
+    [job] = [arm_job for arm_job in fp8.jobs("default") if arm_job.arm == "unscaled"]
+    built = job.recipe()
     limits = dict.fromkeys(("english", "chinese", "idioms", "code", "logic"), 6_000)
     small = {"corpus": {"limits": limits, "vocab_sample": 50_000}}
     small |= {name: {"tokens": 6_144} for name in ("bf16", "unscaled")}
-    stages = [stage.model_copy(update=small[stage.name]) for stage in made.stages]
-    runner.run(made.model_copy(update={"stages": stages}), tmp_path)
-    found = fp8.measure(job, tmp_path)
-    assert found.keys() == {"training", "heldout"} and found["heldout"] != 0 != found["training"]
+    stages = [stage.model_copy(update=small[stage.name]) for stage in built.stages]
+    runner.run(built.model_copy(update={"stages": stages}), tmp_path)
+    numbers = fp8.measure(job, tmp_path)
+    assert numbers.keys() == {"training", "heldout"} and numbers["heldout"] != 0 != numbers["training"]
     metric = fp8.METRICS["F7", "held-out, FP8 / BF16 - 1, %"]
-    assert metric.of(found) == found["heldout"] and metric.positive == ("coarse",)
+    assert metric.of(numbers) == numbers["heldout"] and metric.positive == ("coarse",)
     with pytest.raises(KeyError):
         metric.of({})

@@ -21,21 +21,21 @@ def test_bytes_of_the_allocator_match_those_of_the_formula(recipe):
 
 @pytest.mark.slow
 def test_a_rank_of_two_holds_half_of_the_optimizer(monkeypatch):
-    found = zero1.numbers(1)
-    assert found["share"] == pytest.approx(0.5, abs=0.01) and found["losses apart"] < 1e-6
+    result = zero1.numbers(1)
+    assert result["share"] == pytest.approx(0.5, abs=0.01) and result["losses apart"] < 1e-6
 
 
 def test_drafts_change_no_token_and_are_counted(monkeypatch):
     for name, value in {"PAGES": 60, "STEPS": 2, "QUESTIONS": 1, "NEW": 12, "ROUNDS": 1, "BY_HEART": 64}.items():
         monkeypatch.setattr(mtp_drafts, name, value)
-    found = mtp_drafts.numbers(2, 0)  # asserts that all answers are the same
-    assert found["unseen"] > 0 and found["memorised"] > 0 and found["guesses"] in mtp_drafts.DRAFTS
-    assert 0 <= found["accepted 1"] <= 1
+    result = mtp_drafts.numbers(2, 0)  # asserts that all answers are the same
+    assert result["unseen"] > 0 and result["memorised"] > 0 and result["guesses"] in mtp_drafts.DRAFTS
+    assert 0 <= result["accepted 1"] <= 1
 
 
 def test_jobs_measure_in_rounds():
     assert [job.seed for job in machine.jobs("default") if job.arm == "sums"] == [1, 2, 3]
     [job] = machine.jobs("quick")[1:2]
-    found = machine.measure(job, None)
+    numbers = machine.measure(job, None)
     how = machine.METRICS["F6", "error, not promoted / promoted"]
-    assert how.of(found) > 5 and how.of_negative(found) < 5
+    assert how.of(numbers) > 5 and how.of_negative(numbers) < 5

@@ -36,8 +36,8 @@ def test_a_stage_sleeps_a_unit_in_f_in_i_and_in_w(monkeypatch):
 
 
 def test_idle_is_waiting_and_the_ends():
-    one, other = [(0.0, 1.0, 0.0), (1.0, 3.0, 1.0)], [(1.0, 2.0, 0.5), (2.0, 4.0, 0.0)]
-    timed = pipelines._timed([one, other])
+    first, second = [(0.0, 1.0, 0.0), (1.0, 3.0, 1.0)], [(1.0, 2.0, 0.5), (2.0, 4.0, 0.0)]
+    timed = pipelines._timed([first, second])
     assert timed.seconds == 4.0 and timed.idle == pytest.approx(1 - (2 + 2.5) / 8)
     assert pipelines.expected("1f1b", 8, 20) == pytest.approx(7 / 27)
     assert pipelines.expected("gpipe", 8, 20) == pytest.approx(7 / 27)
@@ -45,7 +45,7 @@ def test_idle_is_waiting_and_the_ends():
 
 def test_real_processes_take_no_less_than_the_table():
     cases = [Case("1f1b"), Case("dualpipe", 0.002), Case("dualpipe", 0.002, overlap=True)]
-    found = pipelines.measure(2, 4, 0.004, cases)
-    for case, timed in zip(cases, found, strict=True):
+    spans = pipelines.measure(2, 4, 0.004, cases)
+    for case, timed in zip(cases, spans, strict=True):
         least = simulate(schedule(case.schedule, 2, 4), Costs(1, 1, 1)).makespan
         assert timed.seconds >= 0.004 * least and 0 <= timed.idle < 1

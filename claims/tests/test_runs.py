@@ -23,19 +23,19 @@ from bessemer_claims.verdict import ClaimVerdict, Doubt, Measured, Outcome, run
 
 
 def network(arm: str, shape: str = "claims") -> ModelConfig:
-    made = pretrain.recipe(arm, 1, shape)
-    return model_config(made, made.stage("pretrain").model)
+    built = pretrain.recipe(arm, 1, shape)
+    return model_config(built, built.stage("pretrain").model)
 
 
 def test_every_metric_is_one_of_a_rule_and_its_arms_exist():
     rules = registry.rules().claim
-    known = {job.arm for job in pretrain.jobs("full")}
+    arms = {job.arm for job in pretrain.jobs("full")}
     for name in PARTS:
         for (claim, metric), how in runs.part(name).METRICS.items():
-            [part] = [one for one in rules[claim].parts if one.metric == metric]
+            [part] = [rule_part for rule_part in rules[claim].parts if rule_part.metric == metric]
             assert part.kind == "R"
             if name == "pretrain":
-                assert how.needs <= known, (claim, how.needs - known)
+                assert how.needs <= arms, (claim, how.needs - arms)
                 assert bool(part.positive) == bool(how.positive), claim
                 assert bool(part.negative) == bool(how.negative) or claim == "M4", claim
 
@@ -49,7 +49,7 @@ def test_a_control_that_compares_equals_shows_no_effect(part):
             continue
         ones = defaultdict[str, float](lambda: 1.0)
         same = Runs(ArmResult(part, arm, seed, "", "", "", ones) for arm in how.needs for seed in (1, 2, 3))
-        [rule] = [one for one in rules.claim[claim].parts if one.metric == metric]
+        [rule] = [rule_part for rule_part in rules.claim[claim].parts if rule_part.metric == metric]
         assert Doubt.ANYHOW not in run(rule, how.measured(same), rules).doubts, claim
 
 
@@ -59,13 +59,15 @@ def test_text_beside_a_rule_counts_as_part_of_it():
     named: dict[str, set[str]] = {}
     for name in PARTS:
         there = {(job.shape, job.arm) for job in runs.part(name).jobs("full")}
-        for one in runs.part(name).BESIDE:
-            shape = one.shape or runs.part(name).SHAPE["full"]
-            assert {(shape, arm) for arm in one.metric.needs} <= there, one.name
-            assert one.name not in {part.metric for part in rules[one.claim].parts}
-            [like] = [part for part in rules[one.claim].parts if part.metric == one.like]
-            assert bool(like.positive) >= bool(one.metric.positive) and bool(like.negative) >= bool(one.metric.negative)
-            named.setdefault(f"beside {one.claim}", set()).add(one.name)
+        for side in runs.part(name).BESIDE:
+            shape = side.shape or runs.part(name).SHAPE["full"]
+            assert {(shape, arm) for arm in side.metric.needs} <= there, side.name
+            assert side.name not in {part.metric for part in rules[side.claim].parts}
+            [like] = [part for part in rules[side.claim].parts if part.metric == side.like]
+            assert bool(like.positive) >= bool(side.metric.positive) and bool(like.negative) >= bool(
+                side.metric.negative
+            )
+            named.setdefault(f"beside {side.claim}", set()).add(side.name)
     assert {key: set(table) for key, table in words.items() if key.startswith("beside ")} == named
 
 
@@ -81,18 +83,21 @@ def test_arms_are_alike_where_they_should_be():
     heads = network("ONE")
     assert heads.n_heads * heads.v_head_dim == ref.n_heads * ref.v_head_dim
     wide, dense = (network(arm, "wide") for arm in ("ref", "DACT"))
-    same = accounting.flops_per_token(dense, 256).training
-    assert accounting.flops_per_token(wide, 256).training == pytest.approx(same, rel=0.02) and wide.kv_width == 80
+    training_flops = accounting.flops_per_token(dense, 256).training
+    assert (
+        accounting.flops_per_token(wide, 256).training == pytest.approx(training_flops, rel=0.02)
+        and wide.kv_width == 80
+    )
     mtp = accounting.flops_per_token(network("MTP"), 256, mtp=True).training
     assert mtp / flops == pytest.approx(pretrain.arms()["LONG"].tokens, rel=0.02)
 
 
 @pytest.mark.parametrize("shape", ["nano", "short", "claims"])
 def test_every_arm_is_a_recipe(shape):
-    for arm in (name for name, one in pretrain.arms().items() if one.quick or shape != "nano"):
-        made = pretrain.recipe(arm, 2, shape)
-        config = made.stage("pretrain")
-        find_kind("pretrain")().resolve(config, made)  # raises before anything runs
+    for arm in (name for name, spec in pretrain.arms().items() if spec.quick or shape != "nano"):
+        built = pretrain.recipe(arm, 2, shape)
+        config = built.stage("pretrain")
+        find_kind("pretrain")().resolve(config, built)  # raises before anything runs
         rate = pretrain.shapes()[shape].lr * pretrain.arms()[arm].rate
         assert config.lr(config.tokens) == pytest.approx(rate / 10)
         network(arm, shape)
@@ -133,13 +138,13 @@ def test_dry_run_and_wrong_options(tmp_path):
     [mha] = [line for line in lines.stdout.splitlines() if line.split()[2] == "MHA"]
     assert "2 of 2" in mha and "keys and values of every head" in mha and "0 of them finished" in lines.stdout
     save = ["--save", str(tmp_path / "new")]
-    for options, what in (
+    for options, message in (
         (["--quick", "--full"], "two tiers"),
         (save, "--save has no effect with --dry-run"), (["--list", *save], "--save has no effect with --list"),
         (["--part", "none", "--seeds", "3"], "--seeds has no effect with --part none"),
     ):  # fmt: skip
         wrong = CliRunner().invoke(app, ["claims", *options, "--dry-run"])
-        assert isinstance(wrong.exception, UserError) and what in str(wrong.exception)
+        assert isinstance(wrong.exception, UserError) and message in str(wrong.exception)
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ def result(arm: str, seed: int, shape: str = "short", **numbers: float) -> ArmRe
 
 
 def tier(shape: str) -> runs.Tier:
-    return next(name for name, one in pretrain.SHAPE.items() if one == shape)
+    return next(name for name, candidate in pretrain.SHAPE.items() if candidate == shape)
 
 
 def latent_as_good(shape: str = "short", seeds: int = 3, change: float = -0.004) -> list[ArmResult]:
@@ -172,8 +177,8 @@ def latent_as_good(shape: str = "short", seeds: int = 3, change: float = -0.004)
     ]  # fmt: skip
 
 
-def verdict_on(found: list[ArmResult], name: str = "L6") -> ClaimVerdict:
-    [card] = cards.make([name], runs.best(found))
+def verdict_on(arm_results: list[ArmResult], name: str = "L6") -> ClaimVerdict:
+    [card] = cards.make([name], runs.best(arm_results))
     return card.verdict
 
 
@@ -181,18 +186,20 @@ def test_verdicts_need_seeds_and_controls():
     assert verdict_on(latent_as_good()) is ClaimVerdict.SHOWN
     assert verdict_on(latent_as_good(seeds=1)) is ClaimVerdict.PART
     assert verdict_on(latent_as_good(change=0.03)) is ClaimVerdict.CONTRADICTED
-    blind = [one for one in latent_as_good() if one.arm != "MLA-24"]  # no control shows that harm would be noticed
+    blind = [
+        arm_result for arm_result in latent_as_good() if arm_result.arm != "MLA-24"
+    ]  # no control shows that harm would be noticed
     assert verdict_on(blind) is ClaimVerdict.PART
     assert runs.missing(blind, registry.claims())["MLA-24"] == ["L12", "L6"]
     assert runs.missing(blind, ["L12"]) == {"MLA-24": ["L12"]}
-    assert verdict_on([one for one in blind if one.arm != "MHA"]) is ClaimVerdict.NOT_RUN
+    assert verdict_on([arm_result for arm_result in blind if arm_result.arm != "MHA"]) is ClaimVerdict.NOT_RUN
 
 
 def test_the_largest_runs_with_enough_seeds_judge():
     small, large = latent_as_good("short"), latent_as_good("claims", seeds=2, change=0.03)
     assert verdict_on(small + large) is ClaimVerdict.SHOWN
     assert verdict_on(small + latent_as_good("claims", change=0.03)) is ClaimVerdict.CONTRADICTED
-    unfinished = [one for one in latent_as_good("claims", change=0.03) if one.arm != "MLA-24"]
+    unfinished = [arm_result for arm_result in latent_as_good("claims", change=0.03) if arm_result.arm != "MLA-24"]
     assert verdict_on(small + unfinished) is ClaimVerdict.SHOWN  # the larger runs lack a control, so they wait for it
     [card] = cards.make(["L6"], runs.best(small))
     [part] = card.facts()["parts"]
@@ -200,31 +207,31 @@ def test_the_largest_runs_with_enough_seeds_judge():
 
 
 def test_one_seed_beside_the_committed_ones():
-    held = latent_as_good()
+    committed = latent_as_good()
     for change, agrees in ((-0.004, True), (0.02, False)):
         own = latent_as_good(seeds=1, change=change)
-        judged, again, wrong = results.evidence("default", held, own)
+        judged, again, wrong = results.evidence("default", committed, own)
         [card] = cards.make(["L6"], judged, again)
         assert card.verdict is ClaimVerdict.SHOWN and not wrong  # the committed seeds decide
         assert card.facts()["parts"][0]["this_run"]["agrees"] is agrees
-        said = "as expected" if agrees else "outside the 95"
-        assert said in cards.describe([card]) and said in page._card(card) and "3 runs" in page._card(card)
+        message = "as expected" if agrees else "outside the 95"
+        assert message in cards.describe([card]) and message in page._card(card) and "3 runs" in page._card(card)
     smaller = [result(arm, 1, "nano", bpb=2.0) for arm in ("ref", "MHA")]
-    judged, again, _ = results.evidence("quick", held, smaller)
+    judged, again, _ = results.evidence("quick", committed, smaller)
     [card] = cards.make(["L6"], judged, again)  # another size is no reason to expect the same value
     assert card.facts()["parts"][0]["this_run"].keys() == {"value", "size"}
-    said = cards.describe([card]) + page._card(card)
-    assert said.count("network 64 wide, 2 layers, 250K tokens read") == 2
-    assert "as expected" not in said and "prediction interval" not in said
+    message = cards.describe([card]) + page._card(card)
+    assert message.count("network 64 wide, 2 layers, 250K tokens read") == 2
+    assert "as expected" not in message and "prediction interval" not in message
 
 
 def test_of_two_sources_the_one_with_more_seeds_judges():
-    held = latent_as_good(seeds=1)
-    judged, again, _ = results.evidence("default", held, latent_as_good(seeds=3, change=0.03))
+    committed = latent_as_good(seeds=1)
+    judged, again, _ = results.evidence("default", committed, latent_as_good(seeds=3, change=0.03))
     [card] = cards.make(["L6"], judged, again)
     assert card.verdict is ClaimVerdict.CONTRADICTED and card.facts()["parts"][0]["seeds"] == 3
     assert not any(again.values())  # seeds that decide are not compared with themselves
-    judged, _, _ = results.evidence("default", held, latent_as_good(seeds=1, change=0.03))
+    judged, _, _ = results.evidence("default", committed, latent_as_good(seeds=1, change=0.03))
     assert cards.make(["L6"], judged)[0].verdict is ClaimVerdict.PART  # on a tie the committed seeds decide
     for tier in ("default", "full"):
         judged, _, _ = results.evidence(tier, latent_as_good(), latent_as_good(change=0.03))
@@ -233,20 +240,22 @@ def test_of_two_sources_the_one_with_more_seeds_judges():
 
 def test_the_arms_of_a_seed_come_from_one_source():
     """Times are compared within a machine, and a control shares the arm that it is compared with."""
-    held, other = latent_as_good(), latent_as_good(seeds=4, change=0.03)
-    [kept] = results.evidence("default", held, [])[0]["L6"].values()
+    committed, other = latent_as_good(), latent_as_good(seeds=4, change=0.03)
+    [measured] = results.evidence("default", committed, [])[0]["L6"].values()
 
-    def found(own: list[ArmResult], held: list[ArmResult] = held) -> Measured | None:
-        return results.evidence("full", held, own)[0].get("L6", {}).get("bpb(ref) / bpb(MHA) - 1")
+    def found(own: list[ArmResult], committed: list[ArmResult] = committed) -> Measured | None:
+        return results.evidence("full", committed, own)[0].get("L6", {}).get("bpb(ref) / bpb(MHA) - 1")
 
-    mha = [one for one in other if one.arm == "MHA"]
-    died = [ArmResult(**vars(one) | {"metrics": {}, "diverged": "it did not recover"}) for one in mha]
+    mha = [arm_result for arm_result in other if arm_result.arm == "MHA"]
+    died = [ArmResult(**vars(arm_result) | {"metrics": {}, "diverged": "it did not recover"}) for arm_result in mha]
     for own in (mha, died):
-        assert found(own) == kept and [*results.evidence("default", held, own)[0]["L6"].values()] == [kept]
-    bare = found([one for one in other if one.arm in ("ref", "MHA")])  # without controls: only its fourth seed is new
-    assert bare.values[:3] == kept.values and bare.values[3] > 0.02 and bare.positive == kept.positive
+        assert found(own) == measured and [*results.evidence("default", committed, own)[0]["L6"].values()] == [measured]
+    bare = found(
+        [arm_result for arm_result in other if arm_result.arm in ("ref", "MHA")]
+    )  # without controls: only its fourth seed is new
+    assert bare.values[:3] == measured.values and bare.values[3] > 0.02 and bare.positive == measured.positive
     assert min(found(other).values) > 0.02
-    assert found(mha, [one for one in held if one.arm != "MHA"]) is None
+    assert found(mha, [arm_result for arm_result in committed if arm_result.arm != "MHA"]) is None
 
 
 @pytest.mark.parametrize(
@@ -267,20 +276,25 @@ def test_saved_seeds_are_whole(held, own, saved):
         return [result(arm, seed, bpb=bpb) for seed, arms in seeds.items() for arm in arms.split()]
 
     joined = runs.joined(made(held, 2.0), made(own, 3.0))
-    ours = {seed: " ".join(one.arm for one in joined if one.seed == seed and one.metrics["bpb"] == 3) for seed in saved}
-    assert ours == saved and {one.seed for one in joined} == {*held, *own}
+    own_arms = {
+        seed: " ".join(
+            arm_result.arm for arm_result in joined if arm_result.seed == seed and arm_result.metrics["bpb"] == 3
+        )
+        for seed in saved
+    }
+    assert own_arms == saved and {arm_result.seed for arm_result in joined} == {*held, *own}
 
 
 def test_text_beside_a_rule_changes_no_verdict():
-    found = latent_as_good()
+    arm_results = latent_as_good()
     worse = [result("MHA-norm", seed, bpb=1.9 + 0.001 * seed) for seed in (1, 2, 3)]  # MLA is 5 % worse than this arm
-    [card] = cards.make(["L6"], runs.best(found + worse))
-    [one] = card.beside
+    [card] = cards.make(["L6"], runs.best(arm_results + worse))
+    [side] = card.beside
     assert card.verdict is ClaimVerdict.SHOWN and len(card.findings) == 1
-    assert one.outcome is Outcome.FAILS and one.interval.low > 0.03 and one.seeds == 3
+    assert side.outcome is Outcome.FAILS and side.interval.low > 0.03 and side.seeds == 3
     assert "whose keys and values are normalised" in page._card(card) and "beside the rule: " in cards.describe([card])
     assert card.facts()["beside"][0]["outcome"] == "fails"
-    [alone] = cards.make(["L6"], runs.best([one for one in found + worse if one.arm != "MHA"]))
+    [alone] = cards.make(["L6"], runs.best([side for side in arm_results + worse if side.arm != "MHA"]))
     assert alone.verdict is ClaimVerdict.NOT_RUN and alone.beside  # the rule's own part has not been run
     [earlier] = cards.make(["Z3"], {"Z3": {"pass@1, right - form, points": Measured([50.0])}})
     assert earlier.earlier is not None and len(earlier.beside) == 1
@@ -288,18 +302,20 @@ def test_text_beside_a_rule_changes_no_verdict():
 
 def test_noise_and_spikes_are_differences_of_differences():
     bits = {"ref": 2.0, "NOISE": 2.1, "DACT": 2.1, "NOISE-DACT": 2.3, "HALF": 2.9, "ref'": 2.01, "NOISE'": 2.11}
-    noise = [result(arm, seed, bpb=one + 0.001 * seed) for arm, one in bits.items() for seed in (1, 2, 3)]
+    noise = [result(arm, seed, bpb=value + 0.001 * seed) for arm, value in bits.items() for seed in (1, 2, 3)]
     how = pretrain.METRICS["M15", "loss by noise: ref - DACT"].measured(Runs(noise))
     assert how.values == pytest.approx([-0.1] * 3) and how.positive == pytest.approx([-0.8] * 3)
     assert how.negative == pytest.approx([0.0] * 3, abs=1e-9) and verdict_on(noise, "M15") is ClaimVerdict.SHOWN
     jumps = {"spikes-ref": 3, "spikes-DACT": 0, "spikes-TEN": 9, "spikes-ref'": 3}
-    found = [result(arm, seed, spikes=n + seed % 2) for arm, n in jumps.items() for seed in (1, 2, 3)]
-    assert verdict_on(found, "M20") is ClaimVerdict.SHOWN
-    calm = [one for one in found if one.arm != "spikes-TEN"] + [result("spikes-TEN", n, spikes=3) for n in (1, 2, 3)]
+    with_spikes = [result(arm, seed, spikes=n + seed % 2) for arm, n in jumps.items() for seed in (1, 2, 3)]
+    assert verdict_on(with_spikes, "M20") is ClaimVerdict.SHOWN
+    calm = [value for value in with_spikes if value.arm != "spikes-TEN"] + [
+        result("spikes-TEN", n, spikes=3) for n in (1, 2, 3)
+    ]
     assert verdict_on(calm, "M20") is ClaimVerdict.NOT_SHOWN  # the control has no more spikes: they would go unnoticed
     heads = {"MULTI-MHA": 0.3, "MULTI-ONE": 0.5, "MULTI": 0.4, "MULTI'": 0.4}
-    many = [result(arm, seed, overfit=one + 0.001 * seed) for arm, one in heads.items() for seed in (1, 2, 3)]
-    assert verdict_on(many, "L2") is ClaimVerdict.SHOWN
+    overfitted = [result(arm, seed, overfit=value + 0.001 * seed) for arm, value in heads.items() for seed in (1, 2, 3)]
+    assert verdict_on(overfitted, "L2") is ClaimVerdict.SHOWN
 
 
 def test_spikes_are_counted_in_the_run_beside_even_if_it_diverged(tmp_path):
@@ -316,10 +332,10 @@ def test_spikes_are_counted_in_the_run_beside_even_if_it_diverged(tmp_path):
 
 
 def test_a_diverged_arm_is_a_result():
-    held = [one for one in latent_as_good() if (one.arm, one.seed) != ("MHA", 2)]
-    held.append(ArmResult("pretrain", "MHA", 2, "short", "", "", {}, diverged="training does not recover"))
-    assert Runs(held).diverged == {"MHA": [2]} and Runs(held).seeds("ref", "MHA") == [1, 3]
-    assert verdict_on(held) is ClaimVerdict.PART  # two seeds are left
+    committed = [arm_result for arm_result in latent_as_good() if (arm_result.arm, arm_result.seed) != ("MHA", 2)]
+    committed.append(ArmResult("pretrain", "MHA", 2, "short", "", "", {}, diverged="training does not recover"))
+    assert Runs(committed).diverged == {"MHA": [2]} and Runs(committed).seeds("ref", "MHA") == [1, 3]
+    assert verdict_on(committed) is ClaimVerdict.PART  # two seeds are left
 
 
 def test_an_a_a_test_with_a_visible_difference_fails():
@@ -334,12 +350,12 @@ def test_an_a_a_test_with_a_visible_difference_fails():
 
 def test_the_worst_part_is_chosen_by_other_seeds():
     """With no real difference its mean is then 0; choosing each seed's own worst part would be biased."""
-    noise, found, own = random.Random(1), [], []
+    noise, chosen, own = random.Random(1), [], []
     for _ in range(300):
         seeds = [tuple({f"bpb_{part}": noise.gauss(0, 1) for part in SHARES} for _ in range(2)) for _ in range(3)]
-        found += worst_part(seeds)
-        own += [worst_part([one])[0] for one in seeds]
-    assert abs(sum(found) / len(found)) < 0.2 and sum(own) / len(own) > 1.5
+        chosen += worst_part(seeds)
+        own += [worst_part([seed])[0] for seed in seeds]
+    assert abs(sum(chosen) / len(chosen)) < 0.2 and sum(own) / len(own) > 1.5
 
 
 def test_results_of_other_rules_and_settings_are_named_and_left_out(tmp_path):
@@ -347,14 +363,16 @@ def test_results_of_other_rules_and_settings_are_named_and_left_out(tmp_path):
     other_rules = ArmResult(**{**vars(good), "seed": 2, "rules": "0" * 64})
     other_arm = ArmResult(**{**vars(good), "seed": 3, "settings": "0" * 16})
     gone = ArmResult(**{**vars(good), "arm": "GONE"})
-    for place, one in enumerate((good, other_rules, other_arm, gone)):
-        (tmp_path / str(place)).mkdir()
-        results.write(tmp_path / str(place), one)
+    for index, arm_result in enumerate((good, other_rules, other_arm, gone)):
+        (tmp_path / str(index)).mkdir()
+        results.write(tmp_path / str(index), arm_result)
     read = results.finished(tmp_path)
     assert read.results == [good]
-    said = " ".join(read.left_out)
-    assert "ref seed 2 ran under other rules (000000000000" in said and "ref seed 3 ran with other settings" in said
-    assert "GONE seed 1 no longer exist" in said
+    message = " ".join(read.left_out)
+    assert (
+        "ref seed 2 ran under other rules (000000000000" in message and "ref seed 3 ran with other settings" in message
+    )
+    assert "GONE seed 1 no longer exist" in message
     [path] = results.save(read.results, tmp_path / "kept")
     assert [ArmResult(**entry) for entry in json.loads(path.read_text())] == [good]
     later = result("ref", 2, bpb=2.1)
@@ -371,7 +389,7 @@ def test_results_of_other_rules_and_settings_are_named_and_left_out(tmp_path):
 def test_committed_results_are_of_todays_rules_and_arms():
     read = results.committed()
     assert read.left_out == [], "did a key only change its name? claims/tools/renamed.py"
-    assert all(one.metrics or one.diverged for one in read.results)
+    assert all(arm_result.metrics or arm_result.diverged for arm_result in read.results)
     assert len(runs.joined(read.results, [])) == len(read.results), "one result per arm and seed"
 
 
@@ -381,14 +399,14 @@ def test_committed_results_are_of_todays_rules_and_arms():
 @pytest.mark.slow
 def test_a_job_runs_in_its_own_process_and_once(tmp_path):
     jobs = [job for job in pretrain.jobs("quick") if job.arm == pretrain.SPEED]
-    said: list[str] = []
-    assert runner.run(jobs, "quick", tmp_path, 2, said.append) == []
-    one = results.of_job(jobs[0], tmp_path / jobs[0].name)
-    assert one is not None and set(one.metrics) == {"ref/DACT", "MHA/ref", "ref/ref"}
-    assert one.facts["torch"] and one.metrics["ref/ref"] > 0
-    said.clear()
-    runner.run(jobs, "quick", tmp_path, 2, said.append)
-    assert said == [] and runner.done(jobs[0], tmp_path)
+    messages: list[str] = []
+    assert runner.run(jobs, "quick", tmp_path, 2, messages.append) == []
+    arm_result = results.of_job(jobs[0], tmp_path / jobs[0].name)
+    assert arm_result is not None and set(arm_result.metrics) == {"ref/DACT", "MHA/ref", "ref/ref"}
+    assert arm_result.facts["torch"] and arm_result.metrics["ref/ref"] > 0
+    messages.clear()
+    runner.run(jobs, "quick", tmp_path, 2, messages.append)
+    assert messages == [] and runner.done(jobs[0], tmp_path)
 
 
 class _Part:
@@ -416,17 +434,17 @@ def test_only_divergence_counts_as_a_result(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_failed_job_fails_the_jobs_that_depend_on_it(tmp_path):
     broken = ArmJob("pretrain", "nobody", 1, "nano", {}, 1.0)
-    after = ArmJob("pretrain", "later", 1, "nano", {}, 1.0, donor=broken.name)
-    failed = runner.run([broken, after], "quick", tmp_path, 2, lambda line: None)
-    assert [one.job.arm for one in failed] == ["nobody", "later"] and f"{broken.name} failed" in failed[1].why
+    dependent = ArmJob("pretrain", "later", 1, "nano", {}, 1.0, donor=broken.name)
+    failed = runner.run([broken, dependent], "quick", tmp_path, 2, lambda line: None)
+    assert [failure.job.arm for failure in failed] == ["nobody", "later"] and f"{broken.name} failed" in failed[1].why
 
 
 def test_a_renamed_key_keeps_the_results(tmp_path, monkeypatch):
     """The digests in the results follow the arms that the file names, and no others."""
     files = {path.name: path.read_text() for path in results.COMMITTED.glob("*.json")}
-    known = {"/".join(key): digest for key, digest in results.digests().items()}
-    old = known["fp8/coarse/short"]
-    (tmp_path / "before.json").write_text(json.dumps(known | {"fp8/coarse/short": "0123456789abcdef"}))
+    digests_now = {"/".join(key): digest for key, digest in results.digests().items()}
+    old = digests_now["fp8/coarse/short"]
+    (tmp_path / "before.json").write_text(json.dumps(digests_now | {"fp8/coarse/short": "0123456789abcdef"}))
     (tmp_path / "results").mkdir()
     for name, text in files.items():
         (tmp_path / "results" / name).write_text(text.replace(old, "0123456789abcdef"))

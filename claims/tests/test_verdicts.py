@@ -93,7 +93,7 @@ def test_the_planner_has_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("side", "margin", "one", "other", "problems", "outcome"),
+    ("side", "margin", "first", "second", "problems", "outcome"),
     [
         ("above", 5, 71.0, 15.6, 30, HOLDS),
         ("above", 5, 26.8, 20.7, 164, UNCLEAR),
@@ -103,9 +103,9 @@ def test_the_planner_has_no_interval():
         ("equal", 5, 46.6, 86.1, 541, FAILS),
     ],
 )
-def test_published_scores_by_their_number_of_problems(side, margin, one, other, problems, outcome):
+def test_published_scores_by_their_number_of_problems(side, margin, first, second, problems, outcome):
     part = Part(kind="B", side=side, threshold=0.0, margin=margin)
-    assert score(part, PublishedScore(on="x", problems=problems, one=one, other=other)).outcome is outcome
+    assert score(part, PublishedScore(on="x", problems=problems, one=first, other=second)).outcome is outcome
 
 
 def test_an_audit_and_a_run_are_judged_together():

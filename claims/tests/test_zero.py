@@ -16,34 +16,36 @@ def test_an_arm_shares_corpus_and_base_with_its_donor(shape):
     tier = {"countdown": "full", "sums": "quick"}[shape]
     jobs = {job.name: job for job in zero.jobs(tier)}
     assert next(iter(jobs)) == f"zero-{shape}-base-1" and {job.shape for job in jobs.values()} == {shape}
-    for place, job in enumerate(jobs.values()):
-        made = job.recipe()
-        stages = {stage.name: stage for stage in made.stages}
+    for n, job in enumerate(jobs.values()):
+        built = job.recipe()
+        stages = {stage.name: stage for stage in built.stages}
         judged = zero.arms()[job.arm].stages[-1:] or ["base"]
         assert stages["eval"].models == judged and list(stages)[:2] == ["corpus", "base"]
         if job.donor is None:
             assert "right" not in stages
             continue
         donor = jobs[job.donor]
-        assert list(jobs).index(job.donor) < place and donor.seed == job.seed
-        theirs = {stage.name: stage for stage in donor.recipe().stages}
-        shared = theirs.keys() & stages.keys() - set(zero.arms()["base"].asked)
-        assert shared >= {"corpus", "base"} and all(stages[name] == theirs[name] for name in shared)
+        assert list(jobs).index(job.donor) < n and donor.seed == job.seed
+        donor_stages = {stage.name: stage for stage in donor.recipe().stages}
+        shared = donor_stages.keys() & stages.keys() - set(zero.arms()["base"].asked)
+        assert shared >= {"corpus", "base"} and all(stages[name] == donor_stages[name] for name in shared)
 
 
 def test_the_stages_of_an_arm_find_what_they_need(tmp_path):
     for arm in zero.arms():
-        made = zero.recipe(arm, 1, "countdown")
-        preflight.check(made, tmp_path, made.names())
-        for place, stage in enumerate(made.stages):
-            earlier = {one.name for one in made.stages[:place]}
+        built = zero.recipe(arm, 1, "countdown")
+        preflight.check(built, tmp_path, built.names())
+        for index, stage in enumerate(built.stages):
+            earlier = {previous.name for previous in built.stages[:index]}
             assert {name for _, name in stage_refs(stage)} <= earlier
 
 
 def test_controls_differ_from_r1_zero_in_one_thing():
     def changed(arm):
-        one, other = (zero.recipe(name, 1, "countdown").stage(stage) for name, stage in (("right", "right"), arm))
-        return {key for key, value in dict(one).items() if value != getattr(other, key)} - {"name"}
+        reference, control = (
+            zero.recipe(name, 1, "countdown").stage(stage) for name, stage in (("right", "right"), arm)
+        )
+        return {key for key, value in dict(reference).items() if value != getattr(control, key)} - {"name"}
 
     assert changed(("coin", "coin")) == {"reward"} and changed(("mixed-language", "language")) == {"reward"}
     assert changed(("right-again", "right-again")) == {"seed"}
@@ -51,9 +53,12 @@ def test_controls_differ_from_r1_zero_in_one_thing():
     rounds = zero.recipe("rounds", 1, "countdown")
     right = zero.recipe("right", 1, "countdown").stage("right")
     sampled = [stage for stage in rounds.stages if stage.kind == "reject"]
-    asked = [range(stage.first_problem, stage.first_problem + stage.problems) for stage in sampled]
-    assert sum(len(one) for one in asked) * 16 == right.rollouts * right.prompts_per_rollout * right.samples
-    assert [i for one in asked for i in one] == list(range(384))  # no problem is asked twice
+    ranges = [range(stage.first_problem, stage.first_problem + stage.problems) for stage in sampled]
+    assert (
+        sum(len(asked_range) for asked_range in ranges) * 16
+        == right.rollouts * right.prompts_per_rollout * right.samples
+    )
+    assert [i for asked_range in ranges for i in asked_range] == list(range(384))  # no problem is asked twice
     assert [stage.source for stage in sampled] == ["base", "tuned-1", "tuned-2", "tuned-3"]
     doses = [zero.recipe(arm, 1, "countdown").stages[0].mix["countdown"] for arm in ("dose-0", "dose-3")]
     for mix in doses:
@@ -69,10 +74,10 @@ def test_settings_of_stages_that_an_arm_does_not_run_do_not_matter():
 
 @pytest.mark.parametrize("part", [zero, machine])
 def test_every_metric_is_one_of_the_rules_and_its_controls_are_too(part):
-    known = set(zero.arms()) if part is zero else set(machine.MEASURED)
+    known_arms = set(zero.arms()) if part is zero else set(machine.MEASURED)
     for (claim, metric), how in part.METRICS.items():
-        rule = next(one for one in registry.rules().claim[claim].parts if one.metric == metric)
-        assert rule.kind == "R" and how.needs <= known
+        rule = next(rule_part for rule_part in registry.rules().claim[claim].parts if rule_part.metric == metric)
+        assert rule.kind == "R" and how.needs <= known_arms
         assert bool(rule.positive) >= bool(how.positive) and bool(rule.negative) >= bool(how.negative)
 
 
@@ -85,12 +90,12 @@ ROW = {
 
 def test_numbers_are_means_over_languages_by_what_was_asked():
     other = ROW | {"pass_at_1": 0.75, "unreadable": {}, "readable": 0.7}
-    found = zero.numbers(
+    result = zero.numbers(
         [ROW, other, ROW | {"temperature": 0.6}, ROW | {"shots": 3, "shot_kind": "direct"}], "countdown"
     )
-    assert found["pass@1"] == 0.5 and found["pass@16"] == 0.5 and found["readable"] == pytest.approx(0.8)
-    assert found["repeat"] == pytest.approx(4 / 160 / 2) and found["language"] == 0.8 and found["truncated"] == 0.125
-    assert found["pass@1 T0.6"] == 0.25 and found["pass@1 3 direct"] == 0.25
+    assert result["pass@1"] == 0.5 and result["pass@16"] == 0.5 and result["readable"] == pytest.approx(0.8)
+    assert result["repeat"] == pytest.approx(4 / 160 / 2) and result["language"] == 0.8 and result["truncated"] == 0.125
+    assert result["pass@1 T0.6"] == 0.25 and result["pass@1 3 direct"] == 0.25
     assert zero.numbers([ROW], "arithmetic") == {"pass@1 countdown": 0.25}
     assert zero.numbers([ROW], "countdown", again=True)["again pass@1"] == 0.25
     wide = zero.numbers([ROW | {"samples": 64, "k": 64}], "countdown")
@@ -110,16 +115,18 @@ def test_metrics_take_the_arms_that_the_rules_name():
             "pass@1 3 worked": 0.25, "pass@1 3 direct": 0.2, "pass@1 3 fables": 0.2}  # fmt: skip
     right = base | {"pass@1": 0.7, "readable": 0.8, "repeat": 0.4, "pass@1 arithmetic": 0.5, "pass@1 3 worked": 0.5,
                     "cpu_s": 10.0}  # fmt: skip
-    found = planted({"base": base, "right": right, "coin": base | {"pass@1": 0.15}})
-    after = found["Z2", "pass@1 after - before, points"]
-    assert after.values == pytest.approx([50, 50]) and after.negative == pytest.approx([-5, -5])
-    assert found["Z3", "pass@1, right - coin, points"].values == pytest.approx([55, 55])
-    assert found["Z3", "pass@1, right - coin, points"].positive == pytest.approx([40, 40])  # over its best temperature
-    assert found["Z4", "readable share after - before"].values == pytest.approx([-0.1, -0.1])
-    few = found["Z7", "(few - zero shots) of R1-Zero - of the base, points"]
+    measured = planted({"base": base, "right": right, "coin": base | {"pass@1": 0.15}})
+    points = measured["Z2", "pass@1 after - before, points"]
+    assert points.values == pytest.approx([50, 50]) and points.negative == pytest.approx([-5, -5])
+    assert measured["Z3", "pass@1, right - coin, points"].values == pytest.approx([55, 55])
+    assert measured["Z3", "pass@1, right - coin, points"].positive == pytest.approx(
+        [40, 40]
+    )  # over its best temperature
+    assert measured["Z4", "readable share after - before"].values == pytest.approx([-0.1, -0.1])
+    few = measured["Z7", "(few - zero shots) of R1-Zero - of the base, points"]
     assert few.values == pytest.approx([-20 - 5] * 2) and few.positive == pytest.approx([-50, -50])
-    assert found["Z8", "change on unpaid tasks, points"].values == pytest.approx([5, 5])
-    assert found["R2", "pass@1, with - without, points"] is None  # there is no arm with the mixed corpus
+    assert measured["Z8", "change on unpaid tasks, points"].values == pytest.approx([5, 5])
+    assert measured["R2", "pass@1, with - without, points"] is None  # there is no arm with the mixed corpus
 
 
 class Asked(dict):
@@ -136,7 +143,7 @@ def test_a_control_that_asks_other_questions_than_its_part_says_so():
         (how.of_negative or how.of)(*[control] * len(how.negative)) if how.negative else None
         again = {name.removeprefix("again ") for name in control if name.startswith("again ")}
         if again and again != set(part):
-            [rule] = [one for one in registry.rules().claim[claim].parts if one.metric == metric]
+            [rule] = [rule_part for rule_part in registry.rules().claim[claim].parts if rule_part.metric == metric]
             assert f"{claim}: {rule.negative}" in registry.metrics()["control"], claim
             other.add(claim)
     assert other == {"Z8", "Z10", "R1"} and all(registry.claims()[name].limit for name in other)
@@ -149,15 +156,17 @@ def test_a_small_run_gives_the_numbers(tmp_path):
                        "heldout": HeldoutTable(problems=2, minimum_pass=0.0)},
              "eval": {"problems": 3, "samples": 2, "temperatures": [1.0]},
              "again": {"problems": 3, "samples": 2}}  # fmt: skip
-    found, folder = {}, None
-    for job in (one for one in zero.jobs("quick") if one.arm in ("base", "right")):
-        made = job.recipe()
-        stages = [stage.model_copy(update=small[stage.name]) for stage in made.stages]
-        recipe = made.model_copy(update={"stages": stages})
+    numbers, folder = {}, None
+    for job in (arm_job for arm_job in zero.jobs("quick") if arm_job.arm in ("base", "right")):
+        built = job.recipe()
+        stages = [stage.model_copy(update=small[stage.name]) for stage in built.stages]
+        recipe = built.model_copy(update={"stages": stages})
         reuse, folder = folder, tmp_path / job.name
         results = runner.run(recipe, folder, reuse=reuse)
-        assert reuse is None or {one.name for one in results if one.status != "done"} == {"corpus", "base"}
-        found[job.arm] = zero.measure(job, folder)
-    assert found["base"].keys() >= {"pass@1", "best", "readable", "again language"} and "cpu_s" not in found["base"]
-    assert found["right"]["cpu_s"] > 0 and all(isinstance(one, float | int) for one in found["right"].values())
-    json.dumps(found)
+        assert reuse is None or {arm_job.name for arm_job in results if arm_job.status != "done"} == {"corpus", "base"}
+        numbers[job.arm] = zero.measure(job, folder)
+    assert numbers["base"].keys() >= {"pass@1", "best", "readable", "again language"} and "cpu_s" not in numbers["base"]
+    assert numbers["right"]["cpu_s"] > 0 and all(
+        isinstance(arm_job, float | int) for arm_job in numbers["right"].values()
+    )
+    json.dumps(numbers)

@@ -17,24 +17,24 @@ PAGE = ROOT / "docs" / "claims.html"
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 
 
-def tallies(made: list[cards.Card]) -> list[str]:
+def tallies(all_cards: list[cards.Card]) -> list[str]:
     """The counts of verdicts as the READMEs print them: English, Chinese."""
-    names, numbers = phrases.words()["verdict"], cards.counts(made)
+    names, numbers = phrases.words()["verdict"], cards.counts(all_cards)
     english = ", ".join(f"{number} {names[verdict][0]}" for verdict, number in numbers.items())
     return [english, "，".join(f"{names[verdict][1]} {number} 条" for verdict, number in numbers.items())]
 
 
 def main(runs: Path | None) -> None:
     if runs is not None:
-        found = results.finished(runs)
-        for sentence in found.left_out:
+        arm_results = results.finished(runs)
+        for sentence in arm_results.left_out:
             print(sentence, file=sys.stderr)
-        if not found.results:
+        if not arm_results.results:
             sys.exit(f"no finished runs in {runs}; its folders hold result.json")
-        results.save(found.results, results.COMMITTED)
-    made = page.committed()
-    PAGE.write_text(page.document(made), encoding="utf-8")
-    for readme, tally in zip(READMES, tallies(made), strict=True):
+        results.save(arm_results.results, results.COMMITTED)
+    card_list = page.committed()
+    PAGE.write_text(page.document(card_list), encoding="utf-8")
+    for readme, tally in zip(READMES, tallies(card_list), strict=True):
         form = re.sub(r"\d+", r"\\d+", re.escape(tally))
         text, changed = re.subn(form, tally, readme.read_text(encoding="utf-8"))
         assert changed == 1, f"{readme.name} has no sentence like: {tally}"

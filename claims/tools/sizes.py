@@ -31,24 +31,29 @@ def main() -> None:
     parser.add_argument("--arms", nargs=3, metavar=("NUMBER", "ARM", "OTHER"))
     parser.add_argument("--runs", type=Path)
     args = parser.parse_args()
-    found = [*results.committed().results, *(results.finished(args.runs).results if args.runs else [])]
-    found = [one for one in found if one.part == args.part]
+    arm_results = [*results.committed().results, *(results.finished(args.runs).results if args.runs else [])]
+    arm_results = [result for result in arm_results if result.part == args.part]
     part = runs.part(args.part)
     for shape, size in part.SIZES.items():
-        of_shape = runs.Runs(one for one in found if one.shape == shape)
+        of_shape = runs.Runs(result for result in arm_results if result.shape == shape)
         print(f"{shape}: {size[0]}")
         for (claim, metric), how in part.METRICS.items():
-            if (one := how.measured(of_shape)) is not None:
-                controls = f"should differ {shown(one.positive)}; should not {shown(one.negative)}"
-                print(f"  {claim} {metric}: {shown(one.values)}; controls: {controls}")
+            if (result := how.measured(of_shape)) is not None:
+                controls = f"should differ {shown(result.positive)}; should not {shown(result.negative)}"
+                print(f"  {claim} {metric}: {shown(result.values)}; controls: {controls}")
         if args.difference and (seeds := of_shape.arms.get(args.difference[0])):
             arm, number, other = args.difference
-            print(f"  {arm}, {number} - {other}: {shown([one[number] - one[other] for one in seeds.values()])}")
+            print(
+                f"  {arm}, {number} - {other}: {shown([result[number] - result[other] for result in seeds.values()])}"
+            )
         if args.arms and (pair := [of_shape.arms.get(arm) for arm in args.arms[1:]]) and all(pair):
-            one, two = ({seed: found[args.arms[0]] for seed, found in arm.items()} for arm in pair if arm)
-            for name, numbers in zip(args.arms[1:], (one, two), strict=True):
+            result, control = (
+                {seed: arm_results[args.arms[0]] for seed, arm_results in arm.items()} for arm in pair if arm
+            )
+            for name, numbers in zip(args.arms[1:], (result, control), strict=True):
                 print(f"  {name}, {args.arms[0]}: {shown(list(numbers.values()))}")
-            print(f"  difference: {shown([one[seed] - two[seed] for seed in sorted(one.keys() & two.keys())])}")
+            differences = [result[seed] - control[seed] for seed in sorted(result.keys() & control.keys())]
+            print(f"  difference: {shown(differences)}")
 
 
 if __name__ == "__main__":

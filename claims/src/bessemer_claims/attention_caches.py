@@ -79,8 +79,8 @@ class Remembered:
         return self._attend(self.keys, self.values)
 
     def step_groups(self) -> Tensor:
-        for kept, new in zip(self.few, self._heads(self._new()), strict=True):
-            kept[:, :, -1:] = new[:, :GROUPS]
+        for cache, new in zip(self.few, self._heads(self._new()), strict=True):
+            cache[:, :, -1:] = new[:, :GROUPS]
         return self._attend(*self.few)
 
     def step_expanded(self) -> Tensor:
@@ -97,13 +97,13 @@ class Remembered:
             "none": (), "inputs": (self.inputs,), "keys": (self.keys, self.values), "groups": self.few,
             "expanded": (self.latents,), "latents": (self.latents,),
         }  # fmt: skip
-        return {name: sum(x.nbytes for x in kept) for name, kept in tensors.items()}
+        return {name: sum(x.nbytes for x in parts) for name, parts in tensors.items()}
 
 
 @torch.inference_mode()
-def seconds(kept: Remembered, names: Sequence[str]) -> dict[str, float]:
+def seconds(cache: Remembered, names: Sequence[str]) -> dict[str, float]:
     """Processor seconds per step of each way: medians over rounds in which they take turns."""
-    steps = {name: getattr(kept, f"step_{name}") for name in names}
+    steps = {name: getattr(cache, f"step_{name}") for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(-1, ROUNDS):
         for name, step in steps.items():
@@ -111,27 +111,27 @@ def seconds(kept: Remembered, names: Sequence[str]) -> dict[str, float]:
             step()
             if round_ >= 0:  # the first one warms up
                 times[name].append(time.process_time() - began)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(samples) for name, samples in times.items()}
 
 
 def numbers(cfg: ModelConfig, seed: int) -> dict[str, float]:
     """Microseconds per token of every way at every length, bytes at the longest, and what the claims ask."""
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     cached = ("keys", "groups", "expanded", "latents")
     for length in LENGTHS:
-        kept = Remembered(cfg, 1, length, seed)
-        one = seconds(kept, ("none", "inputs", "keys"))
-        found |= {f"us {name} {length}": 1e6 * value for name, value in one.items()}
+        cache = Remembered(cfg, 1, length, seed)
+        single = seconds(cache, ("none", "inputs", "keys"))
+        result |= {f"us {name} {length}": 1e6 * value for name, value in single.items()}
         if length == LENGTHS[-1]:
-            sizes = kept.bytes()
-            points = [(sizes[name], one[name]) for name in one]
-            found["dominated"] = sum(any(_dominates(a, b) for a in points) for b in points)
-            found |= {f"bytes {name}": size / length for name, size in sizes.items()}
-        many = Remembered(cfg, ROWS, length, seed)
-        first, again = seconds(many, cached), seconds(many, cached)
-        found |= {f"us {name} {length} x {ROWS}": 1e6 * value / ROWS for name, value in first.items()}
-        found[f"us latents {length} x {ROWS} again"] = 1e6 * again["latents"] / ROWS
-    return found
+            sizes = cache.bytes()
+            points = [(sizes[name], single[name]) for name in single]
+            result["dominated"] = sum(any(_dominates(a, b) for a in points) for b in points)
+            result |= {f"bytes {name}": size / length for name, size in sizes.items()}
+        batched = Remembered(cfg, ROWS, length, seed)
+        first, again = seconds(batched, cached), seconds(batched, cached)
+        result |= {f"us {name} {length} x {ROWS}": 1e6 * value / ROWS for name, value in first.items()}
+        result[f"us latents {length} x {ROWS} again"] = 1e6 * again["latents"] / ROWS
+    return result
 
 
 def _dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:

@@ -94,9 +94,9 @@ def _training(plan: RunPlan) -> Predicted:
     extension = sum(_extension_hours(plan, length, batch) for length, batch in EXTENSION)
     rows = f"rows cut so that a GPU keeps {own.tokens:,} tokens as at 4K; keys and values gathered before each layer"
     yield "extension", extension / 1e3, rows
-    whole = plan.gpu_hours + extension + 5e3
-    yield "hours", whole / 1e3, "the two above and the published 5K for post-training"
-    yield "usd", 2e-6 * whole, "$2 per GPU hour, without research, failed runs, data, salaries and hardware"
+    total = plan.gpu_hours + extension + 5e3
+    yield "hours", total / 1e3, "the two above and the published 5K for post-training"
+    yield "usd", 2e-6 * total, "$2 per GPU hour, without research, failed runs, data, salaries and hardware"
 
 
 EXTENSION, EXTENSION_STEPS = ((32768, 1920), (131072, 480)), 1000
@@ -114,8 +114,8 @@ def _extension_hours(plan: RunPlan, length: int, batch: int) -> float:
 def _rl(plan: RunPlan) -> Predicted:
     seconds = 0.0
     for rollouts, cap in ((513, 32768), (137, 65536)):
-        one = rollout_time(plan.setup.shape, plan.setup.device, 512, 8192, cap, plan.rate, 64, ACCEPTED)
-        seconds += rollouts * one.seconds
+        rollout = rollout_time(plan.setup.shape, plan.setup.device, 512, 8192, cap, plan.rate, 64, ACCEPTED)
+        seconds += rollouts * rollout.seconds
     longest = (
         "650 rollouts of 8,192 answers on 512 H800; cap 32K, 64K for the last fifth, reached by the longest of every "
         f"rollout; mean {100 * MEAN:.0f} % of it; {100 * ACCEPTED:.0f} % of MTP drafts accepted"

@@ -44,12 +44,14 @@ class Card:
     @property
     def open(self) -> bool:
         """Whether a part still needs a run, though others have decided."""
-        return self.verdict is not ClaimVerdict.NOT_RUN and any(one.outcome is Outcome.OPEN for one in self.findings)
+        return self.verdict is not ClaimVerdict.NOT_RUN and any(
+            finding.outcome is Outcome.OPEN for finding in self.findings
+        )
 
     @property
     def wrong_equalities(self) -> list[str]:
         """Printed figures that arithmetic does not give."""
-        return [one.label for one in self.findings if one.exact and one.outcome is Outcome.FAILS]
+        return [finding.label for finding in self.findings if finding.exact and finding.outcome is Outcome.FAILS]
 
     def facts(self) -> dict[str, Any]:
         """The card as JSON."""
@@ -89,11 +91,14 @@ def make(
     other runs, which is judged by `results` of the same size and only shown beside others."""
     cards = [_card(name, claims()[name], results.get(name), again.get(name, {})) for name in names]
     tested = [
-        (place, at) for place, card in enumerate(cards) for at, one in enumerate(card.findings) if one.p is not None
+        (number, at)
+        for number, card in enumerate(cards)
+        for at, finding in enumerate(card.findings)
+        if finding.p is not None
     ]
-    corrected = holm([cards[place].findings[at].p or 0.0 for place, at in tested])
-    for (place, at), p in zip(tested, corrected, strict=True):
-        cards[place].findings[at] = replace(cards[place].findings[at], p=p)
+    corrected = holm([cards[number].findings[at].p or 0.0 for number, at in tested])
+    for (number, at), p in zip(tested, corrected, strict=True):
+        cards[number].findings[at] = replace(cards[number].findings[at], p=p)
     return cards
 
 
@@ -106,23 +111,23 @@ def _card(name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None,
             values |= computed[name]()
     if name in planned.PLANNED:
         values |= planned.values(name)
-    besides = [(one, measured[one.name]) for one in runs.beside(name) if measured and one.name in measured]
+    besides = [(side, measured[side.name]) for side in runs.beside(name) if measured and side.name in measured]
     if besides and measured is not None:
-        others = {one.name for one, _ in besides}
-        measured = {metric: found for metric, found in measured.items() if metric not in others} or None
+        others = {side.name for side, _ in besides}
+        measured = {metric: value for metric, value in measured.items() if metric not in others} or None
     earlier = _earlier().get(name) if measured is None else None
     evidence = Evidence(values, measured or ({} if earlier is None else earlier.measured), again)
     decided, findings = verdict.judge(name, claim, evidence, registry.rules())
-    values["n_holds"] = sum(one.outcome is Outcome.HOLDS for one in findings)
+    values["n_holds"] = sum(side.outcome is Outcome.HOLDS for side in findings)
     limit = claim.limit or experiments()[claim.experiment].limit
-    beside = [_beside(name, one, found) for one, found in besides]
+    beside = [_beside(name, side, value) for side, value in besides]
     return Card(name, claim, decided, findings, _found(name, claim, values, earlier), limit, earlier, values, beside)
 
 
-def _beside(name: str, one: runs.Beside, measured: Measured) -> PartFinding:
+def _beside(name: str, side: runs.Beside, measured: Measured) -> PartFinding:
     rules = registry.rules()
-    [like] = [part for part in rules.claim[name].parts if part.metric == one.like]
-    return verdict.beside(like, one.name, measured, rules, (bool(one.metric.positive), bool(one.metric.negative)))
+    [like] = [part for part in rules.claim[name].parts if part.metric == side.like]
+    return verdict.beside(like, side.name, measured, rules, (bool(side.metric.positive), bool(side.metric.negative)))
 
 
 def _found(name: str, claim: ClaimEntry, values: dict[str, Any], earlier: EarlierRun | None) -> tuple[str, str] | None:
@@ -135,24 +140,24 @@ def _found(name: str, claim: ClaimEntry, values: dict[str, Any], earlier: Earlie
     return english, chinese
 
 
-def _measured(claim: str, one: PartFinding) -> str:
+def _measured(claim: str, finding: PartFinding) -> str:
     """What runs gave for a part of a rule, in a line; empty for other parts."""
-    if not one.seeds or one.value is None:
+    if not finding.seeds or finding.value is None:
         return ""
-    runs = f"{one.seeds} runs" if one.seeds > 1 else "one run"
-    size = one.size[0] and f", {one.size[0]}"
+    runs = f"{finding.seeds} runs" if finding.seeds > 1 else "one run"
+    size = finding.size[0] and f", {finding.size[0]}"
     beside = ""
-    if one.again is not None:
-        value, compared = phrases.amount(claim, one, one.again.value)[0], phrases.compared(one.again)[0]
+    if finding.again is not None:
+        value, compared = phrases.amount(claim, finding, finding.again.value)[0], phrases.compared(finding.again)[0]
         beside = f"; {phrases.words()['this_run'][0]} {value}, {compared}"
-    value = phrases.amount(claim, one, one.value, one.interval)[0]
-    return f"{phrases.metric(claim, one)[0]}: {value}, {runs}{size}: {one.outcome}{beside}"
+    value = phrases.amount(claim, finding, finding.value, finding.interval)[0]
+    return f"{phrases.metric(claim, finding)[0]}: {value}, {runs}{size}: {finding.outcome}{beside}"
 
 
 def counts(cards: Sequence[Card]) -> dict[ClaimVerdict, int]:
     """How many cards have each verdict, in the order of the verdicts."""
-    found = Counter(card.verdict for card in cards)
-    return {one: found[one] for one in ClaimVerdict}
+    totals = Counter(card.verdict for card in cards)
+    return {kind: totals[kind] for kind in ClaimVerdict}
 
 
 def describe(cards: Sequence[Card]) -> str:
@@ -162,8 +167,8 @@ def describe(cards: Sequence[Card]) -> str:
         lines.append(f"{card.name:<4} {card.verdict:<24} {card.claim.text[0]}")
         would = f"would be run: {experiments()[card.claim.experiment].does[0]}"
         text = card.found[0] if card.found else would if card.verdict is ClaimVerdict.NOT_RUN else ""
-        measured = [_measured(card.name, one) for one in card.findings]
-        measured += [f"beside the rule: {_measured(card.name, one)}" for one in card.beside]
-        lines += [f"{'':<30}{one}" for one in (text, *measured) if one]
-    total = ", ".join(f"{number} {one}" for one, number in counts(cards).items() if number)
+        measured = [_measured(card.name, finding) for finding in card.findings]
+        measured += [f"beside the rule: {_measured(card.name, finding)}" for finding in card.beside]
+        lines += [f"{'':<30}{line}" for line in (text, *measured) if line]
+    total = ", ".join(f"{number} {verdict}" for verdict, number in counts(cards).items() if number)
     return "\n".join([*lines, "", f"{len(cards)} claims: {total}"])

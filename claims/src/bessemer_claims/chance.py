@@ -27,13 +27,13 @@ Draws = dict[str, np.ndarray]
 
 def draw(n: int, seed: int) -> Draws:
     generator, values = np.random.default_rng(seed), {}
-    for one in read_toml("ranges.toml")["input"]:
+    for row in read_toml("ranges.toml")["input"]:
         share = (generator.permutation(n) + generator.random(n)) / n
-        if "chance" in one:
-            values[one["name"]] = (share < one["chance"]).astype(float)
+        if "chance" in row:
+            values[row["name"]] = (share < row["chance"]).astype(float)
         else:
-            low, mode, high = one["low"], one["mode"], one["high"]
-            values[one["name"]] = stats.triang.ppf(share, (mode - low) / (high - low), low, high - low)
+            low, mode, high = row["low"], row["mode"], row["high"]
+            values[row["name"]] = stats.triang.ppf(share, (mode - low) / (high - low), low, high - low)
     return values
 
 
@@ -41,31 +41,31 @@ def drawn(setup: Setup, draws: Draws, real_routing: bool) -> Iterator[Setup]:
     """The setup under every draw. `real_routing`: expert loads and the cut into stages are uncertain too, as for a run
     that published neither."""
     for i in range(len(draws["gemm"])):
-        one = replace(
+        sample = replace(
             setup, in_step=float(draws["in_step"][i]), factors=RateFactors(*(float(draws[name][i]) for name in RATES))
         )
         if real_routing:
-            one = replace(one, imbalance=float(draws["imbalance"][i]), even=bool(draws["even"][i]))
-        yield one
+            sample = replace(sample, imbalance=float(draws["imbalance"][i]), even=bool(draws["even"][i]))
+        yield sample
 
 
 def step_seconds(setups: Sequence[Setup]) -> np.ndarray:
     """Seconds per step of setups that share a schedule: as `step_time`, with one pass over the table for all."""
     table = table_of(setups[0])
-    costs = [step_costs(one, table) for one in setups]
-    message = np.array([one.send for one in costs])
+    costs = [step_costs(setup, table) for setup in setups]
+    message = np.array([cost.send for cost in costs])
     durations: dict[Any, np.ndarray] = {}
     ends: list[np.ndarray] = []
     free = [np.zeros(len(setups)) for _ in table.steps]
     for rank, step, waits in table.order:  # as `timeline.simulate`, over arrays
         key = step_key(step)
         if key not in durations:
-            durations[key] = np.array([one.of(step) for one in costs])
+            durations[key] = np.array([cost.of(step) for cost in costs])
         for at, sent in waits:
             free[rank] = np.maximum(free[rank], ends[at] + message if sent else ends[at])
         free[rank] = free[rank] + durations[key]
         ends.append(free[rank])
-    return np.max(free, axis=0) + np.array([sum(step_end(one, table)) for one in setups])
+    return np.max(free, axis=0) + np.array([sum(step_end(setup, table)) for setup in setups])
 
 
 def rates(setup: Setup, draws: Draws, real_routing: bool = False) -> np.ndarray:

@@ -50,17 +50,19 @@ def claims(
     if quick and full:
         raise UserError("--quick and --full are two tiers; leave one of them out")
     idle = "--list" if list_ else "--dry-run" if dry_run else ""
-    for option, given, other, which in (
+    for option, value, other, which in (
         ("--only", only, list_ and "--list", "lists all claims"),
         ("--out", out, idle or (as_json and "--json") or (only is not None and "--only"), "writes no page"),
         ("--save", save, idle, "runs nothing"),
         ("--seeds", seeds, (list_ and "--list") or (part == "none" and "--part none"), "runs nothing"),
     ):
-        if given is not None and other:
+        if value is not None and other:
             raise UserError(f"{option} has no effect with {other}, which {which}; leave one of them out")
     if list_:
-        known = registry.claims()
-        print_json({name: one.model_dump() for name, one in known.items()}) if as_json else print(registry.listing())
+        entries = registry.claims()
+        print_json({name: claim.model_dump() for name, claim in entries.items()}) if as_json else print(
+            registry.listing()
+        )
         return
     names = list(registry.claims()) if only is None else registry.chosen(only.split(","))
     tier: Tier = "quick" if quick else "full" if full else "default"
@@ -72,18 +74,18 @@ def claims(
     results, again, apart = _evidence(names, tier, runs, save)
     from bessemer_claims import cards
 
-    made = cards.make(names, results, again)
+    written = cards.make(names, results, again)
     if as_json:
-        print_json({"rules": registry.rules_hash(), "claims": [card.facts() for card in made]})
+        print_json({"rules": registry.rules_hash(), "claims": [card.facts() for card in written]})
     else:
-        print(cards.describe(made))
+        print(cards.describe(written))
     if not as_json and only is None:
         from bessemer_claims import page
 
         path = out or Path("claims.html")
-        write_page(path, page.document(made))
+        write_page(path, page.document(written))
         print(path)
-    unequal = [f"{card.name} ({label})" for card in made for label in card.wrong_equalities]
+    unequal = [f"{card.name} ({label})" for card in written for label in card.wrong_equalities]
     wrong += [f"arithmetic does not give: {'; '.join(unequal)}"] * bool(unequal) + apart
     for sentence in wrong:
         print(sentence, file=sys.stderr)
@@ -128,14 +130,14 @@ def _planned(tier: Tier, part: Part | None, names: list[str] | None, seeds: int 
 def _dry_run(planned: list[ArmJob], folder: Path, at_once: int, as_json: bool) -> None:
     from bessemer_claims import runner
 
-    left = sum(job.minutes for job in planned if not runner.done(job, folder))
+    minutes_left = sum(job.minutes for job in planned if not runner.done(job, folder))
     if as_json:
         jobs = [
             {"name": job.name, "arm": job.arm, "seed": job.seed, "minutes": job.minutes, "about": job.about,
              "finished": runner.done(job, folder)}
             for job in planned
         ]  # fmt: skip
-        print_json({"jobs": jobs, "minutes": left / at_once})
+        print_json({"jobs": jobs, "minutes": minutes_left / at_once})
         return
     arms: dict[tuple[str, str, str], list[ArmJob]] = {}
     for job in planned:
@@ -147,8 +149,8 @@ def _dry_run(planned: list[ArmJob], folder: Path, at_once: int, as_json: bool) -
         some = f"{len(waiting)} of {len(seeds)}"
         print(f"{part:<9} {shape:<10} {arm:<17} {some:>7} {minutes:>10}  {seeds[0].about}")
     finished = sum(runner.done(job, folder) for job in planned)
-    rest = f"the rest takes about {left / at_once:.0f} minutes, {at_once} at a time"
-    print(f"{len(planned)} runs, {finished} of them finished in {folder}; {rest}")
+    remainder = f"the rest takes about {minutes_left / at_once:.0f} minutes, {at_once} at a time"
+    print(f"{len(planned)} runs, {finished} of them finished in {folder}; {remainder}")
 
 
 def _run(planned: list[ArmJob], tier: Tier, folder: Path, at_once: int) -> list[str]:
@@ -169,15 +171,15 @@ def _evidence(names: list[str], tier: Tier, folder: Path, save: Path | None) -> 
     """The results that judge the cards, those of this tier's own runs beside them, and the A/A tests that failed."""
     from bessemer_claims import results, runs
 
-    held, own = results.committed(), results.finished(folder)
-    for sentence in held.left_out + own.left_out:
+    stored, own = results.committed(), results.finished(folder)
+    for sentence in stored.left_out + own.left_out:
         print(sentence, file=sys.stderr)
-    if diverged := [f"{one.arm} seed {one.seed}" for one in own.results if one.diverged]:
+    if diverged := [f"{result.arm} seed {result.seed}" for result in own.results if result.diverged]:
         print(f"did not survive, which is a result: {', '.join(diverged)}", file=sys.stderr)
-    if lacking := runs.missing([*held.results, *own.results], names):
+    if lacking := runs.missing([*stored.results, *own.results], names):
         named = "; ".join(f"{arm} ({', '.join(claims)})" for arm, claims in lacking.items())
         print(f"no runs yet, and the cards that lack them: {named}", file=sys.stderr)
     if save is not None:
         for path in results.save(own.results, save):
             print(path, file=sys.stderr)
-    return results.evidence(tier, held.results, own.results)
+    return results.evidence(tier, stored.results, own.results)

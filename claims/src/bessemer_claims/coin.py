@@ -6,4 +6,4 @@ from bessemer.tasks import stable_hash
 
 def coin(samples: Samples) -> list[int]:
     pairs = zip(samples.problems, samples.tokens, strict=True)
-    return [stable_hash("coin", problem.id, place, *tokens) & 1 for place, (problem, tokens) in enumerate(pairs)]
+    return [stable_hash("coin", problem.id, index, *tokens) & 1 for index, (problem, tokens) in enumerate(pairs)]

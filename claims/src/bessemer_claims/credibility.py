@@ -68,7 +68,7 @@ class Credibility:
 
     @property
     def test(self) -> list[Held]:
-        return [one for one in self.others if not one.seen]
+        return [run for run in self.others if not run.seen]
 
     @property
     def inside(self) -> Quantiles:
@@ -78,8 +78,8 @@ class Credibility:
     def covered(self) -> tuple[int, int]:
         """How many test runs lie inside their 90 % intervals: (of the draws, of the record)."""
         return (
-            sum(one.drawn.holds(one.published) for one in self.test),
-            sum(one.recorded.holds(one.published) for one in self.test),
+            sum(run.drawn.holds(run.published) for run in self.test),
+            sum(run.recorded.holds(run.published) for run in self.test),
         )
 
     def facts(self) -> dict[str, Any]:
@@ -94,18 +94,18 @@ class Credibility:
             "test_runs": {
                 "runs": len(self.test), "inside_90_of_draws": self.covered[0],
                 "inside_90_of_record": self.covered[1],
-                "median_error_percent": 100 * statistics.median(abs(one.error) for one in self.test),
+                "median_error_percent": 100 * statistics.median(abs(run.error) for run in self.test),
             },
             "other_runs": [
-                {"name": one.name, "seen_before": one.seen, "published": one.published, "point": one.point,
-                 "error": one.error, "drawn": vars(one.drawn), "recorded": vars(one.recorded)}
-                for one in self.others
+                {"name": run.name, "seen_before": run.seen, "published": run.published, "point": run.point,
+                 "error": run.error, "drawn": vars(run.drawn), "recorded": vars(run.recorded)}
+                for run in self.others
             ],
         }  # fmt: skip
 
     def _warning(self) -> list[str]:
         """If the draws fail their test, what that means for the inside view."""
-        inside, fast = self.covered[0], sum(one.published > one.drawn.high for one in self.test)
+        inside, fast = self.covered[0], sum(run.published > run.drawn.high for run in self.test)
         if inside >= 0.9 * len(self.test):
             return []
         return [
@@ -159,21 +159,21 @@ def _side(run: Held, interval: Quantiles) -> str:
     return "inside" if interval.holds(run.published) else "faster" if run.published > interval.high else "slower"
 
 
-def _range(one: Quantiles, unit: str) -> str:
-    return f"{one.median:.2f}{unit} (90 %: {one.low:.2f} to {one.high:.2f})"
+def _range(quantiles: Quantiles, unit: str) -> str:
+    return f"{quantiles.median:.2f}{unit} (90 %: {quantiles.low:.2f} to {quantiles.high:.2f})"
 
 
 @cache
 def reference() -> list[dict[str, Any]]:
     """Large runs that others published, and V3's million GPU hours at their rate, from 6 N D."""
     runs: list[dict[str, Any]] = read_toml("reference.toml")["run"]
-    ours = runs[0]
+    own = runs[0]
     for run in runs:
         if "hours" not in run:  # a benchmark of V3 itself, in tokens per second per GPU
-            run["v3_hours"] = ours["tokens"] / run["tokens_s"] / 3600 / 1e6
+            run["v3_hours"] = own["tokens"] / run["tokens_s"] / 3600 / 1e6
             continue
         run["tflops"] = 6 * run["active"] * run["tokens"] / run["hours"] / 3600 / 1e12
-        run["v3_hours"] = ours["active"] * ours["tokens"] * run["hours"] / run["active"] / run["tokens"] / 1e6
+        run["v3_hours"] = own["active"] * own["tokens"] * run["hours"] / run["active"] / run["tokens"] / 1e6
     return runs
 
 
@@ -219,17 +219,17 @@ def credibility(name: str, draws: int, seed: int) -> Credibility:
 
 def _inputs(values: Draws, hours: np.ndarray) -> list[dict[str, Any]]:
     """The price is left out: it changes the bill, not the hours."""
-    known = [one for one in read_toml("ranges.toml")["input"] if one["name"] != "price"]
-    found = [chance.rank_correlation(values[one["name"]], hours) for one in known]
-    whole = sum(r**2 for r in found)
+    inputs = [row for row in read_toml("ranges.toml")["input"] if row["name"] != "price"]
+    correlations = [chance.rank_correlation(values[row["name"]], hours) for row in inputs]
+    total = sum(r**2 for r in correlations)
     return [
         {
-            "name": one["name"], "what": one["what"], "source": one["source"], "correlation": r,
-            "variance": 100 * r**2 / whole,
-            "range": f"yes {100 * one['chance']:.0f} %" if "chance" in one
-            else f"{one['low']:g} to {one['high']:g}, most likely {one['mode']:g}",
+            "name": row["name"], "what": row["what"], "source": row["source"], "correlation": r,
+            "variance": 100 * r**2 / total,
+            "range": f"yes {100 * row['chance']:.0f} %" if "chance" in row
+            else f"{row['low']:g} to {row['high']:g}, most likely {row['mode']:g}",
         }
-        for one, r in zip(known, found, strict=True)
+        for row, r in zip(inputs, correlations, strict=True)
     ]  # fmt: skip
 
 

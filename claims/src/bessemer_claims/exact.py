@@ -71,14 +71,14 @@ def _recompute() -> Values:
     cfg = v3()
     forward = accounting.flops_per_token(cfg, LENGTH).forward
     again = 2 * cfg.dim * _heads(cfg) * cfg.n_layers * LENGTH  # keys and values of all tokens from the kept inputs
-    ways = {
+    costs = {
         "none": (0.0, LENGTH), "inputs": (2 * cfg.dim * cfg.n_layers / 1e6, 1 + again / forward),
         "keys": (2 * _heads(cfg) * cfg.n_layers / 1e6, 1.0),
     }  # fmt: skip
-    points = list(ways.values())
+    points = list(costs.values())
     dominated = sum(any(a != b and a[0] <= b[0] and a[1] <= b[1] for a in points) for b in points)
-    named = {name: size for name, (size, _) in ways.items()} | {
-        f"{name}_work": work for name, (_, work) in ways.items()
+    named = {name: size for name, (size, _) in costs.items()} | {
+        f"{name}_work": work for name, (_, work) in costs.items()
     }
     return named | {"dominated": dominated}
 
@@ -93,11 +93,11 @@ def nodes_touched(cfg: ModelConfig) -> float:
 @cache
 def _prediction() -> Values:
     cfg = v3()
-    one = LENGTH * cfg.vocab_size * 4 / 1e9
+    logits = LENGTH * cfg.vocab_size * 4 / 1e9
     heads = sum(slot.name.endswith("head.weight") and not slot.copy for slot in mapping.slots(cfg))
     plain, more = (accounting.flops_per_token(cfg, LENGTH, mtp=mtp).training / 1e9 for mtp in (False, True))
     return {
-        "modules": cfg.n_mtp, "heads": heads, "one": one, "naive": 4 * one, "growth": 4 * one / one,
+        "modules": cfg.n_mtp, "heads": heads, "one": logits, "naive": 4 * logits, "growth": 4 * logits / logits,
         "without": plain, "with_": more,
         "more": 100 * (more / plain - 1),
     }  # fmt: skip
@@ -163,11 +163,11 @@ def _critic() -> Values:
 
 def _hours() -> Values:
     table = read_toml("reports.toml")
-    whole, price = table["hours"]["value"], 2.0
-    bill = whole * price / 1000
+    total, price = table["hours"]["value"], 2.0
+    bill = total * price / 1000
     return {
-        "share": 100 * table["pretraining"]["value"] / whole, "zero": 100 * table["r1_zero"]["value"] / whole,
-        "bill": bill, "limit_price": 6000 / whole,
+        "share": 100 * table["pretraining"]["value"] / total, "zero": 100 * table["r1_zero"]["value"] / total,
+        "bill": bill, "limit_price": 6000 / total,
     }  # fmt: skip
 
 
@@ -178,8 +178,8 @@ def _against_gpt4() -> Values:
 def _against_meta() -> Values:
     """6 N D over GPU hours: Meta's dense 405B network against V3."""
     runs = {run["name"]: run for run in read_toml("reference.toml")["run"]}
-    theirs, ours = runs["Llama 3.1 405B"], runs["DeepSeek-V3"]
-    params, tokens, hours = (theirs[key] / ours[key] for key in ("active", "tokens", "hours"))
+    llama, deepseek = runs["Llama 3.1 405B"], runs["DeepSeek-V3"]
+    params, tokens, hours = (llama[key] / deepseek[key] for key in ("active", "tokens", "hours"))
     return {
         "hours": hours,
         "work": params * tokens,
@@ -190,8 +190,8 @@ def _against_meta() -> Values:
 
 
 def _scores(name: str) -> Values:
-    one = claims()[name].scores
-    return {"n": len(one), "gap": abs(one[0].one - one[0].other)}
+    score_of = claims()[name].scores
+    return {"n": len(score_of), "gap": abs(score_of[0].one - score_of[0].other)}
 
 
 def _figures(name: str) -> dict[str, float]:

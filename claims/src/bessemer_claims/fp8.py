@@ -39,9 +39,9 @@ MINUTES = {"short": 4.0, "whole": 14.0}
 
 def recipe(arm: str, seed: int, shape: str) -> Recipe:
     """The recipe of one run: the corpus, the BF16 run, and the arm's."""
-    whole = Recipe.parse(registry.data("fp8.toml").decode(), [*SHAPES[shape], f"seed={seed}"], "fp8.toml")
-    kept = ("corpus", BASE, arm)
-    return whole.model_copy(update={"stages": [stage for stage in whole.stages if stage.name in kept]})
+    full = Recipe.parse(registry.data("fp8.toml").decode(), [*SHAPES[shape], f"seed={seed}"], "fp8.toml")
+    names = ("corpus", BASE, arm)
+    return full.model_copy(update={"stages": [stage for stage in full.stages if stage.name in names]})
 
 
 def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
@@ -49,19 +49,19 @@ def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
     if tier == "quick":
         return []
     shape, chosen = SHAPE[tier], FORMATS if tier == "full" else DEFAULT
-    made = []
+    planned = []
     for seed in range(1, (seeds or (SEEDS if tier == "full" else 1)) + 1):
         base = _job(BASE, seed, shape, "BF16", 0.4)
-        made += [base]
+        planned += [base]
         for arm in chosen:
-            made.append(_job(arm, seed, shape, FORMATS[arm], 5.0 if arm == "short-sums" else 1.0, base.name))
-    return made
+            planned.append(_job(arm, seed, shape, FORMATS[arm], 5.0 if arm == "short-sums" else 1.0, base.name))
+    return planned
 
 
 def _job(arm: str, seed: int, shape: str, about: str, cost: float, donor: str | None = None) -> ArmJob:
     settings = {"recipe": tomllib.loads(registry.data("fp8.toml").decode()), "set": SHAPES[shape], "arm": arm}
-    made = partial(recipe, arm, seed, shape)
-    return ArmJob("fp8", arm, seed, shape, settings, cost * MINUTES[shape], about, made, donor, arms=arm != BASE)
+    build = partial(recipe, arm, seed, shape)
+    return ArmJob("fp8", arm, seed, shape, settings, cost * MINUTES[shape], about, build, donor, arms=arm != BASE)
 
 
 def measure(job: ArmJob, folder: Path) -> dict[str, float]:
@@ -76,7 +76,7 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
 
 
 def own(name: str) -> Callable[[dict[str, float]], float]:
-    return lambda one: one[name]
+    return lambda numbers: numbers[name]
 
 
 METRICS: dict[tuple[str, str], Metric] = {

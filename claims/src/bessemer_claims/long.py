@@ -59,13 +59,13 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
     [table] = [path / LONG_FILE for _, name, path in stage_folders(folder) if name == "longeval"]
     rows = json.loads(table.read_text(encoding="utf-8"))["needle"]
     share = {row["model"]: row["share"] for row in rows if row["length"] == LENGTH}
-    found = {"before": share["pretrain"], "switched": share["pretrain" + SWITCHED], "after": share["extend-2k"]}
-    return found | {"chance": 1 / len(WORDS)}
+    shares = {"before": share["pretrain"], "switched": share["pretrain" + SWITCHED], "after": share["extend-2k"]}
+    return shares | {"chance": 1 / len(WORDS)}
 
 
 def gap(name: str, other: str) -> Callable[[dict[str, float]], float]:
     """The first number minus the second."""
-    return lambda one: one[name] - one[other]
+    return lambda numbers: numbers[name] - numbers[other]
 
 
 RULE = "needle at 2,048, after - before"

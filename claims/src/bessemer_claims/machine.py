@@ -101,7 +101,7 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
 
 def own(name: str, other: str | None = None) -> Callable[[Numbers], float]:
     """A number of an arm, or the ratio of one to another."""
-    return lambda one: one[name] if other is None else one[name] / one[other]
+    return lambda numbers: numbers[name] if other is None else numbers[name] / numbers[other]
 
 
 LONGEST = "2048 x 16"
@@ -109,7 +109,7 @@ METRICS: dict[tuple[str, str], Metric] = {
     ("P2", "idle share: DualPipe / 1F1B"): Metric(
         own("idle dualpipe", "idle 1f1b"), ("pipelines",), ("pipelines",), ("pipelines",),
         of_positive=own("idle gpipe", "idle 1f1b"),
-        of_negative=lambda one: one["idle 1f1b again"] / one["idle 1f1b"] - 1,
+        of_negative=lambda numbers: numbers["idle 1f1b again"] / numbers["idle 1f1b"] - 1,
     ),
     ("P3", "share of the exchange hidden"): Metric(
         own("hidden"), ("pipelines",), negative=("pipelines",), of_negative=own("hidden without overlap")

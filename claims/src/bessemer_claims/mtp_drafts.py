@@ -92,7 +92,7 @@ def _faster(
     accepted: dict[int, float] = {}
     for round_ in range(-1, ROUNDS):
         for drafts, times in seconds.items():
-            began, drafted, taken = time.process_time(), 0.0, 0.0
+            began, drafted, n_accepted = time.process_time(), 0.0, 0.0
             answers[drafts] = []
             for prompt in prompts:
                 scheduler = Scheduler(engine, rows=1, drafts=drafts)
@@ -100,10 +100,10 @@ def _faster(
                 while not scheduler.is_idle:
                     answers[drafts] += [event.token for event in scheduler.step() if isinstance(event, Token)]
                 figures = scheduler.stats()
-                drafted, taken = drafted + figures.get("drafted", 0), taken + figures.get("accepted", 0)
+                drafted, n_accepted = drafted + figures.get("drafted", 0), n_accepted + figures.get("accepted", 0)
             if round_ >= 0:  # the first one warms up
                 times.append(time.process_time() - began)
-            accepted[drafts] = taken / max(1.0, drafted)
+            accepted[drafts] = n_accepted / max(1.0, drafted)
     assert all(tokens == answers[0] for tokens in answers.values()), "guesses changed an answer"
     ratios = {
         drafts: statistics.median(a / b for a, b in zip(seconds[0], times, strict=True))

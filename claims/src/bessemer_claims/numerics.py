@@ -27,8 +27,8 @@ def errors(k: int, bits: int | None, promote: int | None, seed: int) -> tuple[fl
     be applied; the reference is float64 on the same E4M3 operands. `bits`, `promote` as in `reference_gemm`."""
     generator = torch.Generator().manual_seed(seed)
     x, w = (torch.randn(ROWS, k, generator=generator) for _ in range(2))
-    whole = promote is None
-    a, b = quantise(x, "tensor" if whole else "tile"), quantise(w, "tensor" if whole else "block")
+    is_exact = promote is None
+    a, b = quantise(x, "tensor" if is_exact else "tile"), quantise(w, "tensor" if is_exact else "block")
     exact = a.dequantise().double() @ b.dequantise().double().t()
     error = (reference_gemm(a, b, bits, promote).double() - exact).abs() / exact.square().mean().sqrt()
     return float(error.max()), float(error.mean())
@@ -37,8 +37,8 @@ def errors(k: int, bits: int | None, promote: int | None, seed: int) -> tuple[fl
 def allocations(function: Callable[[], Result]) -> tuple[Result, list[int]]:
     """A function's result, and the bytes that torch allocated (positive) or freed (negative) meanwhile, in order."""
     with profile(use_cpu=True, profile_memory=True) as profiler:
-        found = function()
-    return found, [event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+        result = function()
+    return result, [event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]"]
 
 
 def kept_bytes(cfg: ModelConfig, rows: int, length: int, recipe: str | None, seed: int) -> int:
@@ -50,6 +50,6 @@ def kept_bytes(cfg: ModelConfig, rows: int, length: int, recipe: str | None, see
     loss[:, 0] = 0
     batch, terms = Batch(tokens, loss), {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
     next_token(model, batch, **terms).total.backward()  # what is made only once is now made
-    kept, moved = allocations(lambda: next_token(model, batch, **terms))
-    assert kept.total.requires_grad
+    saved, moved = allocations(lambda: next_token(model, batch, **terms))
+    assert saved.total.requires_grad
     return sum(moved)

@@ -40,8 +40,8 @@ def committed() -> list[Card]:
 def document(cards: Sequence[Card]) -> str:
     """The page of all cards."""
     by_name = {card.name: card for card in cards}
-    rest = [card for card in cards if card.name not in HEADLINES]
-    chapters = [_chapter(letter, list(group)) for letter, group in groupby(rest, lambda card: card.name[0])]
+    remaining = [card for card in cards if card.name not in HEADLINES]
+    chapters = [_chapter(letter, list(group)) for letter, group in groupby(remaining, lambda card: card.name[0])]
     parts = [
         Html(
             f'<div class="top"><span class="brand">{word("brand", n=len(claims()))}</span>'
@@ -82,7 +82,7 @@ def _answer(cards: Sequence[Card]) -> Html:
         word("answer_cost", spread=spread, **hours),
         word("answer_wrong", stored_ratio=experts["stored_ratio"], share=cache_["share"]),
     ]  # fmt: skip
-    return Html(f'<ul class="answer">{"".join(f"<li>{one}</li>" for one in sentences)}</ul>')
+    return Html(f'<ul class="answer">{"".join(f"<li>{sentence}</li>" for sentence in sentences)}</ul>')
 
 
 def _bar(cards: Sequence[Card]) -> Html:
@@ -123,9 +123,9 @@ def _cost() -> Html:
         return f'<span class="band" style="{at(low)};width:{100 * (high - low) / top:.2f}%"></span>'
 
     inside = planned.inside_view()
-    ours, *others = planned.reference()
+    own, *others = planned.reference()
     rows = [
-        row(ours["name"], ours["v3_hours"], "own", kind="own"),
+        row(own["name"], own["v3_hours"], "own", kind="own"),
         row(word("cost_planner", **view), view["median"], "middle", band(view["low"], view["high"]), "own"),
         row(word("cost_draws", **vars(inside)), inside.median, "middle", band(inside.low, inside.high), "own"),
         *(row(run["name"], run["v3_hours"], "") for run in others),
@@ -159,14 +159,16 @@ def _card(card: Card) -> Html:
     does = both(experiments()[claim.experiment].does)
     if card.verdict is ClaimVerdict.NOT_RUN:
         body += page.paragraph(page.join(word("would"), does, by=SPACE), "would")
-    elif any(one.seeds for one in card.findings):
+    elif any(finding.seeds for finding in card.findings):
         body += page.paragraph(page.join(word("ran"), does, by=SPACE), "would")
     if card.open:
-        waiting = (phrases.plain(card.name, one) for one in card.findings if one.outcome is Outcome.OPEN)
+        waiting = (phrases.plain(card.name, finding) for finding in card.findings if finding.outcome is Outcome.OPEN)
         body += page.paragraph(page.join(word("open"), page.join(*waiting, by=SEMICOLON), by=SPACE), "would")
-    scores = [one for one in card.findings if one.score is not None]
+    scores = [finding for finding in card.findings if finding.score is not None]
     pictures = "".join(
-        _gap(card.name, one, scores if one in scores else ()) for one in card.findings if phrases.pictured(one)
+        _gap(card.name, finding, scores if finding in scores else ())
+        for finding in card.findings
+        if phrases.pictured(finding)
     )
     return Html(
         f'<article class="claim {style}" id="{card.name}">'
@@ -178,13 +180,16 @@ def _card(card: Card) -> Html:
 
 def _details(card: Card) -> Html:
     claim = card.claim
-    audits = [one for one in card.findings if one.part is None]
+    audits = [finding for finding in card.findings if finding.part is None]
     audited = word("audited_part" if len(audits) > 1 else "audited")
-    parts = "".join(
-        f"<li>{phrases.decided(card.name, one) if one.part else page.join(audited, phrases.judged(one), by=COLON)}</li>"
-        for one in card.findings
-    )
-    beside = "".join(f"<li>{phrases.beside(card.name, one)}</li>" for one in card.beside)
+
+    def shown(finding: PartFinding) -> Html:
+        if finding.part:
+            return phrases.decided(card.name, finding)
+        return page.join(audited, phrases.judged(finding), by=COLON)
+
+    parts = "".join(f"<li>{shown(finding)}</li>" for finding in card.findings)
+    beside = "".join(f"<li>{phrases.beside(card.name, finding)}</li>" for finding in card.beside)
     kinds = page.join(*(both(words()["kind"][kind]) for kind in claim.kinds), by=" + ")
     lines = [
         (word("published"), both([claim.published(0), claim.published(1)]) if claim.paper != "-" else ""),
@@ -200,29 +205,29 @@ def _details(card: Card) -> Html:
     return Html("<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in lines if value) + "</dl>")
 
 
-def _reach(one: PartFinding) -> Interval:
+def _reach(finding: PartFinding) -> Interval:
     """The interval of a part; for a single run, its value."""
-    assert one.value is not None, "a picture needs a value"
-    return one.interval or Interval(one.value, one.value, one.value)
+    assert finding.value is not None, "a picture needs a value"
+    return finding.interval or Interval(finding.value, finding.value, finding.value)
 
 
-def _marks(one: PartFinding) -> list[float]:
+def _marks(finding: PartFinding) -> list[float]:
     """Everything that the picture of a part must hold."""
-    assert one.part is not None, "only parts of a rule have intervals"
-    threshold, margin = float(one.part.threshold or 0), float(one.part.margin or 0)
-    marks = [*_reach(one), threshold, 0.0]
-    marks += [threshold - margin, threshold + margin] if one.part.side == "equal" else []
-    marks += [one.part.paper] if one.part.paper is not None else []
-    return marks + ([*one.control] if one.control is not None else [])
+    assert finding.part is not None, "only parts of a rule have intervals"
+    threshold, margin = float(finding.part.threshold or 0), float(finding.part.margin or 0)
+    marks = [*_reach(finding), threshold, 0.0]
+    marks += [threshold - margin, threshold + margin] if finding.part.side == "equal" else []
+    marks += [finding.part.paper] if finding.part.paper is not None else []
+    return marks + ([*finding.control] if finding.control is not None else [])
 
 
-def _gap(claim: str, one: PartFinding, others: Sequence[PartFinding] = ()) -> Html:
+def _gap(claim: str, finding: PartFinding, others: Sequence[PartFinding] = ()) -> Html:
     """A picture of an interval and its threshold, on one scale with `others`; the paper's figure is a diamond, the
     positive control grey."""
-    assert one.part is not None and one.value is not None, "only parts of a rule have pictures"
-    reach = _reach(one)
-    threshold, margin = float(one.part.threshold or 0), float(one.part.margin or 0)
-    marks = [mark for part in (one, *others) for mark in _marks(part)]
+    assert finding.part is not None and finding.value is not None, "only parts of a rule have pictures"
+    reach = _reach(finding)
+    threshold, margin = float(finding.part.threshold or 0), float(finding.part.margin or 0)
+    marks = [mark for part in (finding, *others) for mark in _marks(part)]
     low, high = min(marks), max(marks)
     low, high = low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1)
 
@@ -234,27 +239,32 @@ def _gap(claim: str, one: PartFinding, others: Sequence[PartFinding] = ()) -> Ht
         return f'<span class="{kind}" style="left:{at(of.low)};width:{width:.2f}%"></span>'
 
     zone = ""
-    if one.part.side == "equal":
+    if finding.part.side == "equal":
         zone = span("zone", Interval(threshold, threshold - margin, threshold + margin))
-    control = "" if one.control is None else span("reach control", one.control)
-    paper = "" if one.part.paper is None else f'<span class="paper" style="left:{at(one.part.paper)}"></span>'
+    control = "" if finding.control is None else span("reach control", finding.control)
+    paper = "" if finding.part.paper is None else f'<span class="paper" style="left:{at(finding.part.paper)}"></span>'
     marks_html = (
         f'{zone}<span class="threshold" style="left:{at(threshold)}"></span>{control}{span("reach", reach)}'
         f'<span class="at" style="left:{at(reach.middle)}"></span>{paper}'
     )
     scale = f'<span class="scale" aria-hidden="true">{marks_html}</span>'
-    figures = f'<b class="figures">{phrases.value(claim, one)}</b>'
+    figures = f'<b class="figures">{phrases.value(claim, finding)}</b>'
     note = page.join(
-        phrases.outcome(claim, one), phrases.needed(claim, one), phrases.runs(one) if one.seeds else "", by=" · "
+        phrases.outcome(claim, finding),
+        phrases.needed(claim, finding),
+        phrases.runs(finding) if finding.seeds else "",
+        by=" · ",
     )
-    return Html(f'<div class="gap"><span>{phrases.plain(claim, one)}</span>{figures}{scale}<small>{note}</small></div>')
+    return Html(
+        f'<div class="gap"><span>{phrases.plain(claim, finding)}</span>{figures}{scale}<small>{note}</small></div>'
+    )
 
 
 def _unrun(cards: Sequence[Card]) -> Html:
     """Which claims wait for runs, wholly or in part, which have few seeds, and which no runs are written for."""
     waiting = [card for card in cards if card.verdict is ClaimVerdict.NOT_RUN]
     partly = [card for card in cards if card.open]
-    few = [card for card in cards if any(Doubt.FEW in one.doubts for one in card.findings)]
+    few = [card for card in cards if any(Doubt.FEW in finding.doubts for finding in card.findings)]
     built = {claim for name in PARTS for claim, _ in runs.part(name).METRICS}
     unbuilt = [card for card in waiting + partly if card.name not in built]
 
@@ -262,10 +272,10 @@ def _unrun(cards: Sequence[Card]) -> Html:
         links = page.join(*(Html(f'<a href="#{card.name}">{card.name}</a>') for card in some), by=" ")
         return Html(f"<li>{word(title, n=len(some))} {links}</li>" if some else "")
 
-    whole = "".join(f'<li><a href="#{card.name}">{card.name}</a> {both(card.claim.text)}</li>' for card in waiting)
+    listing = "".join(f'<li><a href="#{card.name}">{card.name}</a> {both(card.claim.text)}</li>' for card in waiting)
     lists = (("unrun_part", partly), ("unrun_few", few), ("unrun_built", unbuilt))
     others = "".join(listed(title, some) for title, some in lists)
-    first = f'<p>{word("unrun_whole", n=len(waiting))}</p><ul class="how">{whole}</ul>' if waiting else ""
+    first = f'<p>{word("unrun_whole", n=len(waiting))}</p><ul class="how">{listing}</ul>' if waiting else ""
     return Html(f'{first}<ul class="how">{others}</ul>')
 
 
@@ -283,6 +293,6 @@ def _method() -> Html:
 
 def _glossary() -> Html:
     entries = "".join(
-        f"<div><dt>{both(one['term'])}</dt><dd>{both(one['means'])}</dd></div>" for one in words()["word"]
+        f"<div><dt>{both(entry['term'])}</dt><dd>{both(entry['means'])}</dd></div>" for entry in words()["word"]
     )
     return page.fold(word("glossary"), Html(f'<dl class="glossary">{entries}</dl>'))

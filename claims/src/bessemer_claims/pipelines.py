@@ -141,11 +141,11 @@ def _on_a_rank(
             for lane, stage in table.slices_on(rank)
         }
         streams = Overlapped(torch.device("cpu")) if case.overlap else Serial()
-        one = _Watched(table, rank, cast(dict[tuple[int, int], Slice], slices), [range(ranks)], streams=streams)
+        executor = _Watched(table, rank, cast(dict[tuple[int, int], Slice], slices), [range(ranks)], streams=streams)
         work = [[_work() for _ in range(table.per_lane)] for _ in range(table.lanes)]
         dist.barrier()
-        one.run(work)
-        answers.put((rank, number, one.spans))
+        executor.run(work)
+        answers.put((rank, number, executor.spans))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -166,16 +166,16 @@ def measure(ranks: int, micro: int, unit: float, cases: Sequence[Case]) -> list[
         for process in processes:
             process.start()
         for _ in range(ranks * (1 + len(cases))):
-            rank, number, found = answers.get()
-            spans[rank, number] = found
+            rank, number, result = answers.get()
+            spans[rank, number] = result
         for process in processes:
             process.join()
     return [_timed([spans[rank, number] for rank in range(ranks)]) for number in range(1, 1 + len(cases))]
 
 
 def _timed(spans: Sequence[Sequence[tuple[float, float, float]]]) -> PipelineStep:
-    length = max(mine[-1][1] for mine in spans) - min(mine[0][0] for mine in spans)
-    busy = sum(end - begin - waited for mine in spans for begin, end, waited in mine)
+    length = max(rank_spans[-1][1] for rank_spans in spans) - min(rank_spans[0][0] for rank_spans in spans)
+    busy = sum(end - begin - waited for rank_spans in spans for begin, end, waited in rank_spans)
     return PipelineStep(length, 1 - busy / (length * len(spans)))
 
 
@@ -193,7 +193,7 @@ def numbers(ranks: int, micro: int, unit: float, exchange: float) -> dict[str, f
     cases = [*map(Case, names), Case("1f1b"), serial, beside, serial]
     *idle, again, slow, overlapped, slow_again = measure(ranks, micro, unit, cases)
     cost = slow.seconds - idle[-1].seconds
-    found = {f"idle {name}": one.idle for name, one in zip(names, idle, strict=True)}
-    found |= {f"idle {name} by its table": expected(name, ranks, micro) for name in names}
+    result = {f"idle {name}": timing.idle for name, timing in zip(names, idle, strict=True)}
+    result |= {f"idle {name} by its table": expected(name, ranks, micro) for name in names}
     hidden, by_chance = ((slow.seconds - other.seconds) / cost for other in (overlapped, slow_again))
-    return found | {"idle 1f1b again": again.idle, "hidden": hidden, "hidden without overlap": by_chance}
+    return result | {"idle 1f1b again": again.idle, "hidden": hidden, "hidden without overlap": by_chance}

@@ -30,9 +30,9 @@ def _audit() -> dict[str, tuple[float, float]]:
     table = read_toml("reports.toml")
     lines = {line.claim: line for line in audit.deepseek_v3()}
     return {
-        key: (lines[one["claim"]].predicted, one["value"])
-        for key, one in table.items()
-        if isinstance(one, dict) and one.get("claim") in lines
+        key: (lines[row["claim"]].predicted, row["value"])
+        for key, row in table.items()
+        if isinstance(row, dict) and row.get("claim") in lines
     }
 
 
@@ -78,36 +78,36 @@ def floor() -> float:
 
 def values(name: str) -> Values:
     """The planner's values for a claim, under the names that its rule and its sentences use."""
-    made = {} if name in ("K1", "K3", "K9") else dict(_without())
+    results = {} if name in ("K1", "K3", "K9") else dict(_without())
     if name == "M21":
-        made["gib"] = _plan().highest / GIB
+        results["gib"] = _plan().highest / GIB
     elif name == "F4":
-        made["run"] = made["fp8"]
+        results["run"] = results["fp8"]
     elif name == "F5":
-        made |= {"bf16": made["bf16_gib"], "fp8": _plan().highest / GIB}
+        results |= {"bf16": results["bf16_gib"], "fp8": _plan().highest / GIB}
     elif name == "P6":
-        made |= _optimizer()
+        results |= _optimizer()
     elif name == "P7":
-        made["mfu"] = _audit()["mfu"][0]
+        results["mfu"] = _audit()["mfu"][0]
     elif name == "Z11":
         predicted, published = _audit()["r1_zero"]
-        made |= {"planned": predicted, "error": 100 * (predicted / published - 1)}
+        results |= {"planned": predicted, "error": 100 * (predicted / published - 1)}
     elif name == "R7":
         tokens_s, (margin, published) = _audit()["decode"][0] * 1000, _audit()["margin"]
-        made |= {"cost": 8 * 2 / 3600 / tokens_s * 1e6, "miss": 100 * (margin / published - 1)}
+        results |= {"cost": 8 * 2 / 3600 / tokens_s * 1e6, "miss": 100 * (margin / published - 1)}
     elif name == "K2":
-        made["planned"] = _audit()["usd"][0]
+        results["planned"] = _audit()["usd"][0]
     elif name in ("K1", "K9"):
         view = inside_view()
-        made |= outside_view() | {"floor": floor(), "days": _plan().days}
-        made |= {"inside_low": view.low, "inside_high": view.high}
-        made["above_floor"] = made["published"] / made["floor"]
+        results |= outside_view() | {"floor": floor(), "days": _plan().days}
+        results |= {"inside_low": view.low, "inside_high": view.high}
+        results["above_floor"] = results["published"] / results["floor"]
     elif name == "K3":
-        ours, *others = (run for run in reference() if "hours" in run)
+        own, *others = (run for run in reference() if "hours" in run)
         hours = [run["v3_hours"] for run in reference() if run["active"] > 10e9]
-        made |= outside_view() | {"ratio": ours["tflops"] / max(run["tflops"] for run in others)}
-        made["spread"] = max(hours) / made["published"]
-    return made
+        results |= outside_view() | {"ratio": own["tflops"] / max(run["tflops"] for run in others)}
+        results["spread"] = max(hours) / results["published"]
+    return results
 
 
 def _optimizer() -> Values:
@@ -115,6 +115,6 @@ def _optimizer() -> Values:
     plan, numbers = _plan(), NumberFormats(fp8=True)
     cut = cuts(plan.setup, plan.step.table.stages)
     params = memory.rank_params(plan.cfg, plan.setup.layout, plan.step.table, 0, numbers, cut)
-    whole = sum(size * ((0 if kind.full else 4) + 2 * numbers.moments) for kind, size in params.vectors.items()) / GIB
+    total = sum(size * ((0 if kind.full else 4) + 2 * numbers.moments) for kind, size in params.vectors.items()) / GIB
     shared = (plan.memory[0]["masters"] + plan.memory[0]["moments"]) / GIB
-    return {"shared": shared, "whole": whole, "saved": whole / shared}
+    return {"shared": shared, "whole": total, "saved": total / shared}

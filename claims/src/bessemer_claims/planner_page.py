@@ -139,8 +139,14 @@ def page() -> str:
     tested = held_out()
     (r8, k8), (r16, k16), (forward, backward, l0) = fit_gemm("fp8"), fit_gemm("bf16"), attention_rates()
     claims = [
-        (f"{one.claim}, {one.unit}", f"{one.published:,.6g}", f"{one.predicted:,.4g}", percent(one.error), one.verdict)
-        for one in audit.deepseek_v3()
+        (
+            f"{part.claim}, {part.unit}",
+            f"{part.published:,.6g}",
+            f"{part.predicted:,.4g}",
+            percent(part.error),
+            part.verdict,
+        )
+        for part in audit.deepseek_v3()
     ]
     hours = [("thousand GPU hours", *(f"{n:.1f}" for _, n in uneven))]
     return read_toml("planner_page.toml")["text"].format(

@@ -99,7 +99,7 @@ def settings(name: str, shape: str) -> list[str]:
 
     rate = size.lr * arm.rate
     lr = [["0", 0.0], [at(0.1), rate], [at(0.7), rate], [at(1), rate / 10, "cosine"]]
-    own = [re.sub(r"\{([\d.]+)\}", lambda share: at(float(share[1])), one) for one in own]
+    own = [re.sub(r"\{([\d.]+)\}", lambda share: at(float(share[1])), setting) for setting in own]
     return [f"pretrain.tokens={tokens}", f"pretrain.lr={json.dumps(lr)}", *size.set, *own]
 
 
@@ -113,8 +113,8 @@ def recipe(name: str, seed: int, shape: str) -> Recipe:
 
 
 def _corpora() -> Recipe:
-    made = recipe("ref", 1, "claims")
-    return made.model_copy(update={"stages": [stage for stage in made.stages if stage.kind == "corpus"]})
+    reference = recipe("ref", 1, "claims")
+    return reference.model_copy(update={"stages": [stage for stage in reference.stages if stage.kind == "corpus"]})
 
 
 @cache
@@ -135,30 +135,30 @@ def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
     several = {name: seeds or (arms()[name].seeds if tier == "full" else 1) for name in chosen}
     turns = [range(1, FIRST_SEEDS + 1), range(FIRST_SEEDS + 1, max(several.values()) + 1)]
     order = [(name, seed) for turn in turns for name in chosen for seed in turn if seed <= several[name]]
-    found = [donor]
+    planned = [donor]
     for name, seed in order:
-        found.append(_job(name, seed, shape, donor.name))
+        planned.append(_job(name, seed, shape, donor.name))
         if arms()[name].spikes and tier != "quick":
-            found.append(_spikes(found[-1]))
+            planned.append(_spikes(planned[-1]))
     wide = [name for name in chosen if arms()[name].wide and tier == "full"]
-    each = range(1, (seeds or FIRST_SEEDS) + 1)
-    return found + [_job(name, seed, WIDE, donor.name) for seed in each for name in wide]
+    seed_range = range(1, (seeds or FIRST_SEEDS) + 1)
+    return planned + [_job(name, seed, WIDE, donor.name) for seed in seed_range for name in wide]
 
 
 def _job(name: str, seed: int, shape: str, donor: str) -> ArmJob:
     arm, about = arms()[name], arms()[name].about
-    made = {"base": _base(), "set": settings(name, shape), "again": arm.again, "measures": MEASURES}
+    facts = {"base": _base(), "set": settings(name, shape), "again": arm.again, "measures": MEASURES}
     if name == SPEED:
-        return ArmJob("pretrain", name, seed, shape, made | {"clock": "process"}, 1.0, about)
+        return ArmJob("pretrain", name, seed, shape, facts | {"clock": "process"}, 1.0, about)
     minutes = arm.cost * shapes()[shape].minutes
-    return ArmJob("pretrain", name, seed, shape, made, minutes, about, partial(recipe, name, seed, shape), donor)
+    return ArmJob("pretrain", name, seed, shape, facts, minutes, about, partial(recipe, name, seed, shape), donor)
 
 
 def _spikes(of: ArmJob) -> ArmJob:
     """The job that counts jumps of a run's loss: a separate one, because a run that diverged has them too."""
-    made = {"of": of.settings, "window": pretrain_spikes.WINDOW, "deviations": pretrain_spikes.DEVIATIONS}
+    facts = {"of": of.settings, "window": pretrain_spikes.WINDOW, "deviations": pretrain_spikes.DEVIATIONS}
     about = f"jumps of the loss in the training of {of.arm}"
-    return ArmJob("pretrain", SPIKES + of.arm, of.seed, of.shape, made, 0.1, about, donor=of.name)
+    return ArmJob("pretrain", SPIKES + of.arm, of.seed, of.shape, facts, 0.1, about, donor=of.name)
 
 
 def measure(job: ArmJob, folder: Path) -> dict[str, float]:
@@ -172,14 +172,16 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
         from bessemer.train.setup import model_config
         from bessemer_claims import pretrain_speed
 
-        made = {arm: recipe(arm, job.seed, job.shape) for arm in pretrain_speed.ARMS}
-        return pretrain_speed.ratios({arm: model_config(one, _stage(one).model) for arm, one in made.items()}, job.seed)
+        recipes = {arm: recipe(arm, job.seed, job.shape) for arm in pretrain_speed.ARMS}
+        return pretrain_speed.ratios(
+            {arm: model_config(arm_recipe, _stage(arm_recipe).model) for arm, arm_recipe in recipes.items()}, job.seed
+        )
     from bessemer_claims.pretrain_measures import numbers
 
     return numbers(folder, _stage(recipe(job.arm, job.seed, job.shape)))
 
 
-def _stage(made: Recipe) -> PretrainConfig:
-    config = made.stage("pretrain")
+def _stage(arm_recipe: Recipe) -> PretrainConfig:
+    config = arm_recipe.stage("pretrain")
     assert isinstance(config, PretrainConfig)
     return config

@@ -70,8 +70,8 @@ class Trained:
 
     def batches(self, rows: Rows, most: int) -> list[Batch]:
         n = min(most, rows.n_rows)
-        found = [rows.batch(range(at, min(at + 16, n))) for at in range(0, n, 16)]
-        return [self.routed(batch) for batch in found]
+        read = [rows.batch(range(at, min(at + 16, n))) for at in range(0, n, 16)]
+        return [self.routed(batch) for batch in read]
 
     def routed(self, batch: Batch) -> Batch:
         if self.table_VLK is None:
@@ -87,7 +87,7 @@ class Trained:
     @torch.no_grad()
     def scores(self, texts: Sequence[list[int]], ends: Sequence[int]) -> list[tuple[float, bool]]:
         """For each text of ids: (mean log-probability, whether each is the likeliest) of its last `ends` tokens."""
-        found: list[tuple[float, bool]] = []
+        scored: list[tuple[float, bool]] = []
         for at in range(0, len(texts), 32):
             some = texts[at : at + 32]
             width = max(map(len, some))
@@ -96,10 +96,10 @@ class Trained:
             hidden = self.model.train_outputs(tokens, mtp=False, **batch.routed).hidden_BTD
             for row, ids, end in zip(hidden, some, ends[at : at + 32], strict=True):
                 logp = F.linear(row[len(ids) - end - 1 : len(ids) - 1], self.model.head_weight).float().log_softmax(-1)
-                wanted = torch.tensor(ids[-end:])
-                own = logp.gather(1, wanted[:, None])
-                found.append((float(own.mean()), bool((logp.argmax(-1) == wanted).all())))
-        return found
+                target = torch.tensor(ids[-end:])
+                own = logp.gather(1, target[:, None])
+                scored.append((float(own.mean()), bool((logp.argmax(-1) == target).all())))
+        return scored
 
 
 def numbers(folder: Path, config: PretrainConfig) -> dict[str, float]:
@@ -107,20 +107,20 @@ def numbers(folder: Path, config: PretrainConfig) -> dict[str, float]:
     run = Trained(folder, config)
     parts = run.rows()
     bits = {name: run.bits(rows) for name, rows in parts.items()}
-    found = {"bpb": statistics.fmean(bits.values()), **{f"bpb_{name}": value for name, value in bits.items()}}
-    found["bpb_unread"] = statistics.fmean(run.bits(rows) for rows in run.rows("unread").values())
+    result = {"bpb": statistics.fmean(bits.values()), **{f"bpb_{name}": value for name, value in bits.items()}}
+    result["bpb_unread"] = statistics.fmean(run.bits(rows) for rows in run.rows("unread").values())
     if config.source == "few":
         read = run.rows("few", "train")
-        found["overfit"] = found["bpb"] - statistics.fmean(run.bits(rows) for rows in read.values())
-    found["copy"] = copy(run, get("countdown"))
+        result["overfit"] = result["bpb"] - statistics.fmean(run.bits(rows) for rows in read.values())
+    result["copy"] = copy(run, get("countdown"))
     needles = long_context.needle("fables-en", 0.05, None)
-    found |= {f"needle_{length}": needle(run, needles, length) for length in LENGTHS}
-    found["cloze"] = cloze(run, parts["fables"])
+    result |= {f"needle_{length}": needle(run, needles, length) for length in LENGTHS}
+    result["cloze"] = cloze(run, parts["fables"])
     if any(not layer.dense for layer in run.model.layers):
-        found |= experts(run, parts)
+        result |= experts(run, parts)
     else:
-        found["information"] = probes.information(probes.neurons(run.model), domain_batches(run, parts))
-    return found
+        result["information"] = probes.information(probes.neurons(run.model), domain_batches(run, parts))
+    return result
 
 
 def copy(run: Trained, task: Task) -> float:
@@ -162,12 +162,12 @@ def cloze(run: Trained, rows: Rows) -> float:
     fables = [fable for fable in fables if len(fable) > 4]
     texts, ends = [], []
     for item in range(CLOZES):
-        own, place = fables[item % len(fables)], 2 + item // len(fables)
-        place = min(place, len(own) - 1)
-        before = run.tokenizer.encode(" ".join(own[max(0, place - 4) : place]))[-96:]
+        own, position = fables[item % len(fables)], 2 + item // len(fables)
+        position = min(position, len(own) - 1)
+        before = run.tokenizer.encode(" ".join(own[max(0, position - 4) : position]))[-96:]
         for other in range(4):
             fable = own if not other else fables[(item + 7 * other) % len(fables)]
-            ending = run.tokenizer.encode(" " + fable[min(place, len(fable) - 1)])[:48]
+            ending = run.tokenizer.encode(" " + fable[min(position, len(fable) - 1)])[:48]
             texts.append([*run.begin, *before, *ending])
             ends.append(len(ending))
     scores = [score for score, _ in run.scores(texts, ends)]
@@ -180,21 +180,21 @@ def domain_batches(run: Trained, parts: dict[str, Rows]) -> dict[str, list[Batch
 
 def experts(run: Trained, parts: dict[str, Rows]) -> dict[str, float]:
     """Loads, masks and specialisation of a network with experts."""
-    model, whole = run.model, [batch for rows in parts.values() for batch in run.batches(rows, FEW)]
-    load_LE = probes.loads(model, whole)
+    model, all_batches = run.model, [batch for rows in parts.values() for batch in run.batches(rows, FEW)]
+    load_LE = probes.loads(model, all_batches)
     share_LE = load_LE / load_LE.mean(1, keepdim=True)
-    found = {"maxvio": float(share_LE.amax(1).mean() - 1), "dead": float((share_LE < 0.01).sum(1).float().mean())}
-    plain = _nats(model, whole)
+    result = {"maxvio": float(share_LE.amax(1).mean() - 1), "dead": float((share_LE < 0.01).sum(1).float().mean())}
+    plain = _nats(model, all_batches)
     if run.table_VLK is None:
         for mask in (1, 2, 4):
             for kind in ("best", "random"):
                 with probes.without(model, mask, kind == "random"):
-                    found[f"rise_{kind}_{mask}"] = (_nats(model, whole) - plain) / math.log(2)
+                    result[f"rise_{kind}_{mask}"] = (_nats(model, all_batches) - plain) / math.log(2)
     domains = domain_batches(run, parts)
-    found["information"] = probes.information(probes.choices(model), domains)
-    found["information_untrained"] = probes.information(probes.choices(_untrained(model)), domains)
-    found |= _damage(model, domains)
-    return found
+    result["information"] = probes.information(probes.choices(model), domains)
+    result["information_untrained"] = probes.information(probes.choices(_untrained(model)), domains)
+    result |= _damage(model, domains)
+    return result
 
 
 def _untrained(model: Transformer) -> Transformer:

@@ -26,21 +26,21 @@ SHARES = {
 
 
 def own(name: str) -> Callable[[Numbers], float]:
-    return lambda one: one[name]
+    return lambda numbers: numbers[name]
 
 
 def gap(name: str) -> Callable[[Numbers, Numbers], float]:
     """The first arm's number minus the second's."""
-    return lambda one, other: one[name] - other[name]
+    return lambda numbers, other: numbers[name] - other[name]
 
 
 def ratio(name: str) -> Callable[[Numbers, Numbers], float]:
     """The ratio of the first arm's number to the second's, minus 1."""
-    return lambda one, other: one[name] / other[name] - 1
+    return lambda numbers, other: numbers[name] / other[name] - 1
 
 
-def weighted(one: Numbers, other: Numbers) -> float:
-    return sum(share * (one[f"bpb_{part}"] - other[f"bpb_{part}"]) for part, share in SHARES.items())
+def weighted(numbers: Numbers, other: Numbers) -> float:
+    return sum(share * (numbers[f"bpb_{part}"] - other[f"bpb_{part}"]) for part, share in SHARES.items())
 
 
 def way(between: Numbers, start: Numbers, end: Numbers) -> float:
@@ -48,8 +48,8 @@ def way(between: Numbers, start: Numbers, end: Numbers) -> float:
     return (start["bpb"] - between["bpb"]) / (start["bpb"] - end["bpb"])
 
 
-def above_the_better(one: Numbers, other: Numbers, third: Numbers) -> float:
-    return one["copy"] - max(other["copy"], third["copy"])
+def above_the_better(numbers: Numbers, other: Numbers, third: Numbers) -> float:
+    return numbers["copy"] - max(other["copy"], third["copy"])
 
 
 def by_noise(noisy: Numbers, clean: Numbers, other_noisy: Numbers, other_clean: Numbers) -> float:
@@ -60,13 +60,13 @@ def by_noise(noisy: Numbers, clean: Numbers, other_noisy: Numbers, other_clean: 
 def worst_part(seeds: Sequence[tuple[Numbers, ...]]) -> list[float]:
     """For each seed, the gap in the part that is worst in the mean of the other seeds, since the largest of several
     gaps would be above 0 by chance. With one seed, its own worst."""
-    gaps = [{part: one[f"bpb_{part}"] - other[f"bpb_{part}"] for part in SHARES} for one, other in seeds]
-    found = []
-    for place, own_gaps in enumerate(gaps):
-        others = gaps[:place] + gaps[place + 1 :] or [own_gaps]
-        worst = max(SHARES, key=lambda part: statistics.fmean(one[part] for one in others))
-        found.append(own_gaps[worst])
-    return found
+    gaps = [{part: numbers[f"bpb_{part}"] - other[f"bpb_{part}"] for part in SHARES} for numbers, other in seeds]
+    gaps_of_worst = []
+    for index, own_gaps in enumerate(gaps):
+        others = gaps[:index] + gaps[index + 1 :] or [own_gaps]
+        worst = max(SHARES, key=lambda part: statistics.fmean(numbers[part] for numbers in others))
+        gaps_of_worst.append(own_gaps[worst])
+    return gaps_of_worst
 
 
 BPB, COPY, JUMPS = gap("bpb"), gap("copy"), gap("spikes")

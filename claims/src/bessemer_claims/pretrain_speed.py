@@ -33,8 +33,8 @@ def ratios(shapes: dict[str, ModelConfig], seed: int) -> dict[str, float]:
         _seconds(model, batch)  # builds and warms up
     rounds = [{arm: _seconds(model, batch) for arm, model in networks.items()} for _ in range(ROUNDS)]
 
-    def over(one: str, other: str) -> float:
-        return statistics.median(seconds[one] / seconds[other] for seconds in rounds)
+    def over(numerator: str, denominator: str) -> float:
+        return statistics.median(seconds[numerator] / seconds[denominator] for seconds in rounds)
 
     return {"ref/DACT": over("DACT", "ref"), "MHA/ref": over("MHA", "ref"), "ref/ref": over("ref'", "ref")}
 

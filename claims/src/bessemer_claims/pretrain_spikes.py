@@ -13,16 +13,16 @@ def spikes(lines: Iterable[dict[str, Any]]) -> int:
     """The number of steps in `metrics.jsonl` whose loss lies more than DEVIATIONS standard deviations above the mean of
     the WINDOW steps before it, plus the steps skipped because a number was not finite."""
     losses: list[float] = []
-    found = skipped = 0
+    count = skipped = 0
     for line in lines:
         values = line["values"]
         more = values.get("train/skipped", skipped)
-        found, skipped = found + max(0, more - skipped), more
+        count, skipped = count + max(0, more - skipped), more
         loss = values.get("train/loss")
         if loss is None:
             continue
         before = losses[-WINDOW:]
         if len(before) == WINDOW and loss > statistics.fmean(before) + DEVIATIONS * statistics.stdev(before):
-            found += 1
+            count += 1
         losses.append(loss)
-    return found
+    return count

@@ -45,14 +45,14 @@ def choices(model: Transformer) -> Probe:
     """A probe for the experts of each token."""
 
     def probe(batch: Batch) -> list[tuple[Tensor, int]]:
-        found: list[tuple[Tensor, int]] = []
+        routes: list[tuple[Tensor, int]] = []
 
         def note(gate: nn.Module, _: object, routing: Routing) -> None:
-            found.append((routing.expert_NK, model.cfg.n_routed_experts))
+            routes.append((routing.expert_NK, model.cfg.n_routed_experts))
 
         with _hooked([gate.register_forward_hook(note) for gate in _gates(model)]):
             _forward(model, batch)
-        return found
+        return routes
 
     return probe
 
@@ -62,16 +62,16 @@ def neurons(model: Transformer) -> Probe:
     layers = [layer.ffn for layer in list(model.layers)[1:] if isinstance(layer.ffn, FFN)]
 
     def probe(batch: Batch) -> list[tuple[Tensor, int]]:
-        found: list[tuple[Tensor, int]] = []
+        active: list[tuple[Tensor, int]] = []
 
         def note(w13: nn.Module, _: object, h: Tensor) -> None:
             gate, up = h.flatten(0, -2).float().chunk(2, -1)
             strength = (F.silu(gate) * up).abs()
-            found.append((strength.topk(STRONGEST, dim=-1).indices, strength.shape[-1]))
+            active.append((strength.topk(STRONGEST, dim=-1).indices, strength.shape[-1]))
 
         with _hooked([layer.w13.register_forward_hook(note) for layer in layers]):
             _forward(model, batch)
-        return found
+        return active
 
     return probe
 
@@ -84,11 +84,11 @@ def information(probe: Probe, domains: Mapping[str, Sequence[Batch]]) -> float:
         layers: list[Tensor] = []
         for batch in batches:
             real_N = batch.loss_BT.flatten() > 0
-            for place, (chosen_NK, n) in enumerate(probe(batch)):
-                seen = torch.bincount(chosen_NK[real_N].flatten(), minlength=n).double()
-                if place == len(layers):
+            for layer, (chosen_NK, n) in enumerate(probe(batch)):
+                frequency = torch.bincount(chosen_NK[real_N].flatten(), minlength=n).double()
+                if layer == len(layers):
                     layers.append(torch.zeros(n, dtype=torch.float64))
-                layers[place] += seen
+                layers[layer] += frequency
         counts.append(layers)
     shares = [torch.stack(of_layer) for of_layer in zip(*counts, strict=True)]
     return float(torch.stack([mutual_information(count_DE) for count_DE in shares]).mean())
@@ -107,8 +107,8 @@ def loads(model: Transformer, batches: Sequence[Batch]) -> Tensor:
     probe, total = choices(model), torch.zeros(len(_gates(model)), model.cfg.n_routed_experts, dtype=torch.float64)
     for batch in batches:
         real_N = batch.loss_BT.flatten() > 0
-        for place, (chosen_NK, n) in enumerate(probe(batch)):
-            total[place] += torch.bincount(chosen_NK[real_N].flatten(), minlength=n)
+        for layer, (chosen_NK, n) in enumerate(probe(batch)):
+            total[layer] += torch.bincount(chosen_NK[real_N].flatten(), minlength=n)
     return total
 
 
@@ -122,15 +122,15 @@ def _rechosen(gate: Gate, x_ND: Tensor, excluded: Callable[[Tensor], Tensor]) ->
 def _with_choice(model: Transformer, choose: Callable[[int, Gate, Tensor, Tensor | None], Tensor]) -> Iterator[None]:
     """Inside, the experts are those of choose(layer, gate, its input, the choice it was given)."""
 
-    def hook(place: int) -> Callable[[nn.Module, tuple], tuple]:
+    def hook(layer: int) -> Callable[[nn.Module, tuple], tuple]:
         def before(gate: nn.Module, arguments: tuple) -> tuple:
-            x_ND, n_sequences, *given = arguments
+            x_ND, n_sequences, *choice = arguments
             assert isinstance(gate, Gate)
-            return x_ND, n_sequences, choose(place, gate, x_ND, given[0] if given else None)
+            return x_ND, n_sequences, choose(layer, gate, x_ND, choice[0] if choice else None)
 
         return before
 
-    with _hooked([gate.register_forward_pre_hook(hook(place)) for place, gate in enumerate(_gates(model))]):
+    with _hooked([gate.register_forward_pre_hook(hook(index)) for index, gate in enumerate(_gates(model))]):
         yield
 
 
@@ -140,7 +140,7 @@ def without(model: Transformer, most: int, random: bool = False) -> Iterator[Non
     their place, and gates are normalised over these."""
     generator = torch.Generator().manual_seed(0)
 
-    def choose(place: int, gate: Gate, x_ND: Tensor, given: Tensor | None) -> Tensor:
+    def choose(layer: int, gate: Gate, x_ND: Tensor, choice: Tensor | None) -> Tensor:
         def excluded(chosen_NK: Tensor) -> Tensor:
             n_experts = gate.weight.shape[0]
             if random:
@@ -159,15 +159,15 @@ def switched_off(model: Transformer, expert_LM: Tensor) -> Iterator[None]:
     """Inside, M experts of every layer are off. The next best take their place or, if experts are chosen outside the
     gate, the experts after them."""
 
-    def choose(place: int, gate: Gate, x_ND: Tensor, given: Tensor | None) -> Tensor:
+    def choose(layer: int, gate: Gate, x_ND: Tensor, choice: Tensor | None) -> Tensor:
         n_experts = gate.weight.shape[0]
         off_E = torch.zeros(n_experts, dtype=torch.bool)
-        off_E[expert_LM[place]] = True
-        if given is None:
+        off_E[expert_LM[layer]] = True
+        if choice is None:
             return _rechosen(gate, x_ND, lambda chosen_NK: off_E.expand(len(chosen_NK), -1))
-        for _ in range(len(expert_LM[place])):
-            given = torch.where(off_E[given], (given + 1) % n_experts, given)
-        return given
+        for _ in range(len(expert_LM[layer])):
+            choice = torch.where(off_E[choice], (choice + 1) % n_experts, choice)
+        return choice
 
     with _with_choice(model, choose):
         yield

@@ -145,12 +145,12 @@ def experiments() -> dict[str, Experiment]:
 @cache
 def claims() -> dict[str, ClaimEntry]:
     """All claims in the order of the account."""
-    found = {}
+    entries = {}
     for name, values in read_toml("claims.toml").items():
-        found[name] = entry(ClaimEntry, values, f"claims.toml, {name}")
-        if found[name].experiment not in experiments():
-            raise UserError(f"claims.toml, {name}: no experiment {found[name].experiment}")
-    return found
+        entries[name] = entry(ClaimEntry, values, f"claims.toml, {name}")
+        if entries[name].experiment not in experiments():
+            raise UserError(f"claims.toml, {name}: no experiment {entries[name].experiment}")
+    return entries
 
 
 @cache
@@ -175,21 +175,21 @@ def rules_hash() -> str:
 
 def chosen(names: Sequence[str]) -> list[str]:
     """The ids of `--only`, in the account's order; UserError for an unknown one, with the nearest."""
-    known = claims()
-    wanted = [name.strip().upper() for name in names if name.strip()]
-    for name in wanted:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    entries = claims()
+    requested = [name.strip().upper() for name in names if name.strip()]
+    for name in requested:
+        if name not in entries:
+            near = difflib.get_close_matches(name, entries, n=3, cutoff=0.4)
             hint = f"did you mean {', '.join(near)}? " if near else ""
-            raise UserError(f'no claim "{name}"; {hint}bessemer claims --list shows all {len(known)}')
-    if not wanted:
+            raise UserError(f'no claim "{name}"; {hint}bessemer claims --list shows all {len(entries)}')
+    if not requested:
         raise UserError("--only needs at least one id, such as L6 or M7; bessemer claims --list shows them")
-    return [name for name in known if name in wanted]
+    return [name for name in entries if name in requested]
 
 
 def listing() -> str:
     """Every claim with its kinds and its experiment, for `--list`, and what the letters mean; nothing is computed."""
-    lines = [f"{name:<4} {one.kinds:<3} {one.experiment:<4} {one.text[0]}" for name, one in claims().items()]
+    lines = [f"{name:<4} {claim.kinds:<3} {claim.experiment:<4} {claim.text[0]}" for name, claim in claims().items()]
     return "\n".join([*lines, "", LEGEND])
 
 

@@ -57,7 +57,7 @@ def committed(folder: Path = COMMITTED) -> Sifted:
     """The committed results, or those in a folder of the same form; UserError if a file is broken."""
     if folder == COMMITTED and not folder.is_dir():
         raise UserError(f"no results in {folder}; they are files of the repository: pip install -e ./claims in a clone")
-    found: list[ArmResult] = []
+    arm_results: list[ArmResult] = []
     left_out: list[str] = []
     for file in (folder / f"{name}.json" for name in sorted(PARTS)):
         if not file.is_file():
@@ -66,34 +66,36 @@ def committed(folder: Path = COMMITTED) -> Sifted:
             entries = [ArmResult(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is no file of results ({error}); name another folder") from None
-        one = sifted(entries, file.name)
-        found += one.results
-        left_out += one.left_out
-    return Sifted(found, left_out)
+        part_results = sifted(entries, file.name)
+        arm_results += part_results.results
+        left_out += part_results.left_out
+    return Sifted(arm_results, left_out)
 
 
 def finished(out: Path) -> Sifted:
     """The results of the jobs in a folder of runs."""
-    found = [read(path.parent) for path in sorted(out.glob(f"*/{FILE}"))]
-    return sifted((one for one in found if one is not None and (one.metrics or one.diverged)), str(out))
+    results = [read(path.parent) for path in sorted(out.glob(f"*/{FILE}"))]
+    return sifted(
+        (result for result in results if result is not None and (result.metrics or result.diverged)), str(out)
+    )
 
 
 def sifted(results: Iterable[ArmResult], where: str) -> Sifted:
     """Leaves out the results from other rules and other settings."""
     known, rules = digests(), registry.rules_hash()
-    kept: list[ArmResult] = []
+    current: list[ArmResult] = []
     others: dict[str, list[str]] = {}
-    for one in results:
-        today = known.get((one.part, one.arm, one.shape))
-        if one.rules != rules:
-            why = f"ran under other rules ({one.rules[:12]}, today's are {rules[:12]})"
-        elif today != one.settings:
+    for result in results:
+        today = known.get((result.part, result.arm, result.shape))
+        if result.rules != rules:
+            why = f"ran under other rules ({result.rules[:12]}, today's are {rules[:12]})"
+        elif today != result.settings:
             why = "no longer exist" if today is None else "ran with other settings than the arm has today"
         else:
-            kept.append(one)
+            current.append(result)
             continue
-        others.setdefault(why, []).append(f"{one.arm} seed {one.seed}")
-    return Sifted(kept, [f"{where}: {', '.join(names)} {why}; left out" for why, names in others.items()])
+        others.setdefault(why, []).append(f"{result.arm} seed {result.seed}")
+    return Sifted(current, [f"{where}: {', '.join(names)} {why}; left out" for why, names in others.items()])
 
 
 def save(results: Sequence[ArmResult], folder: Path) -> list[Path]:
@@ -101,10 +103,10 @@ def save(results: Sequence[ArmResult], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     results = joined(committed(folder).results, results)
     written = []
-    for name in sorted({one.part for one in results}):
-        own = [one for one in results if one.part == name]
+    for name in sorted({result.part for result in results}):
+        own = [result for result in results if result.part == name]
         entries: list[dict[str, Any]] = [
-            asdict(one) for one in sorted(own, key=lambda one: (one.shape, one.arm, one.seed))
+            asdict(result) for result in sorted(own, key=lambda result: (result.shape, result.arm, result.seed))
         ]
         path = folder / f"{name}.json"
         lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
@@ -115,20 +117,24 @@ def save(results: Sequence[ArmResult], folder: Path) -> list[Path]:
 
 def of_job(job: ArmJob, folder: Path) -> ArmResult | None:
     """The job's finished result, if it has today's settings and rules."""
-    one = read(folder)
-    return one if one is not None and (one.settings, one.rules) == (job.digest, registry.rules_hash()) else None
+    result = read(folder)
+    return (
+        result
+        if result is not None and (result.settings, result.rules) == (job.digest, registry.rules_hash())
+        else None
+    )
 
 
 def evidence(
-    tier: Tier, held: Sequence[ArmResult], own: Sequence[ArmResult]
+    tier: Tier, committed_results: Sequence[ArmResult], own: Sequence[ArmResult]
 ) -> tuple[dict[str, dict[str, Measured]], dict[str, dict[str, Measured]], list[str]]:
     """(what judges each claim, one seed of this tier's own runs beside it, a sentence for every A/A test that failed).
 
     The committed results judge, unless the own runs add seeds to a metric. A full run's results join the committed."""
-    judged, wrong = runs.best(held, own), runs.different(joined(held, own))
+    judged, wrong = runs.best(committed_results, own), runs.different(joined(committed_results, own))
     if tier == "full":
         return judged, {}, wrong
-    committed, once = runs.best(held), runs.measured(own, tier, most=1)
+    committed, once = runs.best(committed_results), runs.measured(own, tier, most=1)
     beside: dict[str, dict[str, Measured]] = {claim: {} for claim in committed if claim in once}
     for claim, metrics in committed.items():
         for metric, values in metrics.items():

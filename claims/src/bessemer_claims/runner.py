@@ -48,10 +48,10 @@ def run(jobs: Sequence[ArmJob], tier: Tier, out: Path, at_once: int, say: Callab
             for job in list(waiting):
                 if len(running) >= at_once:
                     break
-                if any(job.donor == one.job.name for one in failed):
+                if any(job.donor == failure.job.name for failure in failed):
                     waiting.remove(job)
                     failed.append(Failed(job, f"{job.donor} failed"))
-                elif job.donor is None or not any(job.donor == one.name for one in (*waiting, *running)):
+                elif job.donor is None or not any(job.donor == failure.name for failure in (*waiting, *running)):
                     waiting.remove(job)
                     running[job] = _start(job, tier, out), time.monotonic()
             for job, (process, began) in list(running.items()):
@@ -74,12 +74,12 @@ def done(job: ArmJob, out: Path) -> bool:
 
 
 def _summary(job: ArmJob, out: Path) -> str:
-    one = results.read(out / job.name)
-    if one is None:
+    result = results.read(out / job.name)
+    if result is None:
         return ""
-    if one.diverged:
-        return f"diverged: {one.diverged}"
-    return ", ".join(f"{name} {value:.4g}" for name, value in list(one.metrics.items())[:3])
+    if result.diverged:
+        return f"diverged: {result.diverged}"
+    return ", ".join(f"{name} {value:.4g}" for name, value in list(result.metrics.items())[:3])
 
 
 def _last_line(folder: Path) -> str:
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str]) -> int:
 
     name, shape, arm, seed, tier, out = arguments
     jobs = part(name).jobs(cast(Tier, tier), max(1, int(seed)))
-    [job] = [one for one in jobs if (one.shape, one.arm, one.seed) == (shape, arm, int(seed))]
+    [job] = [arm_job for arm_job in jobs if (arm_job.shape, arm_job.arm, arm_job.seed) == (shape, arm, int(seed))]
     try:
         run_job(job, Path(out), shlex.join(["python", "-m", "bessemer_claims.runner", *arguments[:-1], "runs/claims"]))
     except Interrupted:

@@ -100,11 +100,11 @@ class Runs:
     def __init__(self, results: Iterable[ArmResult]) -> None:
         self.arms: dict[str, dict[int, Mapping[str, float]]] = defaultdict(dict)
         self.diverged: dict[str, list[int]] = defaultdict(list)
-        for one in results:
-            if one.diverged:
-                self.diverged[one.arm].append(one.seed)
+        for result in results:
+            if result.diverged:
+                self.diverged[result.arm].append(result.seed)
             else:
-                self.arms[one.arm][one.seed] = one.metrics
+                self.arms[result.arm][result.seed] = result.metrics
 
     def seeds(self, *arms: str) -> list[int]:
         """The seeds for which all of these arms have numbers."""
@@ -141,7 +141,7 @@ class Metric:
 
     def _values(self, runs: Runs, of: Callable[..., float], arms: tuple[str, ...], most: int | None) -> list[float]:
         numbers = [tuple(runs.arms[arm][seed] for arm in arms) for seed in runs.seeds(*arms)[:most]]
-        return [of(*one) for one in numbers] if self.over is None or not numbers else self.over(numbers)
+        return [of(*sides) for sides in numbers] if self.over is None or not numbers else self.over(numbers)
 
 
 @dataclass(frozen=True)
@@ -182,27 +182,27 @@ def planned(
 ) -> list[ArmJob]:
     """The jobs of a tier in the order in which they run, donors before the jobs they serve. With `claims`, only the
     jobs that their cards need."""
-    found: list[ArmJob] = []
+    planned_jobs: list[ArmJob] = []
     for name in parts:
         module = part(name)
         jobs = module.jobs(tier, seeds)
         if claims is not None:
             arms = {(arm, shape) for claim, shape, arm in serving(name, tier) if claim in set(claims)}
             donors = {job.name: job.donor for job in jobs}
-            kept = {job.name for job in jobs if (job.arm, job.shape) in arms}
-            while more := {donor for job in kept if (donor := donors[job]) is not None} - kept:
-                kept |= more
-            jobs = [job for job in jobs if job.name in kept]
-        found += jobs
-    return found
+            names = {job.name for job in jobs if (job.arm, job.shape) in arms}
+            while more := {donor for job in names if (donor := donors[job]) is not None} - names:
+                names |= more
+            jobs = [job for job in jobs if job.name in names]
+        planned_jobs += jobs
+    return planned_jobs
 
 
 def serving(name: str, tier: Tier) -> list[tuple[str, str, str]]:
     """(claim, shape, arm) for every arm of a part that a card needs."""
     module = part(name)
     shape = module.SHAPE[tier]
-    found = [(claim, shape, arm) for (claim, _), how in module.METRICS.items() for arm in how.needs]
-    return found + [(one.claim, one.shape or shape, arm) for one in module.BESIDE for arm in one.metric.needs]
+    needed = [(claim, shape, arm) for (claim, _), how in module.METRICS.items() for arm in how.needs]
+    return needed + [(side.claim, side.shape or shape, arm) for side in module.BESIDE for arm in side.metric.needs]
 
 
 def donated(job: ArmJob, folder: Path) -> Path:
@@ -213,7 +213,7 @@ def donated(job: ArmJob, folder: Path) -> Path:
 
 def beside(claim: str) -> list[Beside]:
     """What a claim's card shows beside its rule."""
-    return [one for name in PARTS for one in part(name).BESIDE if one.claim == claim]
+    return [side for name in PARTS for side in part(name).BESIDE if side.claim == claim]
 
 
 def shapes(tier: Tier) -> dict[str, str]:
@@ -222,32 +222,32 @@ def shapes(tier: Tier) -> dict[str, str]:
 
 
 def _of(results: Sequence[ArmResult], name: str, shape: str) -> Runs:
-    return Runs(one for one in results if (one.part, one.shape) == (name, shape))
+    return Runs(result for result in results if (result.part, result.shape) == (name, shape))
 
 
 def _runs(results: Sequence[ArmResult], tier: Tier) -> dict[str, Runs]:
     return {name: _of(results, name, shape) for name, shape in shapes(tier).items()}
 
 
-def joined(held: Sequence[ArmResult], own: Sequence[ArmResult], how: Metric | None = None) -> list[ArmResult]:
+def joined(committed: Sequence[ArmResult], own: Sequence[ArmResult], how: Metric | None = None) -> list[ArmResult]:
     """The seeds of both sources; with `how`, only the arms that this metric needs. The arms of a seed are compared with
     each other, so they come from one source: from `held`, unless `own` alone has numbers for all that are compared, or
     also for more controls or in more runs. Without `how`, arms that only the other source has are added."""
     sources: list[dict[tuple[str, str, int], dict[str, ArmResult]]] = [{}, {}]
-    for source, results in zip(sources, (held, own), strict=True):
-        for one in results:
-            if how is None or one.arm in how.needs:
-                source.setdefault((one.part, one.shape, one.seed), {})[one.arm] = one
-    found: list[ArmResult] = []
+    for source, results in zip(sources, (committed, own), strict=True):
+        for result in results:
+            if how is None or result.arm in how.needs:
+                source.setdefault((result.part, result.shape, result.seed), {})[result.arm] = result
+    chosen: list[ArmResult] = []
     for key in dict.fromkeys((*sources[0], *sources[1])):
-        both = [source.get(key, {}) for source in sources]
-        numbers = [{arm for arm, one in arms.items() if not one.diverged} for arms in both]
+        arms_of = [source.get(key, {}) for source in sources]
+        numbers = [{arm for arm, result in arms.items() if not result.diverged} for arms in arms_of]
         runs = [sum(len(arms) for other, arms in source.items() if other[:2] == key[:2]) for source in sources]
         compared = set(how.arms) if how else numbers[0] | numbers[1]
         ranks = [(len(has), n) if has >= compared else (0, 0) for has, n in zip(numbers, runs, strict=True)]
-        first, other = both if ranks[0] >= ranks[1] else both[::-1]
-        found += (first if how else other | first).values()
-    return found
+        first, other = arms_of if ranks[0] >= ranks[1] else arms_of[::-1]
+        chosen += (first if how else other | first).values()
+    return chosen
 
 
 def measured(
@@ -255,27 +255,27 @@ def measured(
 ) -> dict[str, dict[str, Measured]]:
     """{claim: {metric: values over seeds}} for `cards.make`, from the runs of one tier, including what stands beside
     the rules. `most`: how many seeds count, at most. `own`: results from another source, `joined` for each metric."""
-    found: dict[str, dict[str, Measured]] = defaultdict(dict)
+    by_claim: dict[str, dict[str, Measured]] = defaultdict(dict)
 
     def note(claim: str, metric: str, how: Metric, name: str, shape: str) -> None:
         if (values := how.measured(_of(joined(results, own, how), name, shape), most)) is not None:
-            found[claim][metric] = replace(values, size=part(name).SIZES[shape])
+            by_claim[claim][metric] = replace(values, size=part(name).SIZES[shape])
 
     for name, shape in shapes(tier).items():
         for (claim, metric), how in part(name).METRICS.items():
             note(claim, metric, how, name, shape)
-        for one in part(name).BESIDE:
-            note(one.claim, one.name, one.metric, name, one.shape or shape)
-    return dict(found)
+        for side in part(name).BESIDE:
+            note(side.claim, side.name, side.metric, name, side.shape or shape)
+    return dict(by_claim)
 
 
 def missing(results: Sequence[ArmResult], claims: Iterable[str]) -> dict[str, list[str]]:
     """Arms for which no tier has a number -> those of the claims whose rules need them."""
-    seen = {one.arm for one in results if not one.diverged}
-    wanted, lacking = set(claims), defaultdict[str, set[str]](set)
+    present = {result.arm for result in results if not result.diverged}
+    needed, lacking = set(claims), defaultdict[str, set[str]](set)
     for name in PARTS:
         for (claim, _), how in part(name).METRICS.items():
-            for arm in how.needs - seen if claim in wanted else ():
+            for arm in how.needs - present if claim in needed else ():
                 lacking[arm].add(claim)
     return {arm: sorted(claims) for arm, claims in sorted(lacking.items())}
 
@@ -287,16 +287,16 @@ def best(results: Sequence[ArmResult], own: Sequence[ArmResult] = ()) -> dict[st
     def seeds(values: Measured) -> list[int]:
         return [len(arm or ()) for arm in (values.values, values.positive, values.negative)]
 
-    found: dict[str, dict[str, Measured]] = defaultdict(dict)
+    by_claim: dict[str, dict[str, Measured]] = defaultdict(dict)
     for tier in TIERS:  # from the smallest to the largest
         for claim, metrics in measured(results, tier, own=own).items():
             for metric, values in metrics.items():
-                held = found[claim].get(metric)
-                if held is None or all(
-                    n >= min(rules().seeds, most) for n, most in zip(seeds(values), seeds(held), strict=True)
+                earlier = by_claim[claim].get(metric)
+                if earlier is None or all(
+                    n >= min(rules().seeds, most) for n, most in zip(seeds(values), seeds(earlier), strict=True)
                 ):
-                    found[claim][metric] = values
-    return dict(found)
+                    by_claim[claim][metric] = values
+    return dict(by_claim)
 
 
 def different(results: Sequence[ArmResult]) -> list[str]:
@@ -306,9 +306,11 @@ def different(results: Sequence[ArmResult]) -> list[str]:
         for name, of_part in _runs(results, tier).items():
             if (pair := part(name).SAME) is None:
                 continue
-            one, other, number = pair
-            seeds = of_part.seeds(one, other)
-            values = [[of_part.arms[arm][seed][number] for seed in seeds] for arm in (one, other)]
+            arm_a, arm_b, number = pair
+            seeds = of_part.seeds(arm_a, arm_b)
+            values = [[of_part.arms[arm][seed][number] for seed in seeds] for arm in (arm_a, arm_b)]
             if len(seeds) > 1 and not agrees(values[0], values[1], rules()):
-                wrong.append(f"A/A test: {number} of {one} and {other} differ by more than chance, {len(seeds)} seeds")
+                wrong.append(
+                    f"A/A test: {number} of {arm_a} and {arm_b} differ by more than chance, {len(seeds)} seeds"
+                )
     return wrong

@@ -50,14 +50,14 @@ def _fp8() -> Values:
         fp8_linear.weight_gradient(gradient, operand, PAPER),
     )  # fmt: skip
     pairs = ((operand, weight), (gradient, weight), (gradient, operand))
-    in_fp8 = sum(all(one[0].dtype == torch.float8_e4m3fn for one in pair) for pair in pairs)
+    in_fp8 = sum(all(tensors[0].dtype == torch.float8_e4m3fn for tensors in pair) for pair in pairs)
     excluded = ("embed", "head", "gate", "norm", "eh_proj")
-    dtypes = [str(one.dtype).removeprefix("torch.") for one in results]
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in results]
     return {
         "products": len(pairs), "in_fp8": in_fp8,
         "outside": sum(any(word in name for word in excluded) for name in mapping.FP8),
         "output": dtypes[0], "gradient": dtypes[2],
-        "wide": sum(dtypes[place] in ("bfloat16", "float32") for place in (0, 2)),
+        "wide": sum(dtypes[position] in ("bfloat16", "float32") for position in (0, 2)),
     }  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def _guesses() -> Values:
     )
     pairs = [
         (a, b)
-        for [one], [other] in zip(plain, guessed, strict=True)
-        for a, b in zip(one.tokens, other.tokens, strict=True)
+        for [answer], [other] in zip(plain, guessed, strict=True)
+        for a, b in zip(answer.tokens, other.tokens, strict=True)
     ]
     return {"compared": len(pairs), "different": sum(a != b for a, b in pairs)}
 

@@ -113,7 +113,7 @@ class PartFinding:
     """The published scores that the part compares, if it does."""
 
     def facts(self) -> dict[str, Any]:
-        made = {
+        summary = {
             "what": self.label, "outcome": self.outcome, "interval": self.interval, "positive_control": self.control,
             "smallest_visible_effect": self.visible if self.visible != math.inf else None, "p": self.p,
             "seeds": self.seeds or None, "size": self.size[0] or None, "value": self.value,
@@ -121,7 +121,7 @@ class PartFinding:
             "this_run": self.again and self.again.facts(),
         }  # fmt: skip
         rule = {} if self.part is None else self.part.model_dump(exclude_defaults=True)
-        return {"rule": rule} | {name: value for name, value in made.items() if value is not None}
+        return {"rule": rule} | {name: value for name, value in summary.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def judge(name: str, claim: ClaimEntry, evidence: Evidence, rules: Rules) -> tup
     findings = list(_audit(claim))
     for part in rule.parts if rule else ():
         if part.kind == "B":
-            findings += [score(part, one) for one in claim.scores]
+            findings += [score(part, published) for published in claim.scores]
         elif part.kind == "R":
             finding = run(part, evidence.measured.get(part.metric), rules)
             beside = again(evidence.measured.get(part.metric), evidence.again.get(part.metric), rules)
@@ -269,12 +269,12 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
     )  # fmt: skip
 
 
-def again(decided: Measured | None, one: Measured | None, rules: Rules) -> Again | None:
+def again(decided: Measured | None, second: Measured | None, rules: Rules) -> Again | None:
     """One more run and where it should fall: mean +- t s sqrt(1 + 1/n) of the seeds that decided, if it is as large."""
-    if decided is None or one is None:
+    if decided is None or second is None:
         return None
-    if one.size != decided.size:
-        return Again(one.values[0], None, one.size)
+    if second.size != decided.size:
+        return Again(second.values[0], None, second.size)
     if len(decided.values) < 2:
         return None
     n = len(decided.values)
@@ -282,7 +282,7 @@ def again(decided: Measured | None, one: Measured | None, rules: Rules) -> Again
         statistics.fmean(decided.values),
         smallest_visible(decided.values, rules.confidence) * math.sqrt(n + 1),
     )
-    return Again(one.values[0], Interval(middle, middle - reach, middle + reach), one.size)
+    return Again(second.values[0], Interval(middle, middle - reach, middle + reach), second.size)
 
 
 def _side(part: Part, interval: Interval) -> Outcome:
@@ -314,6 +314,6 @@ def _small(part: Part, interval: Interval, rules: Rules) -> bool:
 
 def agrees(reference: Sequence[float], again: Sequence[float], rules: Rules) -> bool:
     """The A/A test: the reference and the reference with other initial weights show no visible difference."""
-    gaps = [one - other for one, other in zip(reference, again, strict=True)]
+    gaps = [value - repeated for value, repeated in zip(reference, again, strict=True)]
     interval = over_seeds(gaps, rules.aa_confidence)
     return interval.low <= 0 <= interval.high or statistics.fmean(gaps) == 0

@@ -91,8 +91,8 @@ def _data() -> dict[str, Any]:
 
 def base_of(arm: str) -> str:
     """The arm whose base model it starts from; itself if it trains one."""
-    one = arms()[arm]
-    return one.base or ("base" if one.stages else arm)
+    spec = arms()[arm]
+    return spec.base or ("base" if spec.stages else arm)
 
 
 def _settings(arm: str, shape: str) -> list[str]:
@@ -106,8 +106,8 @@ def recipe(arm: str, seed: int, shape: str) -> Recipe:
     judged = own.stages[-1] if own.stages else "base"
     overrides = [*_settings(arm, shape), f"seed={seed}", f'eval.models=["{judged}"]']
     overrides += [f"{name}.seed={seed + OTHER_SEED}" for name in ("right-again", "on-unchecked-again", "again")]
-    whole = Recipe.parse(registry.data("zero.toml").decode(), overrides, "zero.toml")
-    return whole.model_copy(update={"stages": [one for one in whole.stages if one.name in _kept(arm, shape)]})
+    full = Recipe.parse(registry.data("zero.toml").decode(), overrides, "zero.toml")
+    return full.model_copy(update={"stages": [stage for stage in full.stages if stage.name in _kept(arm, shape)]})
 
 
 def _kept(arm: str, shape: str) -> set[str]:
@@ -123,13 +123,13 @@ def _tables(names: set[str]) -> dict[str, Any]:
     """The tables in zero.toml of these stages and of those they are `like`: nothing else decides an arm's numbers."""
     data = _whole()
     tables = {table.get("name", table.get("kind")): table for table in data["stage"]}
-    found, left = {"model": data["model"]}, sorted(names)
-    while left:
-        name = left.pop()
-        if name not in found:
-            found[name] = tables[name]
-            left += [tables[name]["like"]] if "like" in tables[name] else []
-    return found
+    selected, pending = {"model": data["model"]}, sorted(names)
+    while pending:
+        name = pending.pop()
+        if name not in selected:
+            selected[name] = tables[name]
+            pending += [tables[name]["like"]] if "like" in tables[name] else []
+    return selected
 
 
 def asked(arm: str, shape: str) -> list[str]:
@@ -149,32 +149,32 @@ def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
 
 def _job(name: str, seed: int, shape: str) -> ArmJob:
     arm, base = arms()[name], base_of(name)
-    made = {
+    facts = {
         "recipe": _tables(_kept(name, shape)), "set": _settings(name, shape),
         "stages": arm.stages, "asked": asked(name, shape),
     }  # fmt: skip
     donor = None if base == name else f"zero-{shape}-{arm.after or base}-{seed}"
     minutes = arm.minutes * _shape(shape).minutes
-    return ArmJob("zero", name, seed, shape, made, minutes, arm.about, partial(recipe, name, seed, shape), donor)
+    return ArmJob("zero", name, seed, shape, facts, minutes, arm.about, partial(recipe, name, seed, shape), donor)
 
 
 def measure(job: ArmJob, folder: Path) -> dict[str, float]:
     """The numbers of a finished run."""
     assert job.recipe is not None
-    made = job.recipe()
+    arm_recipe = job.recipe()
     folders = {name: path for _, name, path in stage_folders(folder)}
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for name in asked(job.arm, job.shape):
         rows = json.loads((folders[name] / "results.json").read_text(encoding="utf-8"))["rows"]
-        found |= numbers(rows, paid=made.stage("eval").tasks[0], again=name == "again")  # type: ignore[attr-defined]
-    cooler = [value for key, value in found.items() if key.startswith("pass@1 T")]
-    found["best"] = max([found["pass@1"], *cooler])
+        result |= numbers(rows, paid=arm_recipe.stage("eval").tasks[0], again=name == "again")  # type: ignore[attr-defined]
+    cooler = [value for key, value in result.items() if key.startswith("pass@1 T")]
+    result["best"] = max([result["pass@1"], *cooler])
     done = {name: json.loads((folders[name] / "done.json").read_text()) for name in arms()[job.arm].stages}
     if done:
-        last = made.stage(arms()[job.arm].stages[-1])
-        seconds = sum(one["cpu_seconds"] for one in done.values())
-        found["cpu_s"] = done[last.name]["cpu_seconds"] / last.rollouts if isinstance(last, RLConfig) else seconds
-    return found
+        last = arm_recipe.stage(arms()[job.arm].stages[-1])
+        seconds = sum(entry["cpu_seconds"] for entry in done.values())
+        result["cpu_s"] = done[last.name]["cpu_seconds"] / last.rollouts if isinstance(last, RLConfig) else seconds
+    return result
 
 
 def numbers(rows: Sequence[Row], paid: str, again: bool = False) -> dict[str, float]:
@@ -183,22 +183,22 @@ def numbers(rows: Sequence[Row], paid: str, again: bool = False) -> dict[str, fl
     for row in rows:
         key = row["task"], row["temperature"], row.get("shots", 0), row.get("shot_kind", "")
         groups.setdefault(key, []).append(row)
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for (task, temperature, shots, kind), of in groups.items():
         right = fmean(row["pass_at_1"] for row in of)
         words = [] if task == paid else [task]
         words += [] if temperature == 1 else [f"T{temperature:g}"]
         words += [f"{shots} {kind}"] if shots else []
         front = "again " if again else ""
-        found[" ".join([f"{front}pass@1", *words])] = right
+        result[" ".join([f"{front}pass@1", *words])] = right
         if words:
             continue
-        found[f"{front}pass@{of[0]['k']}"] = fmean(row["pass_at_k"] for row in of)
+        result[f"{front}pass@{of[0]['k']}"] = fmean(row["pass_at_k"] for row in of)
         if of[0]["samples"] != 64:  # fewer problems
-            found |= {f"{front}{name}": value for name, value in _of_answers(of).items()}
+            result |= {f"{front}{name}": value for name, value in _of_answers(of).items()}
         else:
-            del found["pass@1"]
-    return found
+            del result["pass@1"]
+    return result
 
 
 def _of_answers(rows: Sequence[Row]) -> dict[str, float]:
@@ -219,7 +219,7 @@ def _of_answers(rows: Sequence[Row]) -> dict[str, float]:
 
 def gap(name: str, other: str | None = None, times: float = 1.0) -> Any:
     """The first arm's number minus the second's."""
-    return lambda one, two: times * (one[name] - two[other or name])
+    return lambda first, second: times * (first[name] - second[other or name])
 
 
 def again(name: str, times: float = 1.0) -> Any:
@@ -231,8 +231,8 @@ def again(name: str, times: float = 1.0) -> Any:
 UNPAID = ("pass@1 arithmetic", "pass@1 general")
 
 
-def unpaid(one: Numbers, other: Numbers) -> float:
-    return 100 * fmean(one[name] - other[name] for name in UNPAID)
+def unpaid(first: Numbers, other: Numbers) -> float:
+    return 100 * fmean(first[name] - other[name] for name in UNPAID)
 
 
 def shown(kind: str) -> Any:
@@ -241,12 +241,12 @@ def shown(kind: str) -> Any:
     def gain(numbers: Numbers) -> float:
         return 100 * (numbers[f"pass@1 3 {kind}"] - numbers["pass@1"])
 
-    return lambda one, other: gain(one) - gain(other)
+    return lambda first, second: gain(first) - gain(second)
 
 
 def rises(base: Numbers, cold: Numbers, dev2: Numbers, dev3: Numbers, r1: Numbers) -> float:
     """How many of R1's four stages raise what they are for: readability, pass@1, other tasks, everyday requests."""
-    others = [fmean(one[name] for name in UNPAID) for one in (dev2, dev3)]
+    others = [fmean(first[name] for name in UNPAID) for first in (dev2, dev3)]
     return sum((
         cold["readable"] > base["readable"], dev2["pass@1"] > cold["pass@1"], others[1] > others[0],
         r1["pass@1 general"] > dev3["pass@1 general"],
@@ -257,7 +257,7 @@ def rises_again(*stages: Numbers) -> float:
     """How many of the same models seem to improve when they are merely asked the puzzles again, by readability and
     pass@1 in place of other tasks and everyday requests."""
     names = ("readable", "pass@1", "pass@1", "readable")
-    return sum(one[f"again {name}"] > one[name] for one, name in zip(stages, names, strict=True))
+    return sum(run[f"again {name}"] > run[name] for run, name in zip(stages, names, strict=True))
 
 
 CHAIN = ("cold", "dev2", "dev3", "r1")

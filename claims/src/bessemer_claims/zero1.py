@@ -28,13 +28,13 @@ CFG = preset("tiny")
 
 def _batches(step: int, seed: int) -> list[Batch]:
     """A micro-batch for each replica."""
-    made = []
+    batches = []
     for replica in range(REPLICAS):
         draw = torch.Generator().manual_seed(10_000 * seed + REPLICAS * step + replica)
         loss = torch.ones(ROWS, LENGTH)
         loss[:, 0] = 0
-        made.append(Batch(torch.randint(0, CFG.vocab_size, (ROWS, LENGTH), generator=draw), loss))
-    return made
+        batches.append(Batch(torch.randint(0, CFG.vocab_size, (ROWS, LENGTH), generator=draw), loss))
+    return batches
 
 
 def _settings() -> tuple[PretrainConfig, TrainingPlan]:
@@ -49,8 +49,8 @@ def _settings() -> tuple[PretrainConfig, TrainingPlan]:
 def _trained(trainer: Trainer, seed: int) -> tuple[int, list[float]]:
     """(bytes of masters and moments, losses of the steps)."""
     losses = [trainer.update(trainer.collective.mine(_batches(step, seed)))["train/total"] for step in range(STEPS)]
-    held = [one for group in trainer.optimizer.groups for one in (group.master, *group.moments.values())]
-    return sum(one.nbytes for one in held), losses
+    tensors = [tensor for group in trainer.optimizer.groups for tensor in (group.master, *group.moments.values())]
+    return sum(tensor.nbytes for tensor in tensors), losses
 
 
 def _on_a_rank(rank: int, store: str, seed: int, answers: SimpleQueue) -> None:
@@ -77,6 +77,10 @@ def numbers(seed: int) -> dict[str, float]:
         for process in processes:
             process.join()
     alone, losses = _trained(Trainer(Transformer(CFG).initialise(seed), next_token, None, *_settings()), seed)
-    held = max(size for size, _ in shared)
-    apart = max(abs(one / other - 1) for _, found in shared for one, other in zip(found, losses, strict=True))
-    return {"alone": alone, "shared": held, "share": held / alone, "losses apart": apart}
+    most_held = max(size for size, _ in shared)
+    apart = max(
+        abs(sharded_loss / reference - 1)
+        for _, rank_losses in shared
+        for sharded_loss, reference in zip(rank_losses, losses, strict=True)
+    )
+    return {"alone": alone, "shared": most_held, "share": most_held / alone, "losses apart": apart}
