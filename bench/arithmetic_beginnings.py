@@ -28,35 +28,35 @@ GROUPS = ("begin a training question", "do not", "have two operations and do not
 def beginnings(run: Path, models: Sequence[str]) -> set[str]:
     """The proper beginnings, ending with a whole term, of the chains in the models' training questions."""
     recipe = Recipe.load(run / "recipe.toml")
-    found: set[str] = set()
+    openings: set[str] = set()
     for _, texts in training_data(recipe, models, run, cache_dir(None)):
         for text in texts:
             question = re.split("<think>|<answer>", text if isinstance(text, str) else text.prompt)[0]
             for chain in CHAIN.findall(question):
-                found |= {chain[: sign.start()] for sign in re.finditer("[-+]", chain)}
-    return found
+                openings |= {chain[: sign.start()] for sign in re.finditer("[-+]", chain)}
+    return openings
 
 
 def rates(run: Path, models: Sequence[str]) -> dict[str, list[dict[str, Rates]]]:
     """Group -> for each language, model -> number of a test problem -> share of right answers."""
-    shown = beginnings(run, models)
+    shown_openings = beginnings(run, models)
     if (results := read_json(next(run.glob("*-eval"), run) / "results.json")) is None:
         raise SystemExit(f"{run} has no finished evaluation; run its recipe to the end")
-    found: dict[str, list[dict[str, Rates]]] = {group: [] for group in GROUPS}
-    asked = [row for row in results["rows"] if row["task"] == "arithmetic" and row["model"] in models]
-    for language in dict.fromkeys(row["language"] for row in asked):
+    by_group: dict[str, list[dict[str, Rates]]] = {group: [] for group in GROUPS}
+    rows = [row for row in results["rows"] if row["task"] == "arithmetic" and row["model"] in models]
+    for language in dict.fromkeys(row["language"] for row in rows):
         task = tasks.get("arithmetic", languages=[language])
-        of = {row["model"]: list(row["by_problem"].values()) for row in asked if row["language"] == language}
+        of = {row["model"]: list(row["by_problem"].values()) for row in rows if row["language"] == language}
         chosen: dict[str, list[int]] = {group: [] for group in GROUPS}
         for number in range(len(of[models[0]])):
             problem = task.problem("test", number, seed=0)
-            begins = CHAIN.findall(problem.prompt)[0] in shown
+            begins = CHAIN.findall(problem.prompt)[0] in shown_openings
             chosen[GROUPS[0 if begins else 1]].append(number)
             if not begins and problem.meta["difficulty"] == 2:
                 chosen[GROUPS[2]].append(number)
         for group, numbers in chosen.items():
-            found[group].append({model: {n: of[model][n] for n in numbers} for model in models})
-    return found
+            by_group[group].append({model: {n: of[model][n] for n in numbers} for model in models})
+    return by_group
 
 
 def main() -> None:

@@ -31,12 +31,12 @@ def answers(engine: Engine, requests: list[Request], rows: int) -> list[list[int
     """The tokens of every request, at most `rows` decoding together."""
     scheduler = Scheduler(engine, rows=rows)
     tickets = [scheduler.add(request) for request in requests]
-    found: dict[int, list[int]] = {ticket: [] for ticket in tickets}
+    tokens_of: dict[int, list[int]] = {ticket: [] for ticket in tickets}
     while not scheduler.is_idle:
         for event in scheduler.step():
             if isinstance(event, Token):
-                found[event.ticket].append(event.token)
-    return list(found.values())
+                tokens_of[event.ticket].append(event.token)
+    return list(tokens_of.values())
 
 
 def main() -> None:

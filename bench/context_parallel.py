@@ -121,16 +121,16 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found: dict[tuple[int, int], list] = {(n, length): [] for length in args.lengths for n in args.ranks}
+    runs: dict[tuple[int, int], list] = {(n, length): [] for length in args.lengths for n in args.ranks}
     with tempfile.TemporaryDirectory() as folder:
         worlds = {n: World(n, folder, args) for n in args.ranks}
         for _ in range(args.turns):
-            for n, length in found:
-                found[n, length].append(worlds[n].step(length))
+            for n, length in runs:
+                runs[n, length].append(worlds[n].step(length))
         for world in worlds.values():
             world.step(None)
     cases = []
-    for (n, length), turns in found.items():
+    for (n, length), turns in runs.items():
         seconds = [max(end for _, end, *_ in ranks) - min(begin for begin, *_ in ranks) for ranks in turns]
         spent = [max(rank[2] for rank in ranks) for ranks in turns]
         most = max(rank[3] for ranks in turns for rank in ranks)

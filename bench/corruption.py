@@ -71,12 +71,16 @@ def read_model(directory: Path) -> Any:
 
 def read_state(state: Path) -> Any:
     """The newest whole checkpoint; an older one counts as noticed."""
-    said: list[str] = []
-    found = checkpoint.latest(state, warn=said.append)
-    if said:
+    warnings: list[str] = []
+    state_found = checkpoint.latest(state, warn=warnings.append)
+    if warnings:
         raise Again("the checkpoint before it")
-    assert found is not None
-    return found[0].name, {stem: tensors_of(t) for stem, t in found[1].tensors.items()}, found[1].counters
+    assert state_found is not None
+    return (
+        state_found[0].name,
+        {stem: tensors_of(t) for stem, t in state_found[1].tensors.items()},
+        state_found[1].counters,
+    )
 
 
 def run_again(out: Path) -> Any:
@@ -142,13 +146,13 @@ def write_inputs(folder: Path) -> None:
 def damages(data: bytes, n: int, draw: random.Random) -> list[tuple[str, bytes]]:
     """`n` bit flips, half of them in the first and last 200 bytes, and a third as many cuts."""
     ends = [*range(min(200, len(data))), *range(max(0, len(data) - 200), len(data))]
-    found = []
+    cases = []
     for turn in range(n):
         at = draw.choice(ends) if turn % 2 else draw.randrange(len(data))
         bit = 1 << draw.randrange(8)
-        found.append((f"bit {bit} of byte {at}", data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]))
+        cases.append((f"bit {bit} of byte {at}", data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]))
     cuts = {0, *(draw.randrange(len(data)) for _ in range(n // 3))}
-    return found + [(f"cut to {at} bytes", data[:at]) for at in sorted(cuts)]
+    return cases + [(f"cut to {at} bytes", data[:at]) for at in sorted(cuts)]
 
 
 def outcome(kind: Kind, folder: Path, good: Any) -> tuple[str, str]:
@@ -186,10 +190,10 @@ def try_kind(name: str, inputs: Path, work: Path, n: int, seed: int = 0) -> tupl
         data = (inputs / kind.folder / file).read_bytes()
         for what, damaged in damages(data, max(2, round(n * kind.share / len(files) ** 0.5)), draw) if data else ():
             (fresh() / file).write_bytes(damaged)
-            found, words = outcome(kind, copy, good)
-            counts[found] += 1
-            if found.isupper():
-                wrong.append(f"{file}, {what}: {found} {words}")
+            result, words = outcome(kind, copy, good)
+            counts[result] += 1
+            if result.isupper():
+                wrong.append(f"{file}, {what}: {result} {words}")
     return counts, wrong
 
 

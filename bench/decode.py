@@ -87,14 +87,14 @@ def prompts(engine: Engine, rows: int, length: int) -> list[list[int]]:
     return [(ids * (length // len(ids) + 1))[:length] for ids in texts]
 
 
-def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: int, rounds: int) -> dict[str, Any]:
+def case(engines: dict[str, Engine], peer: Any, prompts: list[list[int]], tokens: int, rounds: int) -> dict[str, Any]:
     """Times all decoders on the same prompts, alternating between them."""
-    ids = torch.tensor(asked)
+    ids = torch.tensor(prompts)
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=2, attention_mask=torch.ones_like(ids))
 
     def ours(engine: Engine) -> Callable[[int], list[list[int]]]:
         def call(n: int) -> list[list[int]]:
-            return [list(c.tokens) for (c,) in engine.generate(asked, max_new_tokens=n, temperature=0.0, stop_ids=[])]
+            return [list(c.tokens) for (c,) in engine.generate(prompts, max_new_tokens=n, temperature=0.0, stop_ids=[])]
 
         return call
 
@@ -104,25 +104,25 @@ def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: 
 
     calls = {name: ours(engine) for name, engine in engines.items()} | {"theirs": theirs}
     outputs = {name: call(tokens) for name, call in calls.items()}
-    whole: dict[str, list[float]] = {name: [] for name in calls}
+    totals: dict[str, list[float]] = {name: [] for name in calls}
     first: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            for times, n in ((whole, tokens), (first, 1)):
+            for times, n in ((totals, tokens), (first, 1)):
                 began = time.perf_counter()
                 call(n)
                 times[name].append(time.perf_counter() - began)
-    facts: dict[str, Any] = {"batch": len(asked), "prompt_tokens": len(asked[0])}
-    alone = {name: statistics.median(map(float.__sub__, whole[name], first[name])) for name in calls}
+    facts: dict[str, Any] = {"batch": len(prompts), "prompt_tokens": len(prompts[0])}
+    alone = {name: statistics.median(map(float.__sub__, totals[name], first[name])) for name in calls}
     for name in calls:
         facts[name] = {
-            "tokens_per_second": spread([len(asked) * tokens / t for t in whole[name]]),
-            "decoding_alone_tokens_per_second": len(asked) * (tokens - 1) / alone[name],
+            "tokens_per_second": spread([len(prompts) * tokens / t for t in totals[name]]),
+            "decoding_alone_tokens_per_second": len(prompts) * (tokens - 1) / alone[name],
         }
         if name != "theirs":
             facts[name] |= {
                 "rows_with_equal_tokens": sum(map(list.__eq__, outputs[name], outputs["theirs"])),
-                "ratio": spread([b / a for a, b in zip(whole[name], whole["theirs"], strict=True)]),
+                "ratio": spread([b / a for a, b in zip(totals[name], totals["theirs"], strict=True)]),
                 "decoding_alone_ratio": alone["theirs"] / alone[name],
             }
     return facts
@@ -165,10 +165,10 @@ def cache(engine: Engine) -> dict[str, Any]:
         steps = backend_of(engine.model)
         held = steps.new_cache()
         waiting = [held.open([3] * 256) for _ in range(64)]
-        for one in waiting:
-            held.extend(one, len(one.ids))
-        steps.prefill(held, [PrefillChunk(one, len(one.ids)) for one in waiting])
-        held.admit([(one, 1) for one in waiting])
+        for sequence in waiting:
+            held.extend(sequence, len(sequence.ids))
+        steps.prefill(held, [PrefillChunk(sequence, len(sequence.ids)) for sequence in waiting])
+        held.admit([(sequence, 1) for sequence in waiting])
     stored = sum(pool.untyped_storage().nbytes() for pool in held.layers)
     heads = cfg.n_layers * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * 4
     return {
@@ -180,11 +180,11 @@ def cache(engine: Engine) -> dict[str, Any]:
 def _case_line(facts: dict[str, Any]) -> str:
     lines = [f"batch {facts['batch']}, prompt {facts['prompt_tokens']}: transformers "
              f"{facts['theirs']['tokens_per_second']['median']:.0f} tokens/s"]  # fmt: skip
-    if (one := facts.get("plain")) is not None:
+    if (plain := facts.get("plain")) is not None:
         lines.append(
-            f"  plain {one['tokens_per_second']['median']:.0f} = {one['ratio']['median']:.2f}x "
-            f"({one['ratio']['low']:.2f} to {one['ratio']['high']:.2f}); "
-            f"decoding alone {one['decoding_alone_ratio']:.2f}x; {one['rows_with_equal_tokens']} rows equal"
+            f"  plain {plain['tokens_per_second']['median']:.0f} = {plain['ratio']['median']:.2f}x "
+            f"({plain['ratio']['low']:.2f} to {plain['ratio']['high']:.2f}); "
+            f"decoding alone {plain['decoding_alone_ratio']:.2f}x; {plain['rows_with_equal_tokens']} rows equal"
         )
     return "\n".join(lines)
 

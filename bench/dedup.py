@@ -94,9 +94,9 @@ def made(folder: Path, size: int) -> dict[str, np.ndarray]:
     folder.mkdir(parents=True)
     rng = np.random.Generator(np.random.PCG64(7))
     letters = np.array(list("etaoinshrdlucmfwyp"))
-    known = list({"".join(rng.choice(letters, rng.integers(2, 11))) for _ in range(VOCABULARY)})
-    known.sort()
-    vocabulary = np.array(known, object)
+    words = list({"".join(rng.choice(letters, rng.integers(2, 11))) for _ in range(VOCABULARY)})
+    words.sort()
+    vocabulary = np.array(words, object)
     weights = 1 / (np.arange(len(vocabulary)) + 2.7)
     edges = np.cumsum(weights / weights.sum())
     written = number = 0
@@ -147,22 +147,22 @@ def _changed(ids: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
 
 def _jaccard(left: np.ndarray, right: np.ndarray) -> float:
     runs = [np.unique(run_hashes(ids.astype(np.uint64), NGRAM)) for ids in (left, right)]
-    both = len(np.intersect1d(*runs, assume_unique=True))
-    return both / max(1, len(runs[0]) + len(runs[1]) - both)
+    common = len(np.intersect1d(*runs, assume_unique=True))
+    return common / max(1, len(runs[0]) + len(runs[1]) - common)
 
 
 def judged(out: Path, truth: dict[str, np.ndarray], threshold: float) -> dict[str, Any]:
     """Recall and precision. A document's index is its position in the written order, as in the build."""
     dropped = np.load(out / "work" / "join" / "all" / "copies.npy").astype(np.int64)
     copies, similar = truth["copy"], truth["jaccard"]
-    found = np.isin(copies, dropped)
+    is_dropped = np.isin(copies, dropped)
     right = copies[similar >= threshold]
     nearly = copies[similar >= threshold - 0.08]
     steps = [0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
     bands = {}
     for low, high in pairwise(steps):
         inside = (similar >= low) & ((similar < high) | (high == 1.0))
-        bands[f"{low}-{high}"] = {"pairs": int(inside.sum()), "dropped": round(float(found[inside].mean()), 4)}
+        bands[f"{low}-{high}"] = {"pairs": int(inside.sum()), "dropped": round(float(is_dropped[inside].mean()), 4)}
     return {
         "threshold": threshold,
         "dropped": len(dropped),

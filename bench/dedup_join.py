@@ -24,14 +24,14 @@ def main() -> None:
     draw = np.random.default_rng(0)
     first = 0.0
     for n_bins in args.bins:
-        found = [
+        matches = [
             np.sort(draw.integers(0, 50 * args.pairs, (args.pairs, 2)).astype(np.uint64), 1) for _ in range(n_bins)
         ]
         began = time.process_time()
-        clusters(iter(found))
-        taken = time.process_time() - began
-        first = first or taken
-        print(f"{n_bins} bins, {n_bins * args.pairs:,} pairs: {taken:.2f} s, {taken / first:.1f} times the first")
+        clusters(iter(matches))
+        seconds = time.process_time() - began
+        first = first or seconds
+        print(f"{n_bins} bins, {n_bins * args.pairs:,} pairs: {seconds:.2f} s, {seconds / first:.1f} times the first")
 
 
 if __name__ == "__main__":

@@ -47,19 +47,21 @@ def main() -> None:
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         quick = gigatoken_encoder.faster(tokenizer)
         assert quick is not None, "install the version that addons/accelerate/gigatoken_encoder.py names"
-        ways = {"library": tokenizer.encode_batch, "gigatoken": quick}
+        encoders = {"library": tokenizer.encode_batch, "gigatoken": quick}
         expected = None
-        for way, encode in ways.items():
+        for name, encode in encoders.items():
             times = []
             for _ in range(args.rounds):
                 seconds, ids = timed(encode, texts)
                 times.append(seconds)
                 expected = expected or ids
-                assert all(np.array_equal(one, other) for one, other in zip(ids, expected, strict=True)), way
-            row = {"texts": group, "way": way, "megabytes": megabytes, "first": megabytes / times[0]}
+                assert all(
+                    np.array_equal(ids_of_text, reference) for ids_of_text, reference in zip(ids, expected, strict=True)
+                ), name
+            row = {"texts": group, "way": name, "megabytes": megabytes, "first": megabytes / times[0]}
             results["rows"].append(row | {"best": megabytes / min(times)})
             speeds = f"{row['first']:6.1f} MB/s at first, {megabytes / min(times):6.1f}"
-            print(f"{group:6} {way:10} {megabytes:5.1f} MB  {speeds}", flush=True)
+            print(f"{group:6} {name:10} {megabytes:5.1f} MB  {speeds}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -42,26 +42,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    given = parser.parse_args()
+    args = parser.parse_args()
     facts, near, counted = {}, 0, 0
-    for run in given.runs:
+    for run in args.runs:
         rows = compared(run_dir(run))
         if not rows:
             print(f"{run}: no finished stage with an estimate")
             continue
         sums = {key: sum(row[key] for row in rows) for key in ("estimated", "took")}
-        whole = sums | {"stage": "in all", "error": sums["estimated"] / max(sums["took"], 1e-9) - 1}
+        total = sums | {"stage": "in all", "error": sums["estimated"] / max(sums["took"], 1e-9) - 1}
         print(run)
-        for row in [*rows, whole]:
+        for row in [*rows, total]:
             estimated, took = show_seconds(row["estimated"]), show_seconds(row["took"])
             print(f"  {row['stage']:<16}{estimated:>10}{took:>10}{100 * row['error']:>+7.0f}%")
-        checked = [row for row in [*rows, whole] if row["took"] >= LEAST]
+        checked = [row for row in [*rows, total] if row["took"] >= LEAST]
         near += sum(abs(row["error"]) <= AIM for row in checked)
         counted += len(checked)
-        facts[str(run)] = [*rows, whole]
+        facts[str(run)] = [*rows, total]
     print(f"within {100 * AIM:.0f} %: {near} of {counted} (stages of {LEAST:g} s or more, and whole runs)")
-    if given.json:
-        given.json.write_text(json.dumps(facts, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

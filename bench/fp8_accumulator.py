@@ -26,8 +26,8 @@ def main() -> None:
     args = parser.parse_args()
     print(f"K = {args.k}; error divided by the result's root mean square: maximum, mean")
     for bits, promote in CASES:
-        found = [errors(args.k, bits, promote, seed) for seed in range(args.rounds)]
-        largest, mean = (statistics.median(values) for values in zip(*found, strict=True))
+        results = [errors(args.k, bits, promote, seed) for seed in range(args.rounds)]
+        largest, mean = (statistics.median(values) for values in zip(*results, strict=True))
         accumulator = "float32" if bits is None else f"{bits} bits"
         when = "never promoted" if promote is None else f"promoted every {promote}"
         print(f"{accumulator:8} {when:19} {100 * largest:8.4f} % {100 * mean:9.5f} %")

@@ -69,25 +69,25 @@ def fresh(cfg: ModelConfig, rows: int, length: int, seed: int) -> Batch:
     return Batch(torch.randint(0, cfg.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)), loss)
 
 
-def seconds(one: Trainer, batch: Batch) -> float:
+def seconds(trainer: Trainer, batch: Batch) -> float:
     began = time.perf_counter()
-    one.update([batch])
+    trainer.update([batch])
     if batch.tokens_BT.is_cuda or torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def memory(one: Trainer, batch: Batch) -> tuple[int, int]:
+def memory(trainer: Trainer, batch: Batch) -> tuple[int, int]:
     """(bytes saved from forward for backward, peak over both) above the bytes allocated before, without gradients."""
-    one.model.train()
+    trainer.model.train()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        loss = one.objective(one.model, batch.to(next(one.model.parameters()).device), **TERMS)
-        kept = torch.cuda.memory_allocated() - before
+        loss = trainer.objective(trainer.model, batch.to(next(trainer.model.parameters()).device), **TERMS)
+        saved = torch.cuda.memory_allocated() - before
         loss.total.backward()
-        return kept, torch.cuda.max_memory_allocated() - before
-    loss, first = allocations(lambda: one.objective(one.model, batch, **TERMS))
+        return saved, torch.cuda.max_memory_allocated() - before
+    loss, first = allocations(lambda: trainer.objective(trainer.model, batch, **TERMS))
     _, second = allocations(loss.total.backward)
     return sum(first), max(accumulate(first + second))
 
@@ -119,8 +119,8 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(args.rounds + 2):
         batch = fresh(cfg, args.rows, args.length, number)
-        for name, one in trainers.items():
-            times[name].append(seconds(one, batch))
+        for name, built in trainers.items():
+            times[name].append(seconds(built, batch))
     name_of = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     facts: dict[str, Any] = {
         "device": name_of, "torch": torch.__version__, "threads": args.threads, "rows": args.rows,
@@ -129,21 +129,21 @@ def main() -> None:
     }  # fmt: skip
     print(f"{name_of}, {args.threads} threads, {args.rows} x {args.length} tokens, {facts['active_params']:,} active; "
           f"FP8 {facts['served']}")  # fmt: skip
-    for name, found in times.items():
-        found = found[2:]  # the first two compile and warm up
-        ratios = [a / b for a, b in zip(found, times["BF16"][2:], strict=True)]
-        kept, highest = memory(trainers[name], fresh(cfg, args.rows, args.length, 99))
+    for name, seconds_of in times.items():
+        seconds_of = seconds_of[2:]  # the first two compile and warm up
+        ratios = [a / b for a, b in zip(seconds_of, times["BF16"][2:], strict=True)]
+        saved, highest = memory(trainers[name], fresh(cfg, args.rows, args.length, 99))
         fp8, number_bytes, computed = cases[name]["fp8"] is not None, cases[name]["dtype"].itemsize, None
         if fp8 or device.type == "cpu":  # without FP8 the formula describes the CPU path
             computed = activation_bytes(cfg, args.rows, args.length, fp8=fp8, number_bytes=number_bytes)
         facts["cases"][name] = {
-            "seconds": spread(found), "against_bf16": spread(ratios), "kept_bytes": kept, "highest_bytes": highest,
-            "kept_bytes_computed": computed,
+            "seconds": spread(seconds_of), "against_bf16": spread(ratios), "kept_bytes": saved, 
+            "highest_bytes": highest, "kept_bytes_computed": computed,
         }  # fmt: skip
         ratio = facts["cases"][name]["against_bf16"]
         formula = f" (computed {computed / 2**20:.1f})" if computed else ""
-        print(f"{name:15} {spread(found)['median']:.3f} s, {ratio['median']:.2f} of BF16 "
-              f"({ratio['low']:.2f}-{ratio['high']:.2f}); saved for backward {kept / 2**20:.1f} MiB{formula}, "
+        print(f"{name:15} {spread(seconds_of)['median']:.3f} s, {ratio['median']:.2f} of BF16 "
+              f"({ratio['low']:.2f}-{ratio['high']:.2f}); saved for backward {saved / 2**20:.1f} MiB{formula}, "
               f"peak {highest / 2**20:.1f} MiB", flush=True)  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(facts, indent=1) + "\n")

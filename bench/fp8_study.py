@@ -51,9 +51,9 @@ def main() -> None:
     print(verdict(gaps))
     if args.json:
         curves = [
-            {"format": one.label, "seed": one.seed, "tokens": one.tokens[::5], "heldout_percent": one.heldout,
-             "mean_gap_percent": mean(one.settled), "gap_percent": [round(value, 4) for value in one.gap[::5]]}
-            for one in gaps
+            {"format": row.label, "seed": row.seed, "tokens": row.tokens[::5], "heldout_percent": row.heldout,
+             "mean_gap_percent": mean(row.settled), "gap_percent": [round(value, 4) for value in row.gap[::5]]}
+            for row in gaps
         ]  # fmt: skip
         args.json.write_text(json.dumps({"every": "5th step", "curves": curves}, indent=None) + "\n")
     if args.svg:
@@ -65,7 +65,7 @@ PAPER, CONTROL = "FP8, paper", "FP8, coarse"
 
 def verdict(gaps: list[comparisons.FormatGap]) -> str:
     """Whether the study can see harm, and what it shows about the paper's recipe; only seeds that have both formats."""
-    by_seed = {label: {one.seed: one for one in gaps if one.label == label} for label in (PAPER, CONTROL)}
+    by_seed = {label: {gap.seed: gap for gap in gaps if gap.label == label} for label in (PAPER, CONTROL)}
     seeds = sorted(seed for seed in by_seed[PAPER].keys() & by_seed[CONTROL].keys() if seed is not None)
     pairs = [(by_seed[PAPER][seed], by_seed[CONTROL][seed]) for seed in seeds]
     measures = {
@@ -81,17 +81,17 @@ def verdict(gaps: list[comparisons.FormatGap]) -> str:
     for name, values in measures.items():
         middle, *between = over_seeds(values)
         interval[name] = between
-        each = ", ".join(f"{value:+.3f}" for value in values)
-        lines.append(f"{name:26} {middle:+.3f} %, 95 % {between[0]:+.3f} to {between[1]:+.3f}   ({each})")
+        listed = ", ".join(f"{value:+.3f}" for value in values)
+        lines.append(f"{name:26} {middle:+.3f} %, 95 % {between[0]:+.3f} to {between[1]:+.3f}   ({listed})")
     sees = interval["control, training"][0] > 0 and interval["control - paper, training"][0] > 0
     papers = [interval["paper, training"], interval["paper, held-out"]]
     if any(low > comparisons.BOUND for low, _ in papers):
-        shown = "harm"
+        outcome = "harm"
     elif sees and all(high < comparisons.BOUND for _, high in papers):
-        shown = f"below {comparisons.BOUND} %"
+        outcome = f"below {comparisons.BOUND} %"
     else:
-        shown = "neither harm nor its absence"
-    lines.append(f"the control is {'seen' if sees else 'NOT seen'}; shown: {shown}")
+        outcome = "neither harm nor its absence"
+    lines.append(f"the control is {'seen' if sees else 'NOT seen'}; shown: {outcome}")
     return "\n".join(lines)
 
 
@@ -102,26 +102,26 @@ ROWS = 4
 def same_weights(run: Path) -> dict[str, dict[str, list[float]]]:
     """Format -> "loss gap %" and "gradient error %" of each seed, against float32. The gradient's error is the norm of
     the difference over all parameters, divided by the norm of the gradient."""
-    found: dict[str, dict[str, list[float]]] = {}
+    losses: dict[str, dict[str, list[float]]] = {}
     corpus = next(run.glob("*-corpus"))
     parts = [open_rows(meta.parent, "heldout") for meta in sorted(corpus.glob("*/meta.json"))]
     batches = [rows.batch(range(min(ROWS, rows.n_rows))) for rows in parts]
     for folder in sorted(run.glob("*-bf16-*/model")):
         loss, gradient = _of_held_out(folder, batches)
         for name in ("bfloat16", *FP8_RECIPES):
-            one, other = _of_held_out(folder, batches, name)
-            figures = found.setdefault(name, {"loss gap %": [], "gradient error %": []})
-            figures["loss gap %"].append(100 * (one - loss) / loss)
+            values_of, other = _of_held_out(folder, batches, name)
+            figures = losses.setdefault(name, {"loss gap %": [], "gradient error %": []})
+            figures["loss gap %"].append(100 * (values_of - loss) / loss)
             figures["gradient error %"].append(float(100 * (other - gradient).norm() / gradient.norm()))
-    paper = found["paper"]
-    for name, figures in found.items():
+    paper = losses["paper"]
+    for name, figures in losses.items():
         for measure, values in list(figures.items()):
             more = [value - base for value, base in zip(values, paper[measure], strict=True)]
             for what, of in (("", values), (" - paper's", more)):
                 middle, low, high = over_seeds(of)
                 interval = f"95 % {low:+.4f} to {high:+.4f}" if len(of) > 1 else ""
                 print(f"{name:16} {measure + what:28} {middle:+9.4f}  {interval}")
-    return found
+    return losses
 
 
 def _of_held_out(folder: Path, batches: list[Batch], name: str = "float32") -> tuple[float, torch.Tensor]:
@@ -140,14 +140,14 @@ def _of_held_out(folder: Path, batches: list[Batch], name: str = "float32") -> t
 
 
 def draw(gaps: list[comparisons.FormatGap], path: Path) -> None:
-    labels = list(dict.fromkeys(one.label for one in gaps))
+    labels = list(dict.fromkeys(row.label for row in gaps))
     rcParams["svg.fonttype"] = "none"
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     panels = figure.subplots(1, len(labels), sharey=True)
     for axes, label, colour in zip(panels, labels, COLOURS, strict=False):
-        for one in gaps:
-            if one.label == label:
-                axes.plot([tokens / 1e6 for tokens in one.tokens[::2]], one.gap[::2], color=colour, linewidth=1.1)
+        for row in gaps:
+            if row.label == label:
+                axes.plot([tokens / 1e6 for tokens in row.tokens[::2]], row.gap[::2], color=colour, linewidth=1.1)
         for bound in (-comparisons.BOUND, comparisons.BOUND):
             axes.axhline(bound, color="#999999", linewidth=0.7, linestyle="--")
         axes.set_title(label, fontsize=9)

@@ -73,9 +73,9 @@ def _ours(task: str, answers: list[Entry], folder: Path) -> Paid:
 
 
 def _line(entry: Entry) -> Entry:
-    kept = {key: entry[key] for key in ("id", "language", "question", "choices", "entry_point", "tests", "unit",
+    fields = {key: entry[key] for key in ("id", "language", "question", "choices", "entry_point", "tests", "unit",
                                         "tolerance") if key in entry}  # fmt: skip
-    return kept | ({"answer": entry["gold"]} if "gold" in entry else {})
+    return fields | ({"answer": entry["gold"]} if "gold" in entry else {})
 
 
 def _whole(entry: Entry) -> str:
@@ -221,8 +221,8 @@ def main() -> None:
         )  # fmt: skip
         print(f"{family:28}" + "".join(cells))
     if args.disagreements:
-        found = disagreements(answers, verdicts, args.disagreements)
-        print(f"\n{len(found)} disagreements\n\n" + "\n\n".join(_shown(entry, verdicts) for entry in found))
+        differing = disagreements(answers, verdicts, args.disagreements)
+        print(f"\n{len(differing)} disagreements\n\n" + "\n\n".join(_shown(entry, verdicts) for entry in differing))
     if args.json:
         facts = {
             "versions": {name: version(name) for name in ("math-verify", "lm-eval")},

@@ -72,19 +72,19 @@ def main() -> None:
     parser.add_argument("--json", help="write the results here, after each point")
     args = parser.parse_args()
     args.preset = "small"
-    found: dict[str, Any] = {"machine": processor(), "threads": args.threads, "steps": args.steps, "axes": {}}
+    results: dict[str, Any] = {"machine": processor(), "threads": args.threads, "steps": args.steps, "axes": {}}
     for axis in args.axes:
-        for place, shape, fields in AXES[axis]:
-            row = {"at": place, "load": os.getloadavg()[0], **point(args, shape, fields)}
-            found["axes"].setdefault(axis, []).append(row)
+        for label, shape, fields in AXES[axis]:
+            row = {"at": label, "load": os.getloadavg()[0], **point(args, shape, fields)}
+            results["axes"].setdefault(axis, []).append(row)
             print(
-                f"{axis} {place}: {row['ours']:,.0f} tokens/s, {row['gflops']:.0f} GFLOPS; peer {row['peer']:,.0f} "
+                f"{axis} {label}: {row['ours']:,.0f} tokens/s, {row['gflops']:.0f} GFLOPS; peer {row['peer']:,.0f} "
                 f"({row['peer_dtype']}); {row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})",
                 flush=True,
             )
             if args.json:
                 with open(args.json, "w") as file:
-                    json.dump(found, file, indent=1)
+                    json.dump(results, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
         assert lengths == {args.length}, lengths
         return generated
 
-    found = measure(step, args.steps)
+    timings = measure(step, args.steps)
     assert workers.n == case["threads"]
-    return found
+    return timings
 
 
 def peer(args: argparse.Namespace, case: dict) -> dict:
@@ -155,9 +155,9 @@ def peer(args: argparse.Namespace, case: dict) -> dict:
     marks, cpu, generated = [], [], []
 
     class Timed(GRPOTrainer):
-        def _generate_single_turn(self, *given, **named):
+        def _generate_single_turn(self, *args, **named):
             begin = time.perf_counter()
-            result = super()._generate_single_turn(*given, **named)
+            result = super()._generate_single_turn(*args, **named)
             generated.append(time.perf_counter() - begin)
             return result
 
@@ -187,8 +187,8 @@ def check_prompts(tokenizer, prompts: list[str], chosen: list, args: argparse.Na
     from bessemer.data.chat import question_ids
     from bessemer.data.tokenizer import Tokenizer
 
-    mine = Tokenizer.load(args.directory / "model")
-    assert tokenizer(text=prompts)["input_ids"] == [question_ids(mine, problem.prompt) for problem in chosen]
+    own = Tokenizer.load(args.directory / "model")
+    assert tokenizer(text=prompts)["input_ids"] == [question_ids(own, problem.prompt) for problem in chosen]
 
 
 def measure(step: Callable[[int], float], steps: int) -> dict:
@@ -210,7 +210,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
 
 
 def every_case(quick: bool) -> list[dict]:
-    mine = [{"side": "ours", "threads": n} for n in (1, 2)]
+    own = [{"side": "ours", "threads": n} for n in (1, 2)]
 
     def theirs(experts="grouped_mm", micro_batches=1, threads=1, paged=False, compile=False):
         return {"side": "peer", "experts": experts, "micro_batches": micro_batches, "threads": threads, "paged": paged,
@@ -218,10 +218,10 @@ def every_case(quick: bool) -> list[dict]:
 
     usual = [theirs(micro_batches=4, threads=n) for n in (1, 2)]
     if quick:
-        return [mine[0], usual[0], mine[1], usual[1]]
+        return [own[0], usual[0], own[1], usual[1]]
     rest = [theirs(threads=n) for n in (1, 2)] + [theirs(experts="eager", threads=n) for n in (1, 2)]
     odd = [theirs(paged=True), theirs(paged=True, threads=2), theirs(micro_batches=4, compile=True, threads=2)]
-    return [mine[0], usual[0], *rest, mine[1], usual[1], *odd]
+    return [own[0], usual[0], *rest, own[1], usual[1], *odd]
 
 
 def machine() -> str:
@@ -254,7 +254,7 @@ def summarise(results: list[dict]) -> list[dict]:
     rows = {}
     for result in results:
         rows.setdefault(json.dumps(result["case"]), []).append(result)
-    found = []
+    summary = []
     for key, runs in rows.items():
         good = [run for run in runs if "error" not in run]
         row = {"case": json.loads(key), "load": [round(run["load"], 2) for run in runs]}
@@ -269,8 +269,8 @@ def summarise(results: list[dict]) -> list[dict]:
                 row["cpu"] = statistics.median(x for run in good for x in run["cpu"])
         else:
             row["error"] = runs[0]["error"]
-        found.append(row)
-    return found
+        summary.append(row)
+    return summary
 
 
 def main() -> None:
@@ -301,8 +301,8 @@ def main() -> None:
             for case in cases(args):
                 result = run_case(args, case)
                 results.append({"case": case, "round": number, **result})
-                what = f"error: {result['error']}" if "error" in result else _shown(result)
-                print(f"{what}  load {result['load']:.1f}  {case}", flush=True)
+                outcome = f"error: {result['error']}" if "error" in result else _shown(result)
+                print(f"{outcome}  load {result['load']:.1f}  {case}", flush=True)
     report(args, results)
 
 
@@ -315,26 +315,26 @@ def report(args: argparse.Namespace, results: list[dict]) -> None:
     rows = summarise(results)
 
     def best(side: str, threads: int, dtypes: list[str]) -> dict | None:
-        mine = [row for row in rows if row["case"]["side"] == side and row["case"]["threads"] == threads]
-        mine = [row for row in mine if "step" in row and row["case"]["dtype"] in dtypes]
-        return min(mine, key=lambda row: row["step"], default=None)
+        candidates = [row for row in rows if row["case"]["side"] == side and row["case"]["threads"] == threads]
+        candidates = [row for row in candidates if "step" in row and row["case"]["dtype"] in dtypes]
+        return min(candidates, key=lambda row: row["step"], default=None)
 
     summary = {
         "machine": machine(), "prompts": args.prompts, "samples": SAMPLES, "completion_tokens": args.length,
         "updates_per_rollout": 1, "kl": KL, "routing": "real", "preset": "tiny",
     }  # fmt: skip
     for threads, dtype in itertools.product(args.threads, args.dtypes):
-        one, other = best("ours", threads, [dtype]), best("peer", threads, args.dtypes)  # the peer's best of all dtypes
-        if one is None or other is None:  # every case of one side failed or timed out; the rows hold the errors
+        own, peer = best("ours", threads, [dtype]), best("peer", threads, args.dtypes)  # the peer's best of all dtypes
+        if own is None or peer is None:  # every case of one side failed or timed out; the rows hold the errors
             continue
-        found = {
-            "ours": one["step"], "peer": other["step"], "ratio": other["step"] / one["step"],
-            "generation_ratio": other["generation"] / one["generation"],
-            "update_ratio": other["update"] / one["update"], "peer_case": other["case"],
+        figures = {
+            "ours": own["step"], "peer": peer["step"], "ratio": peer["step"] / own["step"],
+            "generation_ratio": peer["generation"] / own["generation"],
+            "update_ratio": peer["update"] / own["update"], "peer_case": peer["case"],
         }  # fmt: skip
         if threads == 1:
-            found["cpu_ratio"] = other["cpu"] / one["cpu"]
-        summary[f"cores_{threads}_{dtype}"] = found
+            figures["cpu_ratio"] = peer["cpu"] / own["cpu"]
+        summary[f"cores_{threads}_{dtype}"] = figures
     print(json.dumps(summary, indent=1))
     if args.json:
         with open(args.json, "w") as file:

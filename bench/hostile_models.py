@@ -219,25 +219,25 @@ def attempt(directory: Path, log: Path) -> dict[str, Any]:
             sys.argv = ["bessemer", "generate", str(directory), "What is it?", "--max-tokens", "2"]
             cli.main()
             code = 0
-        except SystemExit as left:
-            code = left.code or 0
+        except SystemExit as exit:
+            code = exit.code or 0
         except BaseException as error:
             print(f"Traceback: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         finally:
             sys.stderr.flush()
             os._exit(code)
     _, status, usage = os.wait4(pid, 0)
-    said = log.read_text(errors="replace")
+    output = log.read_text(errors="replace")
     return {
         "status": os.waitstatus_to_exitcode(status), "seconds": round(time.monotonic() - begun, 2),
-        "MB": round(usage.ru_maxrss / 1024), "lines": said.count("\n"),
-        "said": said[:300].strip().replace(str(directory), "DIR"),
+        "MB": round(usage.ru_maxrss / 1024), "lines": output.count("\n"),
+        "said": output[:300].strip().replace(str(directory), "DIR"),
     }  # fmt: skip
 
 
-def held(found: dict[str, Any]) -> bool:
-    one_line = found["status"] == 2 and found["lines"] == 1 and found["said"].startswith("error: ")
-    return one_line and found["seconds"] <= SECONDS and found["MB"] << 20 <= BYTES
+def held(result: dict[str, Any]) -> bool:
+    one_line = result["status"] == 2 and result["lines"] == 1 and result["said"].startswith("error: ")
+    return one_line and result["seconds"] <= SECONDS and result["MB"] << 20 <= BYTES
 
 
 def run(names: list[str]) -> dict[str, dict[str, Any]]:
@@ -248,9 +248,9 @@ def run(names: list[str]) -> dict[str, dict[str, Any]]:
         folder = Path(temporary)
         write_bases(folder)
         for base in ("ours", "llama"):  # the unchanged models answer
-            found = attempt(folder / base, folder / "log")
-            if found["status"]:
-                raise SystemExit(f"the sound model {base} does not work: {found}")
+            result = attempt(folder / base, folder / "log")
+            if result["status"]:
+                raise SystemExit(f"the sound model {base} does not work: {result}")
         for n, name in enumerate(names):
             directory = changed(folder, name, folder / f"kind-{n}")
             results[name] = attempt(directory, folder / f"log-{n}")
@@ -261,17 +261,17 @@ def run(names: list[str]) -> dict[str, dict[str, Any]]:
 def main(words: list[str]) -> None:
     names = [name for name in KINDS if any(word in name for word in words)] if words else [*KINDS]
     results = run(names)
-    failed = [name for name, found in results.items() if not held(found)]
-    for name, found in results.items():
-        cost = f"{found['seconds']:5.1f} s {found['MB']:5} MB"
-        print(f"{'FAILED' if name in failed else 'held'}  {cost}  {name}: {found['said']}")
+    failed = [name for name, result in results.items() if not held(result)]
+    for name, result in results.items():
+        cost = f"{result['seconds']:5.1f} s {result['MB']:5} MB"
+        print(f"{'FAILED' if name in failed else 'held'}  {cost}  {name}: {result['said']}")
     print(f"{len(results) - len(failed)} of {len(results)} kinds held")
     if not words:
         facts = {
             "machine": platform.processor() or platform.machine(), "transformers": transformers.__version__,
             "kinds": len(results), "held": len(results) - len(failed),
-            "most seconds": max(found["seconds"] for found in results.values()),
-            "most MB": max(found["MB"] for found in results.values()), "results": results,
+            "most seconds": max(result["seconds"] for result in results.values()),
+            "most MB": max(result["MB"] for result in results.values()), "results": results,
         }  # fmt: skip
         RESULTS.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     sys.exit(bool(failed))

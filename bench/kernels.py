@@ -163,11 +163,11 @@ def main() -> None:
     dtype, results = getattr(torch, args.dtype), []
 
     def report(group: str, what: str, work: Callable[[], object], tokens: int = 0) -> None:
-        found = meter(work)
-        results.append({"group": group, "what": what, **found})
-        rate = f", {1e3 * tokens / found['kernels']:9,.0f} tokens/s" if tokens else ""
-        print(f"{group:12} {what:38} {found['torch']:9.3f} -> {found['kernels']:9.3f} ms, "
-              f"{found['ratio']:.2f}x{rate}", flush=True)  # fmt: skip
+        timing = meter(work)
+        results.append({"group": group, "what": what, **timing})
+        rate = f", {1e3 * tokens / timing['kernels']:9,.0f} tokens/s" if tokens else ""
+        print(f"{group:12} {what:38} {timing['torch']:9.3f} -> {timing['kernels']:9.3f} ms, "
+              f"{timing['ratio']:.2f}x{rate}", flush=True)  # fmt: skip
 
     with kernels("auto"):
         print(f"{processor()}, {args.threads} thread(s), {args.dtype}, kernels: {library.status().why}", flush=True)

@@ -73,13 +73,13 @@ class Recorder:
         tables = _tables(roots)
         roots |= {t.untyped_storage().data_ptr(): t for table in tables.values() for _, t, _ in table}
         size = sum(t.untyped_storage().nbytes() for t in roots.values())
-        wanted = (
+        is_recorded = (
             library.status().instructions == self.instructions and size <= MOST_BYTES and set(signature) <= set("pifd")
         )
-        before = {at: _bytes(t).clone() for at, t in roots.items()} if wanted else {}
+        before = {at: _bytes(t).clone() for at, t in roots.items()} if is_recorded else {}
         self.original(name, signature, *arguments)
-        self.seen[name] += wanted
-        if not wanted or self.seen[name] > MOST_CALLS:
+        self.seen[name] += is_recorded
+        if not is_recorded or self.seen[name] > MOST_CALLS:
             return
         numbers = {at: number for number, at in enumerate(roots)}
 
@@ -114,13 +114,13 @@ def _tables(roots: dict[int, Tensor]) -> dict[int, list[tuple[int, Tensor, int]]
         return {}
     live = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"]
     starts = {t.untyped_storage().data_ptr(): t for t in live if t.untyped_storage().nbytes()}
-    found: dict[int, list[tuple[int, Tensor, int]]] = {}
+    tables: dict[int, list[tuple[int, Tensor, int]]] = {}
     for at, values in suspects.items():
-        for place, value in values:
+        for address, value in values:
             start = max((s for s in starts if s <= value), default=0)
             if start and value < start + starts[start].untyped_storage().nbytes():
-                found.setdefault(at, []).append((place, starts[start], value - start))
-    return found
+                tables.setdefault(at, []).append((address, starts[start], value - start))
+    return tables
 
 
 def write(calls: list[Call], path: Path) -> None:
@@ -145,7 +145,9 @@ def compare(calls: list[Call], results: bytes) -> list[str]:
     at, worst, wrong = 0, {}, []  # type: ignore[var-annotated]
     for call in calls:
         floats = [m.after[: len(m.after) // 8 * 8].view(m.dtype) for m in call.memories if m.dtype.is_floating_point]
-        largest = max((float(one.abs().nan_to_num(0, 0).max()) for one in floats if len(one)), default=0.0)
+        largest = max(
+            (float(values_of.abs().nan_to_num(0, 0).max()) for values_of in floats if len(values_of)), default=0.0
+        )
         ill = 1000 if largest > 1000 else 1  # rounding a score of 7,000 changes its exponential by a thousandth
         for number, memory in enumerate(call.memories):
             if not memory.after.numel():
@@ -154,13 +156,15 @@ def compare(calls: list[Call], results: bytes) -> list[str]:
             at += memory.after.numel()
             if memory.addresses:
                 continue
-            ours, theirs = (one[: len(one) // 8 * 8].view(memory.dtype) for one in (memory.after, raw))
-            if not ours.is_floating_point():
-                if not torch.equal(ours, theirs):
+            actual, reference = (
+                values_of[: len(values_of) // 8 * 8].view(memory.dtype) for values_of in (memory.after, raw)
+            )
+            if not actual.is_floating_point():
+                if not torch.equal(actual, reference):
                     wrong.append(f"{call.name}: memory {number} of {memory.dtype} differs")
                 continue
             relative, absolute = TOLERANCE[torch.bfloat16 if call.name.endswith("bfloat16") else memory.dtype]
-            a, b = ours.double(), theirs.double()
+            a, b = actual.double(), reference.double()
             finite = a.isfinite()
             if not torch.equal(finite, b.isfinite()):  # which overflows become NaN depends on the order
                 differ = int((finite != b.isfinite()).sum())
@@ -198,15 +202,15 @@ def main() -> None:
         work, compiler = Path(folder), "aarch64-linux-gnu-g++" if arm else build.compiler()[0]
         flags = [flag for flag in build.FLAGS[options.instructions] if not arm or flag not in build.AVX2]
         sources = sorted(map(str, build.SOURCES.glob("*.cpp")))
-        made, replay, calls, results = (work / name for name in ("kernels.so", "replay", "calls", "results"))
-        subprocess.run([compiler, *build.COMMON, *flags, "-shared", *sources, "-o", made, "-ldl"], check=True)
+        built, replay, calls, results = (work / name for name in ("kernels.so", "replay", "calls", "results"))
+        subprocess.run([compiler, *build.COMMON, *flags, "-shared", *sources, "-o", built, "-ldl"], check=True)
         subprocess.run(
             [compiler, "-std=gnu++17", "-O1", ROOT / "bench" / "replay.cpp", "-o", replay, "-ldl"], check=True
         )
         write(recorder.calls, calls)
         start = time.monotonic()
         subprocess.run(
-            [*(["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"] if arm else []), replay, made, calls, results],
+            [*(["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"] if arm else []), replay, built, calls, results],
             check=True,
         )
         print(f"repeated with {options.instructions}{' on ARM' if arm else ''} in {time.monotonic() - start:.1f} s")

@@ -89,10 +89,10 @@ def main() -> None:
         return
 
     settings = {"steps": args.steps, "dtype": args.dtype}
-    held = json.loads(args.json.read_text()) if args.json.exists() else settings | {"runs": []}
-    if {name: held[name] for name in settings} != settings:
+    stored = json.loads(args.json.read_text()) if args.json.exists() else settings | {"runs": []}
+    if {name: stored[name] for name in settings} != settings:
         parser.error(f"{args.json} holds runs of other settings; name another file")
-    results = {(one["side"], one["seed"]): one for one in held["runs"]}
+    results = {(run_of["side"], run_of["seed"]): run_of for run_of in stored["runs"]}
 
     def process(job: tuple[str, int]) -> None:
         kernels, micro_rows = SIDES[job[0]]
@@ -100,10 +100,10 @@ def main() -> None:
         command = [sys.executable, __file__, "--steps", str(args.steps), "--dtype", args.dtype, "--run"]
         command += [str(job[1]), str(micro_rows)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        print(f"{job[0]:20} seed {job[1]}: held-out {found['heldout']:.5f}, last {found['last']:.5f}, "
-              f"{found['seconds']:.0f} s ({found['kernels']})", flush=True)  # fmt: skip
-        results[job] = {"side": job[0], "seed": job[1], **found}
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        print(f"{job[0]:20} seed {job[1]}: held-out {result['heldout']:.5f}, last {result['last']:.5f}, "
+              f"{result['seconds']:.0f} s ({result['kernels']})", flush=True)  # fmt: skip
+        results[job] = {"side": job[0], "seed": job[1], **result}
         args.json.write_text(json.dumps({"machine": processor(), **settings, "runs": list(results.values())}, indent=1))
 
     jobs = [(side, seed) for seed in range(args.seeds) for side in SIDES]

@@ -38,24 +38,24 @@ def start(args: argparse.Namespace, out: Path, layout: str) -> subprocess.Popen:
     ]
     command = [sys.executable, "-m", "bessemer", "run", str(args.recipe), "--out", str(out), "--until", "pretrain"]
     return subprocess.Popen(
-        [*command, *(word for one in sets for word in ("--set", one))], stdout=subprocess.DEVNULL,
+        [*command, *(word for override in sets for word in ("--set", override))], stdout=subprocess.DEVNULL,
         stderr=open(out.with_suffix(".log"), "a"),
     )  # fmt: skip
 
 
 def lines(out: Path, key: str) -> dict[int, float]:
-    found = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
-    return {x["step"]: x["values"][key] for x in found if x["stage"] == "pretrain" and key in x["values"]}
+    records = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    return {x["step"]: x["values"][key] for x in records if x["stage"] == "pretrain" and key in x["values"]}
 
 
 def row(name: str, out: Path, base: Path, seconds: float) -> dict:
-    mine, expected = lines(out, "train/loss"), lines(base, "train/loss")
-    assert list(mine) == list(expected), f"{name}: steps are missing or duplicated"
-    gap = {step: abs(mine[step] - loss) / loss for step, loss in expected.items()}
+    actual, expected = lines(out, "train/loss"), lines(base, "train/loss")
+    assert list(actual) == list(expected), f"{name}: steps are missing or duplicated"
+    gap = {step: abs(actual[step] - loss) / loss for step, loss in expected.items()}
     parts = json.loads((out / "02-pretrain" / "done.json").read_text())["summary"]
     bits = {key: value for key, value in parts.items() if key.startswith("bpb_")}
-    return {"layout": name, "steps": len(mine), "first_20": max(list(gap.values())[:20]), "all": max(gap.values()),
-            "last_loss": mine[max(mine)], **bits, "seconds": seconds}  # fmt: skip
+    return {"layout": name, "steps": len(actual), "first_20": max(list(gap.values())[:20]), "all": max(gap.values()),
+            "last_loss": actual[max(actual)], **bits, "seconds": seconds}  # fmt: skip
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     base, rows = args.out / "base", []
     corpus = [sys.executable, "-m", "bessemer", "run", str(args.recipe), "--out", str(base), "--until", "corpus"]
     subprocess.run(corpus, check=True, stdout=subprocess.DEVNULL)
-    one = args.out / "run-0"
+    base_run = args.out / "run-0"
     for number, (name, change) in enumerate([*((name, None) for name in LAYOUTS), *CHANGES]):
         out = args.out / f"run-{number}"
         shutil.rmtree(out, ignore_errors=True)
@@ -78,14 +78,14 @@ def main() -> None:
         began = time.monotonic()
         process = start(args, out, name)
         if change is not None:
-            total = len(lines(one, "train/loss"))
+            total = len(lines(base_run, "train/loss"))
             while len(lines(out, "train/loss")) < total // 2:
                 time.sleep(0.1)
             process.send_signal(signal.SIGTERM)
             assert process.wait() == 130, f"see {out.with_suffix('.log')}"
             process = start(args, out, change)
         assert process.wait() == 0, f"see {out.with_suffix('.log')}"
-        rows.append(row(name if change is None else f"{name}, then {change}", out, one, time.monotonic() - began))
+        rows.append(row(name if change is None else f"{name}, then {change}", out, base_run, time.monotonic() - began))
         print(" ".join(f"{key} {value:.3g}" if isinstance(value, float) else str(value) for key, value in
                        rows[-1].items()), flush=True)  # fmt: skip
     assert rows[0]["layout"] == first and rows[0]["all"] == 0

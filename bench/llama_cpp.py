@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 # This file has the same name as the library it measures, and its folder comes first on the path.
-sys.path = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 import llama_cpp
 import numpy as np
 import torch
@@ -65,13 +65,13 @@ class Peer:
 
     def greedy(self, prompt: list[int], n: int, stop: int) -> list[int]:
         """At most n tokens; a stop token is included as the last one."""
-        found: list[int] = []
+        tokens: list[int] = []
         self.llama.reset()
         for token in self.llama.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):
-            found.append(int(token))
-            if token == stop or len(found) == n:
+            tokens.append(int(token))
+            if token == stop or len(tokens) == n:
                 break
-        return found
+        return tokens
 
     def logits(self, prompt: list[int]) -> np.ndarray:
         """[tokens, vocabulary]"""
@@ -122,10 +122,12 @@ def random_cases(vocabulary: int) -> dict:
 def compare(model, tokenizer, peer: Peer, prompts: list[list[int]], n: int) -> dict:
     """Compares greedy tokens and prompt logits of both engines."""
     begin = time.perf_counter()
-    ours = [list(rows[0].tokens) for rows in bessemer.Engine(model, tokenizer).generate(
+    own = [list(rows[0].tokens) for rows in bessemer.Engine(model, tokenizer).generate(
         prompts, max_new_tokens=n, temperature=0)]  # fmt: skip
     between = time.perf_counter()
-    theirs = [peer.greedy(prompt, len(found), tokenizer.eos_id) for prompt, found in zip(prompts, ours, strict=True)]
+    peer_answers = [
+        peer.greedy(prompt, len(answer), tokenizer.eos_id) for prompt, answer in zip(prompts, own, strict=True)
+    ]
     end = time.perf_counter()
     error = 0.0
     for prompt in prompts:
@@ -134,11 +136,11 @@ def compare(model, tokenizer, peer: Peer, prompts: list[list[int]], n: int) -> d
         error = max(error, float(np.abs(peer.logits(prompt) - expected).max() / np.abs(expected).max()))
     return {
         "prompts": len(prompts),
-        "tokens": sum(map(len, ours)),
-        "distinct_tokens": len({token for row in ours for token in row}),
-        "tokens_equal": sum(a == b for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=False)),
-        "rows_equal": sum(x == y for x, y in zip(ours, theirs, strict=True)),
-        "rows_ended_by_stop": sum(row[-1] == tokenizer.eos_id for row in ours),
+        "tokens": sum(map(len, own)),
+        "distinct_tokens": len({token for row in own for token in row}),
+        "tokens_equal": sum(a == b for x, y in zip(own, peer_answers, strict=True) for a, b in zip(x, y, strict=False)),
+        "rows_equal": sum(x == y for x, y in zip(own, peer_answers, strict=True)),
+        "rows_ended_by_stop": sum(row[-1] == tokenizer.eos_id for row in own),
         "largest_logit_difference": error,
         "seconds_ours": between - begin,
         "seconds_theirs": end - between,
@@ -155,14 +157,14 @@ def chat_equal(model, tokenizer, peer: Peer, question: str, n: int) -> dict:
     messages = [{"role": "user", "content": question}]
     ids = question_ids(tokenizer, question)
     reply = peer.llama.create_chat_completion(messages, temperature=0.0, max_tokens=n)
-    [[ours]] = bessemer.Engine(model, tokenizer).generate([ids], max_new_tokens=n, temperature=0)
-    theirs = reply["choices"][0]["message"]["content"]
+    [[own]] = bessemer.Engine(model, tokenizer).generate([ids], max_new_tokens=n, temperature=0)
+    reference = reply["choices"][0]["message"]["content"]
     style = tokenizer.chat_style
     return {
         "prompt_ids_equal": peer.ids(render(messages, style), control=True) == ids,
         "prompt_tokens_equal": reply["usage"]["prompt_tokens"] == len(ids),
-        "text_equal": theirs == ours.text,
-        "text": theirs,
+        "text_equal": reference == own.text,
+        "text": reference,
     }
 
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path = [place for place in sys.path if Path(place or ".").resolve() != HERE]  # llama_cpp.py here is a benchmark
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]  # llama_cpp.py here is a benchmark
 import llama_cpp as llama
 
 sys.path.insert(0, str(HERE))
@@ -63,20 +63,20 @@ class Peer:
         self.batch = llama.llama_batch_init(rows * length, 0, 1)
         self.vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
 
-    def _feed(self, tokens: list[int], positions: list[int], rows: list[int], wanted: list[bool]) -> np.ndarray:
+    def _feed(self, tokens: list[int], positions: list[int], rows: list[int], with_logits: list[bool]) -> np.ndarray:
         """Logits of the wanted tokens, [wanted, vocabulary]."""
         batch = self.batch
-        for i, (token, position, row, logits) in enumerate(zip(tokens, positions, rows, wanted, strict=True)):
+        for i, (token, position, row, logits) in enumerate(zip(tokens, positions, rows, with_logits, strict=True)):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
             batch.seq_id[i][0], batch.logits[i] = row, logits
         batch.n_tokens = len(tokens)
         if llama.llama_decode(self.context, batch):
             raise RuntimeError("llama_decode failed")
-        size = sum(wanted) * self.vocab
-        found = np.ctypeslib.as_array(
+        size = sum(with_logits) * self.vocab
+        values = np.ctypeslib.as_array(
             ctypes.cast(llama.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float)), (size,)
         )
-        return found.reshape(-1, self.vocab)
+        return values.reshape(-1, self.vocab)
 
     def greedy(self, prompts: list[list[int]], n: int) -> list[list[int]]:
         llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
@@ -87,11 +87,11 @@ class Peer:
             [row for row in rows for _ in prompts[row]],
             [position == len(prompt) - 1 for prompt in prompts for position in range(len(prompt))],
         )
-        found = [logits.argmax(1).tolist()]
+        steps = [logits.argmax(1).tolist()]
         for step in range(n - 1):
             places = [len(prompt) + step for prompt in prompts]
-            found.append(self._feed(found[-1], places, list(rows), [True] * len(prompts)).argmax(1).tolist())
-        return [list(row) for row in zip(*found, strict=True)]
+            steps.append(self._feed(steps[-1], places, list(rows), [True] * len(prompts)).argmax(1).tolist())
+        return [list(row) for row in zip(*steps, strict=True)]
 
     def close(self) -> None:
         llama.llama_batch_free(self.batch)
@@ -101,8 +101,8 @@ class Peer:
 
 def timed(work) -> tuple[float, list[list[int]]]:
     begin = time.perf_counter()
-    found = work()
-    return time.perf_counter() - begin, found
+    result = work()
+    return time.perf_counter() - begin, result
 
 
 def case(engine: Engine, file: Path, prompts: list[list[int]], n: int, rounds: int, threads: int) -> dict:
@@ -126,18 +126,18 @@ def case(engine: Engine, file: Path, prompts: list[list[int]], n: int, rounds: i
     seconds: dict[str, list[float]] = {"ours": [], "llama.cpp": []}
     ours(), peer.greedy(prompts, 4)
     for _ in range(rounds):
-        taken, mine = timed(ours)
-        seconds["ours"].append(taken)
-        taken, theirs = timed(lambda: peer.greedy(prompts, n))
-        seconds["llama.cpp"].append(taken)
+        own_seconds, own = timed(ours)
+        seconds["ours"].append(own_seconds)
+        own_seconds, reference = timed(lambda: peer.greedy(prompts, n))
+        seconds["llama.cpp"].append(own_seconds)
     peer.close()
     total = len(prompts) * n
     return {
         "rows": len(prompts), "prompt": len(prompts[0]), "form": best,
-        "forms": {name: total / taken for name, taken in forms.items()},
-        "tokens_equal": sum(a == b for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=True)),
+        "forms": {name: total / own_seconds for name, own_seconds in forms.items()},
+        "tokens_equal": sum(a == b for x, y in zip(own, reference, strict=True) for a, b in zip(x, y, strict=True)),
         "tokens": total,
-        "tokens_per_second": {name: spread([total / taken for taken in values]) for name, values in seconds.items()},
+        "tokens_per_second": {name: spread([total / took for took in values]) for name, values in seconds.items()},
         "ratio": spread([b / a for a, b in zip(*seconds.values(), strict=True)]),
     }  # fmt: skip
 
@@ -161,10 +161,10 @@ def main() -> None:
         for rows, length in ((1, 32), (32, 32), (1, 320), (32, 320)):
             ids = [question_ids(tokenizer, task.problem("test", i).prompt) for i in range(rows)]
             prompts = [(part * (length // len(part) + 1))[-length:] for part in ids]
-            cases.append(found := case(engine, file, prompts, args.tokens, args.rounds, args.threads))
-            speed = {name: f"{values['median']:,.0f}" for name, values in found["tokens_per_second"].items()}
-            ratio, equal = found["ratio"]["median"], f"{found['tokens_equal']} of {found['tokens']} tokens equal"
-            print(f"{rows} rows, prompt {length}: {speed} tokens/s, {ratio:.2f} times ({found['form']}); {equal}")
+            cases.append(result := case(engine, file, prompts, args.tokens, args.rounds, args.threads))
+            speed = {name: f"{values['median']:,.0f}" for name, values in result["tokens_per_second"].items()}
+            ratio, equal = result["ratio"]["median"], f"{result['tokens_equal']} of {result['tokens']} tokens equal"
+            print(f"{rows} rows, prompt {length}: {speed} tokens/s, {ratio:.2f} times ({result['form']}); {equal}")
     if args.json:
         facts = {
             "model": "/".join(args.model.resolve().parts[-3:]), "processor": processor(), "threads": args.threads,

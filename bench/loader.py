@@ -42,10 +42,10 @@ ROWS, CONVERSATIONS = 16, 20_000
 
 def build(folder: Path) -> Tokenizer:
     texts = {part: list(sources.documents(part)) for part in PARTS}
-    sample = itertools.chain.from_iterable((one.text for one in found[:400]) for found in texts.values())
+    sample = itertools.chain.from_iterable((document.text for document in group[:400]) for group in texts.values())
     tokenizer = Tokenizer.train(sample, 2048)
-    for part, found in texts.items():
-        corpus.build(found, tokenizer, LENGTHS[0], folder / part, fim_rate=0.1, boundary_split_rate=0.05)
+    for part, group in texts.items():
+        corpus.build(group, tokenizer, LENGTHS[0], folder / part, fim_rate=0.1, boundary_split_rate=0.05)
     return tokenizer
 
 
@@ -67,14 +67,14 @@ def loader(folder: Path, steps: int) -> dict[str, float]:
         terms={"mtp_lambda": constant(0.3), "balance_alpha": constant(1e-4)},
     )  # fmt: skip
     trainer = Trainer(Transformer(preset("tiny")).initialise(0), objective.next_token, batches, config, plan)
-    taken = []
+    seconds = []
     for _ in range(steps):
         began = time.perf_counter()
         trainer.update(trainer.on_device.micro_batches())
-        taken.append(time.perf_counter() - began)
-    step, read = statistics.median(taken[2:]), statistics.median(reading[2:])
+        seconds.append(time.perf_counter() - began)
+    step, read = statistics.median(seconds[2:]), statistics.median(reading[2:])
     return {"step_seconds": step, "loader_seconds": read, "loader_share": read / step,
-            "loader_share_worst": max(r / t for r, t in zip(reading[2:], taken[2:], strict=True))}  # fmt: skip
+            "loader_share_worst": max(r / t for r, t in zip(reading[2:], seconds[2:], strict=True))}  # fmt: skip
 
 
 def talk(answer: str) -> Document:
@@ -83,16 +83,16 @@ def talk(answer: str) -> Document:
 
 
 def waste(folder: Path, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
+    shares: dict[str, dict[str, float]] = {}
     for length in LENGTHS:
         parts = [open_rows(folder / part, "train", length) for part in PARTS]
-        held = sum(rows.n_rows for rows in parts) * length
-        found[str(length)] = {rows.path.name: rows.waste for rows in parts}
-        found[str(length)]["all parts"] = 1 - sum(rows.facts["tokens"] for rows in parts) / held
+        capacity = sum(rows.n_rows for rows in parts) * length
+        shares[str(length)] = {rows.path.name: rows.waste for rows in parts}
+        shares[str(length)]["all parts"] = 1 - sum(rows.facts["tokens"] for rows in parts) / capacity
         task = tasks.get("arithmetic")
         talks = (talk(task.document(i)) for i in range(CONVERSATIONS))
-        found[str(length)]["sft, masked"] = sft_rows.build(talks, tokenizer, length, folder / f"sft-{length}")["waste"]
-    return found
+        shares[str(length)]["sft, masked"] = sft_rows.build(talks, tokenizer, length, folder / f"sft-{length}")["waste"]
+    return shares
 
 
 def main() -> None:
@@ -104,11 +104,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = build(folder)
-        found = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+        report = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
                  "loader": loader(folder, options.steps), "waste": waste(folder, tokenizer)}  # fmt: skip
-    print(json.dumps(found, indent=1))
+    print(json.dumps(report, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

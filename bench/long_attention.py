@@ -50,42 +50,42 @@ def arguments(T: int, segmented: bool) -> tuple[Any, ...]:
     return (*inputs, torch.stack((angle.cos(), angle.sin()), -1), cfg.softmax_scale, segments)
 
 
-def timed(backend: Callable[..., Tensor], given: tuple[Any, ...]) -> float:
+def timed(backend: Callable[..., Tensor], inputs: tuple[Any, ...]) -> float:
     began = time.process_time()
-    torch.autograd.grad(backend(*given).sum(), given[:3])
+    torch.autograd.grad(backend(*inputs).sum(), inputs[:3])
     return time.process_time() - began
 
 
-def memory(backend: Callable[..., Tensor], given: tuple[Any, ...]) -> dict[str, float]:
+def memory(backend: Callable[..., Tensor], inputs: tuple[Any, ...]) -> dict[str, float]:
     """MiB saved after forward, and peak MiB until the end of backward."""
 
     def live(function: Callable[[], Any]) -> tuple[int, int]:
         with profile(use_cpu=True, profile_memory=True) as profiler:
             alive = function()  # noqa: F841
-        now = most = 0
+        current = most = 0
         for event in profiler.kineto_results.events():
             if event.name() == "[memory]":
-                now += event.nbytes()
-                most = max(most, now)
-        return now, most
+                current += event.nbytes()
+                most = max(most, current)
+        return current, most
 
-    kept, _ = live(lambda: backend(*given))
-    _, highest = live(lambda: torch.autograd.grad(backend(*given).sum(), given[:3]))
-    return {"kept_mib": kept / 2**20, "highest_mib": highest / 2**20}
+    saved, _ = live(lambda: backend(*inputs))
+    _, highest = live(lambda: torch.autograd.grad(backend(*inputs).sum(), inputs[:3]))
+    return {"kept_mib": saved / 2**20, "highest_mib": highest / 2**20}
 
 
 def measured(T: int, segmented: bool, rounds: int) -> list[dict[str, Any]]:
-    given = arguments(T, segmented)
+    inputs = arguments(T, segmented)
     seconds: dict[str, list[float]] = {name: [] for name in BACKENDS}
     for number in range(rounds + 1):
         for name, backend in BACKENDS.items():
-            spent = timed(backend, given)
+            spent = timed(backend, inputs)
             if number:  # the first round warms up
                 seconds[name].append(spent)
     rows = []
     for name, backend in BACKENDS.items():
-        kept = memory(backend, given)
-        rows.append({"length": T, "segments": segmented, "backend": name, "seconds": spread(seconds[name]), **kept})
+        peak = memory(backend, inputs)
+        rows.append({"length": T, "segments": segmented, "backend": name, "seconds": spread(seconds[name]), **peak})
     return rows
 
 

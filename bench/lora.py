@@ -75,12 +75,12 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
             trainer.update([batch])
             seconds.append(time.perf_counter() - start)
             cpu.append(time.process_time() - used)
-        held = gpu_faults.held(trainer.optimizer.groups)
+        held_bytes = gpu_faults.held(trainer.optimizer.groups)
         return {
             "seconds": statistics.median(seconds[1:]),
             "cpu_seconds": statistics.median(cpu[1:]),
             "peak_mb": status("VmHWM") / 1e3,
-            "held_mb": sum(held.values()) / 1e6,
+            "held_mb": sum(held_bytes.values()) / 1e6,
             "checkpoint_mb": trainer.state().bytes() / 1e6,
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
@@ -109,7 +109,7 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(options.case, options.model, options.steps, options.rank)))
         return
-    found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
+    measurements: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
     for _ in range(options.rounds):
         for case in CASES:
             load_average = os.getloadavg()[0]
@@ -118,11 +118,11 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
             if done.returncode:
                 sys.exit(done.stderr)
-            found[case].append(json.loads(done.stdout.splitlines()[-1]) | {"load": load_average})
-            print(case, found[case][-1], flush=True)
+            measurements[case].append(json.loads(done.stdout.splitlines()[-1]) | {"load": load_average})
+            print(case, measurements[case][-1], flush=True)
     if options.json:
         facts = {"machine": platform.processor() or platform.machine(), "rows": ROWS, "length": LENGTH}
-        facts |= {"rank": options.rank, "steps": options.steps, "rounds": found}
+        facts |= {"rank": options.rank, "steps": options.steps, "rounds": measurements}
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 

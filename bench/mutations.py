@@ -116,16 +116,16 @@ def main(words: list[str]) -> None:
     items = {item.item: item for item in ITEMS}
     if wrong := misplaced():
         raise SystemExit("\n".join(wrong))
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name, item in items.items():
         case = {"file": f"src/bessemer/{item.code}", "test": f"tests/{item.test}", "text": [*MUTATIONS[name]]}
-        done = {key: found.get(name, {}).get(key) for key in case} == case and found[name]["red"]
+        done = {key: results.get(name, {}).get(key) for key in case} == case and results[name]["red"]
         if any(word in name.lower() for word in words) if words else not done:
-            found[name] = case | run(**case)
-            ordered = {name: found[name] for name in items if name in found}
+            results[name] = case | run(**case)
+            ordered = {name: results[name] for name in items if name in results}
             RESULTS.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
-            print(f"{'red' if found[name]['red'] else 'GREEN'}  {name}: {found[name]['said']}", flush=True)
-    green = [name for name in items if not found.get(name, {}).get("red")]
+            print(f"{'red' if results[name]['red'] else 'GREEN'}  {name}: {results[name]['said']}", flush=True)
+    green = [name for name in items if not results.get(name, {}).get("red")]
     print(f"{len(items) - len(green)} of {len(items)} tests notice" + "".join(f"\n  not: {name}" for name in green))
 
 

@@ -112,7 +112,9 @@ def hideable(name: str, pause: float, args: argparse.Namespace) -> float:
     sparse = [sum(i >= CFG.n_dense_layers for i in layers) for layers in cuts]
     sparse[-1] += CFG.n_mtp
     pairs = [[step for step in steps if isinstance(step, Pair)] for steps in table.steps]
-    return 2 * pause * max(sum(sparse[part.stage] for pair in mine for part in pair) for mine in pairs)
+    return (
+        2 * pause * max(sum(sparse[part.stage] for pair in pairs_of_rank for part in pair) for pairs_of_rank in pairs)
+    )
 
 
 def executor(name: str, rank: int, args: argparse.Namespace, streams: Serial | None = None) -> Watched:
@@ -123,7 +125,7 @@ def executor(name: str, rank: int, args: argparse.Namespace, streams: Serial | N
     return Watched(table, rank, slices, [range(args.ranks)], streams=streams)
 
 
-def work(one: Executor, args: argparse.Namespace) -> list[list[Work]]:
+def work(executor: Executor, args: argparse.Namespace) -> list[list[Work]]:
     generator = torch.Generator().manual_seed(0)
 
     def loss(out: Any, head: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -137,17 +139,17 @@ def work(one: Executor, args: argparse.Namespace) -> list[list[Work]]:
         tokens_BT = torch.randint(0, 2048, (args.rows, args.length), generator=generator)
         return Work(tokens_BT, None, lambda out, head: loss(out, head, tokens_BT), torch.tensor(1e-4))
 
-    return [[micro() for _ in range(one.table.per_lane)] for _ in range(one.table.lanes)]
+    return [[micro() for _ in range(executor.table.per_lane)] for _ in range(executor.table.lanes)]
 
 
-def step(one: Watched, batches: list[list[Work]]) -> list[tuple[float, float, float]]:
-    for part in one.slices.values():
+def step(executor: Watched, batches: list[list[Work]]) -> list[tuple[float, float, float]]:
+    for part in executor.slices.values():
         for parameter in part.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-    one.spans.clear()
+    executor.spans.clear()
     dist.barrier()
-    one.run(batches)
-    return list(one.spans)
+    executor.run(batches)
+    return list(executor.spans)
 
 
 def on_a_rank(rank: int, store: str, args: argparse.Namespace, answers: Any) -> None:
@@ -158,16 +160,16 @@ def on_a_rank(rank: int, store: str, args: argparse.Namespace, answers: Any) -> 
     cases = {name: executor(name, rank, args) for name in args.schedules}
     for pause in args.exchange_ms:
         for name in (name for name in args.schedules if name.startswith("dualpipe")):
-            for way, make in WAYS.items():
+            for mode, make in WAYS.items():
                 more = (torch.device("cpu"),) * (make is Overlapped)
-                cases[f"{name} {way} {pause:g}"] = executor(name, rank, args, slow(make, pause / 1e3, *more))
-    found: dict[str, list] = {name: [] for name in cases}
+                cases[f"{name} {mode} {pause:g}"] = executor(name, rank, args, slow(make, pause / 1e3, *more))
+    timings: dict[str, list] = {name: [] for name in cases}
     for turn in range(args.turns + 1):
-        for name, one in cases.items():
-            spans = step(one, work(one, args))
+        for name, runner in cases.items():
+            spans = step(runner, work(runner, args))
             if turn:  # the first turn warms up
-                found[name].append(spans)
-    answers.put((rank, found))
+                timings[name].append(spans)
+    answers.put((rank, timings))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -183,10 +185,10 @@ def measure(args: argparse.Namespace) -> dict[str, list[list]]:
         ]
         for process in processes:
             process.start()
-        found = dict(answers.get() for _ in processes)
+        results = dict(answers.get() for _ in processes)
         for process in processes:
             process.join()
-    return {name: [found[rank][name] for rank in range(args.ranks)] for name in found[0]}
+    return {name: [results[rank][name] for rank in range(args.ranks)] for name in results[0]}
 
 
 def makespans(ranks: list[list]) -> list[float]:
@@ -204,11 +206,11 @@ def row(name: str, ranks: list[list], args: argparse.Namespace) -> dict[str, Any
     took: dict[Any, list[float]] = defaultdict(list)
     for steps, turns in zip(table.steps, ranks, strict=True):
         for spans in turns:
-            for one, (begin, end, waited) in zip(steps, spans, strict=True):
-                took[kind(one)].append(end - begin - waited)
+            for step_work, (begin, end, waited) in zip(steps, spans, strict=True):
+                took[kind(step_work)].append(end - begin - waited)
 
     def predicted(of: Callable[[list[float]], float]) -> Timeline:
-        return simulate(table, Measured(seconds={what: of(values) for what, values in took.items()}))
+        return simulate(table, Measured(seconds={piece: of(values) for piece, values in took.items()}))
 
     def share(timeline: Timeline) -> float:
         return sum(timeline.idle) / (timeline.makespan * len(ranks))
@@ -218,7 +220,7 @@ def row(name: str, ranks: list[list], args: argparse.Namespace) -> dict[str, Any
         "schedule": name, "stages": table.stages, "seconds": spread(lengths), "idle": spread(idle),
         "predicted_seconds": {"median": usual.makespan, "low": best.makespan},
         "predicted_idle": {"median": share(usual), "low": share(best)}, "idle_of_equal_pieces": share(unit),
-        "pieces": {str(what): spread(values) for what, values in sorted(took.items(), key=str)},
+        "pieces": {str(item): spread(values) for item, values in sorted(took.items(), key=str)},
     }  # fmt: skip
 
 
@@ -234,12 +236,12 @@ def main() -> None:
     parser.add_argument("--exchange-ms", nargs="*", type=float, default=[], help="delay per exchange, for dualpipe")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found = measure(args)
-    rows = [row(name, found[name], args) for name in args.schedules]
+    spans = measure(args)
+    rows = [row(name, spans[name], args) for name in args.schedules]
     slowed = []
-    for case in (case for case in found if case.endswith("beside", 0, case.rfind(" "))):
+    for case in (case for case in spans if case.endswith("beside", 0, case.rfind(" "))):
         name, _, pause = case.split()
-        serial, beside = (makespans(found[f"{name} {way} {pause}"]) for way in WAYS)
+        serial, beside = (makespans(spans[f"{name} {mode} {pause}"]) for mode in WAYS)
         most = hideable(name, float(pause) / 1e3, args)
         saved = [a - b for a, b in zip(serial, beside, strict=True)]
         slowed.append({
@@ -255,18 +257,18 @@ def main() -> None:
     print(f"{args.micro} micro-batches of {args.rows} x {args.length} tokens, real routing; medians of {args.turns}\n")
     print(f"{'':14}{'step, ms':>20}{'predicted, ms':>17}{'idle':>8}{'predicted':>11}{'if F = I = W':>14}")
     print(f"{'':14}{'median':>10}{'low':>10}{'median':>9}{'low':>8}")
-    for one in rows:
-        step_ms, predicted_ms = ({k: 1e3 * v for k, v in one[key].items()} for key in ("seconds", "predicted_seconds"))
+    for line in rows:
+        step_ms, predicted_ms = ({k: 1e3 * v for k, v in line[key].items()} for key in ("seconds", "predicted_seconds"))
         print(
-            f"{one['schedule']:14}{step_ms['median']:10.0f}{step_ms['low']:10.0f}{predicted_ms['median']:9.0f}"
-            f"{predicted_ms['low']:8.0f}{one['idle']['median']:8.1%}{one['predicted_idle']['median']:11.1%}"
-            f"{one['idle_of_equal_pieces']:14.1%}"
+            f"{line['schedule']:14}{step_ms['median']:10.0f}{step_ms['low']:10.0f}{predicted_ms['median']:9.0f}"
+            f"{predicted_ms['low']:8.0f}{line['idle']['median']:8.1%}{line['predicted_idle']['median']:11.1%}"
+            f"{line['idle_of_equal_pieces']:14.1%}"
         )
-    for one in slowed:
-        serial, beside, inside = (1e3 * x for x in (*(one[way]["median"] for way in WAYS), one["inside_pairs"]))
+    for line in slowed:
+        serial, beside, inside = (1e3 * x for x in (*(line[mode]["median"] for mode in WAYS), line["inside_pairs"]))
         print(
-            f"\n{one['schedule']}, every exchange {one['exchange_ms']:g} ms longer: {serial:.0f} ms "
-            f"serial, {beside:.0f} ms overlapped; {one['hidden']:.0%} of {inside:.0f} ms inside pairs hidden"
+            f"\n{line['schedule']}, every exchange {line['exchange_ms']:g} ms longer: {serial:.0f} ms "
+            f"serial, {beside:.0f} ms overlapped; {line['hidden']:.0%} of {inside:.0f} ms inside pairs hidden"
         )
     if args.json:
         args.json.write_text(json.dumps({**about, "schedules": rows, "slow_network": slowed}, indent=1) + "\n")

@@ -124,17 +124,17 @@ def arm(args: argparse.Namespace) -> dict:
         )  # fmt: skip
         loop = rl_loop.Loop(recipe.stage("arm"), ctx, {})
         loop.run()
-    held = {
+    held_sizes = {
         "policy": held_bytes(loop.trainer),
         "reference": sum(nbytes(t) for t in loop.policy.model.state_dict().values()),
     }
     if loop.critic is not None:
-        held["critic"] = held_bytes(loop.critic.trainer)
+        held_sizes["critic"] = held_bytes(loop.critic.trainer)
     return {
         "seconds": {part: clock.seconds.get(part, 0.0) / args.rollouts for part in parts},
         "curve": curve,
         "peak_resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "held_mb": {name: size / 2**20 for name, size in held.items()},
+        "held_mb": {name: size / 2**20 for name, size in held_sizes.items()},
     }
 
 
@@ -161,25 +161,25 @@ def run_arm(args: argparse.Namespace, name: str, seed: int) -> dict:
 
 def summarise(runs: list[dict]) -> dict:
     """Medians of costs, means of accuracies over seeds; `within`: accuracy reached in the seconds GRPO took."""
-    found = {}
+    summary = {}
     for name in ARMS:
-        mine = [run for run in runs if run["arm"] == name]
+        arm_runs = [run for run in runs if run["arm"] == name]
         group = {run["seed"]: run for run in runs if run["arm"] == "group"}
         within = []
-        for run in mine:
+        for run in arm_runs:
             limit = group[run["seed"]]["curve"][-1]["seconds"] * (1 + 1e-9)
             within.append([point for point in run["curve"] if point["seconds"] <= limit][-1]["pass_at_1"])
-        seconds = {part: statistics.median(run["seconds"][part] for run in mine) for part in mine[0]["seconds"]}
-        found[name] = {
+        seconds = {part: statistics.median(run["seconds"][part] for run in arm_runs) for part in arm_runs[0]["seconds"]}
+        summary[name] = {
             "seconds_per_rollout": seconds | {"all": sum(seconds.values())},
-            "peak_resident_mb": statistics.median(run["peak_resident_mb"] for run in mine),
-            "held_mb": mine[0]["held_mb"] | {"all": sum(mine[0]["held_mb"].values())},
-            "pass_at_1_before": statistics.fmean(run["curve"][0]["pass_at_1"] for run in mine),
-            "pass_at_1_equal_rollouts": statistics.fmean(run["curve"][-1]["pass_at_1"] for run in mine),
+            "peak_resident_mb": statistics.median(run["peak_resident_mb"] for run in arm_runs),
+            "held_mb": arm_runs[0]["held_mb"] | {"all": sum(arm_runs[0]["held_mb"].values())},
+            "pass_at_1_before": statistics.fmean(run["curve"][0]["pass_at_1"] for run in arm_runs),
+            "pass_at_1_equal_rollouts": statistics.fmean(run["curve"][-1]["pass_at_1"] for run in arm_runs),
             "pass_at_1_equal_seconds": statistics.fmean(within),
-            "each_seed": [run["curve"][-1]["pass_at_1"] for run in mine],
+            "each_seed": [run["curve"][-1]["pass_at_1"] for run in arm_runs],
         }
-    return found
+    return summary
 
 
 def main() -> None:
@@ -212,11 +212,11 @@ def main() -> None:
             )
     summary = summarise(runs)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    shown = {key: value for key, value in settings.items() if key not in ("arm", "seed", "json", "model")}
-    print(json.dumps({"settings": shown, "arms": summary}, indent=1))
+    printed = {key: value for key, value in settings.items() if key not in ("arm", "seed", "json", "model")}
+    print(json.dumps({"settings": printed, "arms": summary}, indent=1))
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"settings": shown, "arms": summary, "runs": runs}, file, indent=1)
+            json.dump({"settings": printed, "arms": summary, "runs": runs}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -241,8 +241,8 @@ def start(recipe: Path, out: Path) -> int:
         os.dup2(log, 1), os.dup2(log, 2)
         sys.argv = ["bessemer", "run", str(recipe), "--out", str(out)]
         cli.main()
-    except SystemExit as left:
-        code = left.code or 0
+    except SystemExit as exit:
+        code = exit.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
@@ -252,8 +252,8 @@ def start(recipe: Path, out: Path) -> int:
 
 def ended(pid: int) -> int | None:
     """The exit code of a process; None while it runs."""
-    found, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if found else None
+    waited, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if waited else None
 
 
 def left_over() -> list[str]:
@@ -292,8 +292,8 @@ def kill_at(
         if done or (under_way and time.monotonic() - clock >= seconds):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            at, left = place(out), left_over()
-            return {"aimed": stage, "stage": at, "seconds": round(seconds, 3), "start": from_start, "left": left}
+            at, leftovers = place(out), left_over()
+            return {"aimed": stage, "stage": at, "seconds": round(seconds, 3), "start": from_start, "left": leftovers}
         time.sleep(0.004)
     assert code == 0, f"the run exited with {code}: see {out.with_suffix('.log')}"
     return None
@@ -306,13 +306,13 @@ def finish(recipe: Path, out: Path) -> None:
 
 def result(out: Path) -> dict[str, Any]:
     """Everything that must not depend on kills."""
-    found: dict[str, Any] = {"metrics.jsonl": metrics(out)}
+    files: dict[str, Any] = {"metrics.jsonl": metrics(out)}
     for _, name, folder in stage_folders(out):
         done = json.loads((folder / "done.json").read_text())
         assert not damage(folder, done)
-        found |= {f"{name}/{file}": fact["sha256"] for file, fact in done["outputs"].items()}
-        found[f"{name}: summary"] = _without_clock(done["summary"])
-    return found
+        files |= {f"{name}/{file}": fact["sha256"] for file, fact in done["outputs"].items()}
+        files[f"{name}: summary"] = _without_clock(done["summary"])
+    return files
 
 
 def _without_clock(value: Any) -> Any:
@@ -321,11 +321,13 @@ def _without_clock(value: Any) -> Any:
     return {key: _without_clock(item) for key, item in value.items() if not any(word in key for word in IGNORED)}
 
 
-def differences(whole: dict[str, Any], out: Path) -> list[str]:
-    mine = result(out)
-    differing = [name for name in mine.keys() | whole.keys() if mine.get(name) != whole.get(name)]
-    left = [str(path.relative_to(out)) for path in out.rglob("*") if ".tmp-" in path.name or ".stale-" in path.name]
-    return sorted(differing + left)
+def differences(expected: dict[str, Any], out: Path) -> list[str]:
+    actual = result(out)
+    differing = [name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name)]
+    leftovers = [
+        str(path.relative_to(out)) for path in out.rglob("*") if ".tmp-" in path.name or ".stale-" in path.name
+    ]
+    return sorted(differing + leftovers)
 
 
 def one_round(recipe: Path, out: Path, seed: str, seconds: dict[str, float], per_stage: int) -> list[dict[str, Any]]:
@@ -357,31 +359,33 @@ def main() -> None:
             write_inputs(work)
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
-    recipe, whole = work / "kills.toml", work / "whole"
-    finish(recipe, whole)
-    expected = result(whole)
-    times = {name: json.loads((at / "done.json").read_text())["seconds"] for _, name, at in stage_folders(whole)}
+    recipe, uninterrupted = work / "kills.toml", work / "whole"
+    finish(recipe, uninterrupted)
+    expected = result(uninterrupted)
+    times = {
+        name: json.loads((at / "done.json").read_text())["seconds"] for _, name, at in stage_folders(uninterrupted)
+    }
     print(f"never killed: {len(times)} stages, {sum(times.values()):.0f} s, {len(expected)} files and summaries")
-    found = json.loads(args.results.read_text()) if args.results.exists() else {"rounds": {}}
-    found |= {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "seconds": times}
-    while (n := sum(len(one["kills"]) for one in found["rounds"].values())) < args.kills:
-        seed = f"{args.seed}-{len(found['rounds'])}"
+    report = json.loads(args.results.read_text()) if args.results.exists() else {"rounds": {}}
+    report |= {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "seconds": times}
+    while (n := sum(len(round_entry["kills"]) for round_entry in report["rounds"].values())) < args.kills:
+        seed = f"{args.seed}-{len(report['rounds'])}"
         out = work / f"round-{seed}"
         shutil.rmtree(out, ignore_errors=True)
         kills = one_round(recipe, out, seed, times, args.per_stage)
         differing = differences(expected, out)
-        left = sum(len(kill["left"]) for kill in kills)
-        print(f"seed {seed}: {len(kills)} kills, {n + len(kills)} in all: {len(differing)} differ, {left} left over",
+        n_left = sum(len(kill["left"]) for kill in kills)
+        print(f"seed {seed}: {len(kills)} kills, {n + len(kills)} in all: {len(differing)} differ, {n_left} left over",
               *differing, sep="\n  ", flush=True)  # fmt: skip
-        found["rounds"][seed] = {"kills": kills, "compared": len(expected), "differ": differing}
+        report["rounds"][seed] = {"kills": kills, "compared": len(expected), "differ": differing}
         counts: dict[str, int] = {}
-        for one in found["rounds"].values():
-            for kill in one["kills"]:
+        for round_entry in report["rounds"].values():
+            for kill in round_entry["kills"]:
                 counts[kill["stage"]] = counts.get(kill["stage"], 0) + 1
-        found["kills"], found["by_stage"] = sum(counts.values()), counts
-        found["differ"] = sum(len(one["differ"]) for one in found["rounds"].values())
-        args.results.write_text(json.dumps(found, indent=1) + "\n")
-        if differing or left:
+        report["kills"], report["by_stage"] = sum(counts.values()), counts
+        report["differ"] = sum(len(round_entry["differ"]) for round_entry in report["rounds"].values())
+        args.results.write_text(json.dumps(report, indent=1) + "\n")
+        if differing or n_left:
             sys.exit(1)
         shutil.rmtree(out)
 

@@ -32,9 +32,9 @@ def page_words(part: Path, split: str, tokenizer: bessemer.Tokenizer) -> list[st
     return [word for file in named for word in words(tokenizer.decode(np.fromfile(file, shards.dtype_of(tokenizer))))]
 
 
-def share(found: Iterable[str], known: set[str]) -> str:
-    found = list(found)
-    return f"{100 * sum(word in known for word in found) / len(found):.1f} % of {len(found):,} words"
+def share(words: Iterable[str], vocabulary: set[str]) -> str:
+    words = list(words)
+    return f"{100 * sum(word in vocabulary for word in words) / len(words):.1f} % of {len(words):,} words"
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         folder = model_dir(name)
         engine = load_engine(folder)
         corpus = next(path for _, _, path in stage_folders(folder.parents[1]) if (path / "parts.json").is_file())
-        known = set(page_words(corpus / "english", "train", engine.tokenizer))
+        vocabulary = set(page_words(corpus / "english", "train", engine.tokenizer))
         heldout = page_words(corpus / "english", "heldout", engine.tokenizer)
         rng = random.Random(0)
         shuffled = ["".join(rng.sample(word, len(word))) for word in heldout]
@@ -56,8 +56,8 @@ def main() -> None:
             [args.prompt], samples=args.samples, temperature=args.temperature, max_new_tokens=200, seed=0
         )
         written = [word for answer in answers for word in words(answer.text)]
-        print(f"{name}: {share(written, known)}; held-out pages {share(heldout, known)}, letters shuffled "
-              f"{share(shuffled, known)}")  # fmt: skip
+        print(f"{name}: {share(written, vocabulary)}; held-out pages {share(heldout, vocabulary)}, letters shuffled "
+              f"{share(shuffled, vocabulary)}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ def main() -> None:
         [question_ids(tokenizer, problem.prompt) for problem in problems],
         samples=args.samples, seeds=list(range(args.requests)), temperature=0.7, max_new_tokens=100, batch_rows=64,
     )  # fmt: skip
-    answers = [[tokenizer.opening + one.text for one in group] for group in groups]
+    answers = [[tokenizer.opening + answer.text for answer in group] for group in groups]
     right = [[task.verify(p, text).correct for text in texts] for p, texts in zip(problems, answers, strict=True)]
-    both = [number for number, marks in enumerate(right) if any(marks) and not all(marks)]
-    print(f"{fmean(map(fmean, right)):.3f} of the policy's answers are right; {len(both)} requests have both kinds")
+    mixed = [number for number, marks in enumerate(right) if any(marks) and not all(marks)]
+    print(f"{fmean(map(fmean, right)):.3f} of the policy's answers are right; {len(mixed)} requests have both kinds")
     manners = [GOOD, *(manner for manner in MANNERS[1:] if manner in HARMLESS)]
     rng, written = random.Random(1), []
     for number in range(args.requests):
@@ -49,13 +49,13 @@ def main() -> None:
     for path in args.rewards:
         model = load_scorer(path)
 
-        def scores(asked: list[tuple[str, list[str]]], model=model) -> list[list[float]]:
-            ids = [judged_ids(tokenizer, "helpful", prompt, text) for prompt, texts in asked for text in texts]
-            found = iter(score_ids(model, ids, tokenizer.pad_id))
-            return [[next(found) for _ in texts] for _, texts in asked]
+        def scores(pairs: list[tuple[str, list[str]]], model=model) -> list[list[float]]:
+            ids = [judged_ids(tokenizer, "helpful", prompt, text) for prompt, texts in pairs for text in texts]
+            scores_left = iter(score_ids(model, ids, tokenizer.pad_id))
+            return [[next(scores_left) for _ in texts] for _, texts in pairs]
 
         ranked = defaultdict(list)
-        for number, of in zip(both, scores([(problems[n].prompt, answers[n]) for n in both]), strict=True):
+        for number, of in zip(mixed, scores([(problems[n].prompt, answers[n]) for n in mixed]), strict=True):
             good, bad = ([s for s, ok in zip(of, right[number], strict=True) if ok is kind] for kind in (True, False))
             ranked[problems[number].language].append(fmean(g > b for g in good for b in bad))
         for (language, _, _), of in zip(written, scores([(p, texts) for _, p, texts in written]), strict=True):

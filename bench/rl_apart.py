@@ -45,12 +45,12 @@ def stage(base: Path, engine: str, rollouts: int) -> dict[str, float]:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [line for line in lines if "rl/reward" in line["values"]]
     seconds = lines[-1]["time"] - lines[LEFT_OUT - 1]["time"]
-    kept = lines[LEFT_OUT:]
-    steps = kept[-1]["step"] - lines[LEFT_OUT - 1]["step"]
-    found = {"seconds_per_step": seconds / steps}
-    means = {name: statistics.mean(line["values"][name] for line in kept) for name in ("rl/reward", "rl/length")}
-    shares = {name: [line["values"][name] for line in kept if name in line["values"]] for name in SHARES}
-    return found | means | {name: statistics.mean(values) for name, values in shares.items() if values}
+    counted = lines[LEFT_OUT:]
+    steps = counted[-1]["step"] - lines[LEFT_OUT - 1]["step"]
+    result = {"seconds_per_step": seconds / steps}
+    means = {name: statistics.mean(line["values"][name] for line in counted) for name in ("rl/reward", "rl/length")}
+    shares = {name: [line["values"][name] for line in counted if name in line["values"]] for name in SHARES}
+    return result | means | {name: statistics.mean(values) for name, values in shares.items() if values}
 
 
 def main() -> None:
@@ -66,14 +66,14 @@ def main() -> None:
         return
     runs = {engine: [] for engine in ENGINES}
     for _ in range(args.repeats):
-        for engine, found in runs.items():
+        for engine, runs_of in runs.items():
             command = [sys.executable, __file__, str(args.base), "--rollouts", str(args.rollouts), "--engine", engine]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found.append(json.loads(done.stdout.splitlines()[-1]) | {"load": round(os.getloadavg()[0], 2)})
-            print(engine, found[-1], file=sys.stderr, flush=True)
-    result = {engine: spread([run["seconds_per_step"] for run in found]) for engine, found in runs.items()}
+            runs_of.append(json.loads(done.stdout.splitlines()[-1]) | {"load": round(os.getloadavg()[0], 2)})
+            print(engine, runs_of[-1], file=sys.stderr, flush=True)
+    result = {engine: spread([run["seconds_per_step"] for run in runs_of]) for engine, runs_of in runs.items()}
     pairs = zip(runs["ray"], runs["here"], strict=True)
-    result["ray_over_here"] = spread([ray["seconds_per_step"] / here["seconds_per_step"] for ray, here in pairs])
+    result["ray_over_here"] = spread([ray["seconds_per_step"] / local["seconds_per_step"] for ray, local in pairs])
     result |= {"unit": "seconds per optimizer step", "machine": processor(), "cores": len(os.sched_getaffinity(0))}
     print(json.dumps(result))
     if args.json:

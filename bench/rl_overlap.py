@@ -91,7 +91,7 @@ def main() -> None:
         run = loop.Loop(recipe.stage("zero"), ctx, {})
         run.trainer.start()
         run.reference = loop.Reference(run.trainer, run.policy, timed, recipe.stage("zero").kl.reference_every, 1.0)
-        ahead = next(one for one in run.components if one.ahead)
+        ahead = next(component for component in run.components if component.ahead)
         take = ahead.take
         for number in range(args.rollouts):
             samples, sample_one, sample_two = phase(timed, lambda n=number: take(n))

@@ -1,4 +1,4 @@
-"""Processor seconds of planning rows, per 10^9 tokens, for several row lengths.
+"""Processor seconds of whole rows, per 10^9 tokens, for several row lengths.
 
     python bench/row_plans.py [--documents 200000] [--lengths 2048 4096 32768 131072]
 

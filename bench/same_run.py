@@ -60,12 +60,12 @@ def differences(a: Path, b: Path) -> list[str]:
         raise SystemExit(f"nothing to compare in {a} and {b}")
     missing = [str(n) for n in names if not ((a / n).exists() and (b / n).exists())]
     differing = [str(n) for n in names if str(n) not in missing and (a / n).read_bytes() != (b / n).read_bytes()]
-    ours, theirs = metrics(a), metrics(b)
-    if ours != theirs:
-        at = next((x for x, y in zip(ours, theirs, strict=False) if x != y), None)
-        differing.append(f"metrics.jsonl ({len(ours)} and {len(theirs)} lines), first at {at and at[:2]}")
+    old_lines, new_lines = metrics(a), metrics(b)
+    if old_lines != new_lines:
+        at = next((x for x, y in zip(old_lines, new_lines, strict=False) if x != y), None)
+        differing.append(f"metrics.jsonl ({len(old_lines)} and {len(new_lines)} lines), first at {at and at[:2]}")
     result = missing + differing
-    print(f"compared {len(names)} files and {len(ours)} metric lines: {len(result)} differ", flush=True)
+    print(f"compared {len(names)} files and {len(old_lines)} metric lines: {len(result)} differ", flush=True)
     return result
 
 

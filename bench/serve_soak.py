@@ -46,8 +46,8 @@ async def client(port: int, n: int, tokens: int, until: float, counts: Counter[s
                 counts["left"] += 1
             else:
                 raw = await reader.read()
-                whole = b"data: [DONE]" in raw and b'"error"' not in raw
-                counts["whole" if whole else "lost"] += 1
+                is_complete = b"data: [DONE]" in raw and b'"error"' not in raw
+                counts["whole" if is_complete else "lost"] += 1
             writer.close()
         except OSError:
             counts["lost"] += 1

@@ -57,11 +57,11 @@ def engine_and_requests(model: str, streams: int, tokens: int):
     torch.set_num_threads(1)
     engine = load_engine(model_dir(model))
     prompts = [tuple(question_ids(engine.tokenizer, question(n))) for n in range(streams)]
-    made = [
+    built = [
         Request(ids, stream_key(n, prompt_digest(ids), 0), tokens, SamplingParams(**SAMPLING))
         for n, ids in enumerate(prompts)
     ]
-    return engine, made
+    return engine, built
 
 
 def bare(model: str, streams: int, tokens: int) -> dict:
@@ -110,10 +110,10 @@ def served(model: str, streams: int, tokens: int) -> dict:
         (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         pids = (process.pid, int(worker))
         before, start = list(map(cpu_seconds, pids)), time.perf_counter()
-        found = asyncio.run(ask_all(port, streams, tokens))
-        seconds = max(stream["ended"] for stream in found) - start
+        streams_read = asyncio.run(ask_all(port, streams, tokens))
+        seconds = max(stream["ended"] for stream in streams_read) - start
         server, model = (cpu_seconds(pid) - first for pid, first in zip(pids, before, strict=True))
-        return {"seconds": seconds, "server_cpu": server, "model_cpu": model, "streams": found}
+        return {"seconds": seconds, "server_cpu": server, "model_cpu": model, "streams": streams_read}
     finally:
         process.terminate()
         process.wait(60)
@@ -150,10 +150,10 @@ async def ask(port: int, n: int, tokens: int, start: float) -> dict:
 
 def parse_stream(raw: bytes) -> tuple[str, int, bool]:
     """(text, number of tokens, whether the stream ended with [DONE])."""
-    rest, joined = raw.split(b"\r\n\r\n", 1)[1], b""
-    while rest:
-        size, rest = rest.split(b"\r\n", 1)
-        joined, rest = joined + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+    body, joined = raw.split(b"\r\n\r\n", 1)[1], b""
+    while body:
+        size, body = body.split(b"\r\n", 1)
+        joined, body = joined + body[: int(size, 16)], body[int(size, 16) + 2 :]
     events = [event for event in joined.split(b"\n\n") if event.startswith(b"data: ")]
     chunks = [json.loads(event[6:]) for event in events if event != b"data: [DONE]"]
     text = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk.get("choices", ()))
@@ -188,22 +188,22 @@ def main() -> None:
     lost = mixed = 0
     rounds = []
     for _ in range(args.rounds):
-        one, other = in_a_process("bare", *size), served(*size)
-        for text, stream in zip(expected, other["streams"], strict=True):
-            got, count, ended = parse_stream(stream["raw"])
+        bare, served_run = in_a_process("bare", *size), served(*size)
+        for text, stream in zip(expected, served_run["streams"], strict=True):
+            tokens_read, count, ended = parse_stream(stream["raw"])
             lost += not ended or count != args.tokens
-            mixed += got != text
-        firsts = sorted(stream["first"] for stream in other["streams"])
+            mixed += tokens_read != text
+        firsts = sorted(stream["first"] for stream in served_run["streams"])
         rounds.append({
-            "bare_seconds": one["seconds"], "served_seconds": other["seconds"],
-            "bare_cpu_seconds": one["cpu_seconds"], "model_cpu_seconds": other["model_cpu"],
-            "server_cpu_seconds": other["server_cpu"], "overhead": other["seconds"] / one["seconds"] - 1,
-            "model_cpu_overhead": other["model_cpu"] / one["cpu_seconds"] - 1,
+            "bare_seconds": bare["seconds"], "served_seconds": served_run["seconds"],
+            "bare_cpu_seconds": bare["cpu_seconds"], "model_cpu_seconds": served_run["model_cpu"],
+            "server_cpu_seconds": served_run["server_cpu"], "overhead": served_run["seconds"] / bare["seconds"] - 1,
+            "model_cpu_overhead": served_run["model_cpu"] / bare["cpu_seconds"] - 1,
             "first_token_median": statistics.median(firsts), "first_token_95": firsts[int(0.95 * len(firsts))],
-            "longest_pause": max(stream["pause"] for stream in other["streams"]),
+            "longest_pause": max(stream["pause"] for stream in served_run["streams"]),
         })  # fmt: skip
         print(json.dumps({key: round(value, 3) for key, value in rounds[-1].items()}), flush=True)
-    middle = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+    middle = {key: statistics.median(bare[key] for bare in rounds) for key in rounds[0]}
     total = args.streams * args.tokens
     result = {
         "streams": args.streams, "tokens_each": args.tokens, "lost": lost, "mixed": mixed,

@@ -62,9 +62,9 @@ def engine() -> Engine:
     return Engine(Transformer(cfg).initialise(0).eval(), tokenizer)
 
 
-def beside(made: Engine, requests: list[Request], steps: int) -> dict[str, float]:
+def beside(engine: Engine, requests: list[Request], steps: int) -> dict[str, float]:
     """The times between two tokens of a plain sample while the requests arrive and run."""
-    scheduler = Scheduler(made, rows=len(requests) + 1, prefill_tokens=2048, queue=FairQueue())
+    scheduler = Scheduler(engine, rows=len(requests) + 1, prefill_tokens=2048, queue=FairQueue())
     plain = scheduler.add(Request((5, 6, 7), 0, steps + 64, stop_ids=()))
     for _ in range(16):
         scheduler.step()
@@ -81,21 +81,21 @@ def beside(made: Engine, requests: list[Request], steps: int) -> dict[str, float
     return {"start_ms": start, "longest_ms": max(gaps)}
 
 
-def memory(made: Engine, count: int, **options: object) -> float:
+def memory(engine: Engine, count: int, **options: object) -> float:
     """MB of `count` started samples, by Python's own count."""
-    scheduler = Scheduler(made, rows=count, queue=FairQueue())
+    scheduler = Scheduler(engine, rows=count, queue=FairQueue())
     gc.collect()
     tracemalloc.start()
-    kept = [scheduler.start(Request((5, 6), n, 4, **options)) for n in range(count)]  # type: ignore[arg-type]
-    held, _ = tracemalloc.get_traced_memory()
+    sequences = [scheduler.start(Request((5, 6), n, 4, **options)) for n in range(count)]  # type: ignore[arg-type]
+    held_bytes, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(kept) == count
-    return held / 1e6
+    assert len(sequences) == count
+    return held_bytes / 1e6
 
 
-def step_ms(made: Engine, rows: int, first: TokenRules | None, steps: int) -> Callable[[], float]:
+def step_ms(engine: Engine, rows: int, first: TokenRules | None, steps: int) -> Callable[[], float]:
     """A function that runs some steps and returns the processor time of one, in ms."""
-    scheduler = Scheduler(made, rows=rows, queue=FairQueue())
+    scheduler = Scheduler(engine, rows=rows, queue=FairQueue())
     for n in range(rows):
         prompt = tuple(2 + k % 280 for k in range(4000 if n == 0 else 32))
         scheduler.add(Request(prompt, n, 20 * steps, stop_ids=(), control=first if n == 0 else None))
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    made = engine()
+    small_engine = engine()
     bias = SamplingParams(bias=tuple((token, 1.0) for token in range(300)))
     long = tuple(2 + n % 280 for n in range(CONTEXT - 200))
     cases = {
@@ -127,23 +127,24 @@ def main() -> None:
         "300 biases": [Request((5, 6), n, 24, bias, stop_ids=()) for n in range(SAMPLES)],
         "32K prompt": [Request(long, n, 24, stop_ids=()) for n in range(SAMPLES)],
     }
-    beside(made, cases["plain"], 20)  # initialises whatever is created on first use
-    found: dict[str, object] = {"processor": processor(), "vocabulary": VOCABULARY, "samples": SAMPLES}
+    beside(small_engine, cases["plain"], 20)  # initialises whatever is created on first use
+    report: dict[str, object] = {"processor": processor(), "vocabulary": VOCABULARY, "samples": SAMPLES}
     for name, requests in cases.items():
-        times = found[name] = beside(made, requests, options.steps)
+        times = report[name] = beside(small_engine, requests, options.steps)
         print(f"{name}: {times['start_ms']:.1f} ms to start, {times['longest_ms']:.1f} ms between two tokens at most")
-    found["MB of 320 samples with 64 stop strings"] = memory(made, 320, stop_strings=STOPS)
-    print(f"320 samples with 64 stop strings: {found['MB of 320 samples with 64 stop strings']:.2f} MB")
-    plain = step_ms(made, options.rows, None, 30)
-    penalised = step_ms(made, options.rows, TokenRules(PenaltyParams(repetition_penalty=1.1)), 30)
+    report["MB of 320 samples with 64 stop strings"] = memory(small_engine, 320, stop_strings=STOPS)
+    print(f"320 samples with 64 stop strings: {report['MB of 320 samples with 64 stop strings']:.2f} MB")
+    plain = step_ms(small_engine, options.rows, None, 30)
+    penalised = step_ms(small_engine, options.rows, TokenRules(PenaltyParams(repetition_penalty=1.1)), 30)
     pairs = [(plain(), penalised()) for _ in range(9)]
-    found["step_ms"] = {
-        "plain": statistics.median(one for one, _ in pairs), "penalised": statistics.median(one for _, one in pairs),
-        "ratio": statistics.median(two / one for one, two in pairs),
+    report["step_ms"] = {
+        "plain": statistics.median(without for without, _ in pairs),
+        "penalised": statistics.median(with_penalty for _, with_penalty in pairs),
+        "ratio": statistics.median(with_penalty / without for without, with_penalty in pairs),
     }  # fmt: skip
-    print(f"{options.rows} rows, one penalised: {found['step_ms']['ratio']:.3f} of a plain step")  # type: ignore[index]
+    print(f"{options.rows} rows, one penalised: {report['step_ms']['ratio']:.3f} of a plain step")  # type: ignore[index]
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,19 +36,19 @@ def line(*cells: str) -> None:
 
 def stages(runs: list[Rows]) -> None:
     models = list(dict.fromkeys(row["model"] for row in runs[0]))
-    asked = list(dict.fromkeys((row["task"], row["language"]) for row in runs[0]))
+    groups = list(dict.fromkeys((row["task"], row["language"]) for row in runs[0]))
     line("", *models)
     line(*["---"] * (len(models) + 1))
 
     def cells(name: str, value: Callable[[Rows], float]) -> None:
         """`value` of each model's rows in each run."""
-        found = [[value([row for row in rows if row["model"] == model]) for rows in runs] for model in models]
-        line(name, *(f"{fmean(v):.1f}" + (f" ({min(v):.0f}-{max(v):.0f})" if len(v) > 1 else "") for v in found))
+        values = [[value([row for row in rows if row["model"] == model]) for rows in runs] for model in models]
+        line(name, *(f"{fmean(v):.1f}" + (f" ({min(v):.0f}-{max(v):.0f})" if len(v) > 1 else "") for v in values))
 
-    for one in asked:
+    for question in groups:
         cells(
-            " ".join(one),
-            lambda rows: 100 * next(r["pass_at_1"] for r in rows if (r["task"], r["language"]) == one),  # noqa: B023
+            " ".join(question),
+            lambda rows: 100 * next(r["pass_at_1"] for r in rows if (r["task"], r["language"]) == question),  # noqa: B023
         )
     for key, (name, scale) in MEANS.items():
         cells(name, lambda rows: scale * fmean(row[key] for row in rows))  # noqa: B023
@@ -62,8 +62,8 @@ def differences(runs: list[Rows], pairs: list[list[str]]) -> None:
             [paired.rates([row for row in rows if row["model"] == model], model, measure) for rows in chosen]
             for model in pair
         )
-        one = paired.compare(first, second, only=[task] if task else ())[-1]
-        return f"{100 * one.difference:+.1f} ({100 * one.low:.1f} to {100 * one.high:.1f})"
+        comparison = paired.compare(first, second, only=[task] if task else ())[-1]
+        return f"{100 * comparison.difference:+.1f} ({100 * comparison.low:.1f} to {100 * comparison.high:.1f})"
 
     for measure in paired.MEASURES:
         print()

@@ -94,8 +94,12 @@ def main() -> None:
         "groups": groups,
         "machine": {"processor": processor(), "workers": args.workers, "load": round(os.getloadavg()[0], 1)},
         "rounds": timed,
-        "bytes_per_second": {name: spread([size / one["seconds"] for one in of]) for name, of in timed.items()},
-        "bytes_per_cpu_second": {name: spread([size / one["cpu_seconds"] for one in of]) for name, of in timed.items()},
+        "bytes_per_second": {
+            name: spread([size / measurement["seconds"] for measurement in of]) for name, of in timed.items()
+        },
+        "bytes_per_cpu_second": {
+            name: spread([size / measurement["cpu_seconds"] for measurement in of]) for name, of in timed.items()
+        },
         "times_as_fast": ratios,
     }
     print(json.dumps(facts, indent=1))
@@ -105,33 +109,33 @@ def main() -> None:
 
 def texts_of(group: str, megabytes: int) -> list[str]:
     if group != "code":
-        return [one.text for name in GROUPS[group] for one in sources.documents(name)]
-    found, left = [], megabytes * 1_000_000
+        return [document.text for name in GROUPS[group] for document in sources.documents(name)]
+    texts, remaining = [], megabytes * 1_000_000
     paths = sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))
     random.Random(1).shuffle(paths)
     for path in paths:
         with suppress(UnicodeDecodeError):
             if text := path.read_text("utf-8"):
-                found.append(text)
-                left -= len(text.encode())
-        if left <= 0:
+                texts.append(text)
+                remaining -= len(text.encode())
+        if remaining <= 0:
             break
-    return found
+    return texts
 
 
 def clocked(run: Callable[[Path], int], out: Path) -> dict[str, float]:
     """Seconds, processor seconds and tokens of one run; its output is deleted."""
     out.mkdir()
-    before, began = _cpu(), time.monotonic()
+    start, began = _cpu(), time.monotonic()
     tokens = run(out)
-    facts = {"seconds": round(time.monotonic() - began, 2), "cpu_seconds": round(_cpu() - before, 2), "tokens": tokens}
+    facts = {"seconds": round(time.monotonic() - began, 2), "cpu_seconds": round(_cpu() - start, 2), "tokens": tokens}
     shutil.rmtree(out)
     return facts
 
 
 def _cpu() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def same_ids(texts: list[str], tokenizer: Path) -> None:
@@ -140,9 +144,9 @@ def same_ids(texts: list[str], tokenizer: Path) -> None:
 
     from bessemer.data.encoder import Encoder
 
-    theirs = AutoTokenizer.from_pretrained(tokenizer)
-    found = [ids.tolist() for ids in Encoder(Tokenizer.load(tokenizer)).encode_batch(texts)]
-    assert found == theirs(texts, add_special_tokens=False)["input_ids"]
+    reference = AutoTokenizer.from_pretrained(tokenizer)
+    actual = [ids.tolist() for ids in Encoder(Tokenizer.load(tokenizer)).encode_batch(texts)]
+    assert actual == reference(texts, add_special_tokens=False)["input_ids"]
 
 
 def theirs_from(texts: list[str], folder: Path) -> Path:
@@ -181,7 +185,7 @@ def ours_from(texts: list[str], folder: Path) -> list[Path]:
     from bessemer.addons.curate import steps
     from bessemer.addons.curate.settings import Dedup
 
-    found = []
+    ids = []
     join = folder / "join"
     for number in range(FILES):
         raw = folder / f"{number}.jsonl"
@@ -192,10 +196,10 @@ def ours_from(texts: list[str], folder: Path) -> list[Path]:
             (at / step).mkdir(parents=True)
         (at / "read" / "facts.json").write_text(json.dumps(steps.read(at / "read", unit, None)))
         steps.sign(at / "sign", at / "read", Dedup(exact=False, near=False), None, 10)
-        found.append(at)
+        ids.append(at)
     join.mkdir()
     steps.join(join, [], [], [0] * FILES)
-    return found
+    return ids
 
 
 def ours(units: list[Path], tokenizer: Path, row_length: int, workers: int, out: Path) -> int:

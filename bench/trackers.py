@@ -39,19 +39,19 @@ def main() -> None:
         corpus = Path(folder) / "corpus"
         subprocess.run(command(corpus, "--until", "corpus"), check=True, stderr=subprocess.DEVNULL)
         for number in range(args.rounds):
-            one = {}
+            row = {}
             for arm, names in (("without", ()), ("with", NAMES)):
                 root = Path(folder) / f"{arm}-{number}"
-                one[arm] = measure(root, corpus, names)
-            rounds.append(one)
-            print(json.dumps(one), flush=True)
-    shares = [one["with"]["tracker_seconds"] / one["with"]["seconds"] for one in rounds]
-    ratios = [one["with"]["seconds"] / one["without"]["seconds"] for one in rounds]
+                row[arm] = measure(root, corpus, names)
+            rounds.append(row)
+            print(json.dumps(row), flush=True)
+    shares = [row["with"]["tracker_seconds"] / row["with"]["seconds"] for row in rounds]
+    ratios = [row["with"]["seconds"] / row["without"]["seconds"] for row in rounds]
     results = {
         "machine": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "steps": LAST - FIRST,
-        "step_seconds": statistics.median(one["without"]["seconds"] for one in rounds),
+        "step_seconds": statistics.median(row["without"]["seconds"] for row in rounds),
         "trackers_share_of_a_core": statistics.median(shares),
         "ratio_of_step_times": sorted(ratios),
         "rounds": rounds,

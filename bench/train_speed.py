@@ -30,7 +30,7 @@ ROWS, LENGTH = 16, 256
 
 
 @contextlib.contextmanager
-def before_others(wanted: bool):
+def before_others(is_first: bool):
     """A context in which the threads of this process and of its helpers run before all others."""
 
     def schedule(policy: int, priority: int) -> None:
@@ -40,10 +40,10 @@ def before_others(wanted: bool):
             for thread in os.listdir(f"/proc/{process}/task"):
                 os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
 
-    if wanted:
+    if is_first:
         schedule(os.SCHED_RR, 20)
     yield
-    if wanted:
+    if is_first:
         schedule(os.SCHED_OTHER, 0)
 
 
@@ -160,20 +160,20 @@ def machine() -> str:
 
 
 def cases(quick: bool) -> list[dict]:
-    mine = [
+    own = [
         {"side": "ours", "compile": c, "mtp": m, "dtype": "auto"}
         for c, m in ((True, False), (False, False), (True, True))
     ]
     grid = itertools.product(("float32", "autocast", "bfloat16"), ("grouped_mm", "eager", "batched_mm"), (True, False))
-    theirs = [
+    peers = [
         {"side": "peer", "dtype": d, "experts": e, "compile": c, "allocator": True}
         for d, e, c in grid
         if e != "batched_mm" or (d == "float32" and not c)  # 20x slower than the others; measured once
     ]
-    theirs.append({"side": "peer", "dtype": "float32", "experts": "grouped_mm", "compile": False, "allocator": False})
+    peers.append({"side": "peer", "dtype": "float32", "experts": "grouped_mm", "compile": False, "allocator": False})
     if quick:
-        theirs = [c for c in theirs if c["experts"] == "grouped_mm" and c["allocator"] and c["dtype"] != "bfloat16"]
-    return mine + theirs
+        peers = [c for c in peers if c["experts"] == "grouped_mm" and c["allocator"] and c["dtype"] != "bfloat16"]
+    return own + peers
 
 
 class Case:
@@ -249,7 +249,7 @@ def main() -> None:
         print(f"{case.rate:9.0f} tokens/s  {case.case}", flush=True)
     best_peer = max((c for c in running if c.case["side"] == "peer"), key=lambda c: c.rate)
     best_ours = max((c for c in running if c.case["side"] == "ours" and not c.case["mtp"]), key=lambda c: c.rate)
-    ratios = sorted(theirs / own for own, theirs in zip(best_ours.seconds, best_peer.seconds, strict=True))
+    ratios = sorted(peer_seconds / own for own, peer_seconds in zip(best_ours.seconds, best_peer.seconds, strict=True))
     facts = best_ours.facts
     gflops = facts["flops_per_token"] * best_ours.rate / 1e9
     summary = {

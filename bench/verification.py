@@ -35,8 +35,8 @@ KINDS = ("programs", "mathematics", "sums", "sums")
 def write_problems(folder: Path) -> None:
     tests = [{"input": f"{n}\n{n + 3}\n", "output": f"{2 * n + 3}\n"} for n in range(TESTS)]
     (folder / "code.jsonl").write_text(json.dumps({"prompt": "Print the sum of two numbers.", "tests": tests}) + "\n")
-    asked = "Which polynomial is it, problem"
-    lines = [{"question": f"{asked} {n}?", "answer": f"x^2+{n + 2}x+{n + 1}"} for n in range(64)]
+    question = "Which polynomial is it, problem"
+    lines = [{"question": f"{question} {n}?", "answer": f"x^2+{n + 2}x+{n + 1}"} for n in range(64)]
     (folder / "maths.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -50,22 +50,22 @@ def answers(folder: Path, count: int) -> list:
 
     code, maths = tasks.get(f"code:{folder}/code.jsonl@train"), tasks.get(f"jsonl:{folder}/maths.jsonl@train")
     families = {"programs": code, "mathematics": maths, "sums": tasks.get("arithmetic")}
-    made = []
+    rows = []
     for n in range(count):
         task = families[KINDS[n % len(KINDS)]]
         problem = task.problem("train", n // len(KINDS) % 64 if task is maths else 0)
         k = int(problem.meta["gold"].split("+")[2]) if task is maths else 0
         text = {code: program(n), maths: f"x^2+{k + 1}x+{k + n + 1}-{n + 1}"}.get(task, str(n))
-        made.append((task, problem, f"<think>t</think><answer>{text}</answer>"))
-    return made
+        rows.append((task, problem, f"<think>t</think><answer>{text}</answer>"))
+    return rows
 
 
 def serial(folder: Path, sample: int) -> dict[str, float]:
     """Seconds of one verdict of each kind."""
-    asked = answers(folder, (sample + 1) * len(KINDS))
+    sampled = answers(folder, (sample + 1) * len(KINDS))
     seconds = {}
-    for place, kind in enumerate(KINDS[:3]):
-        own = asked[place :: len(KINDS)]
+    for index, kind in enumerate(KINDS[:3]):
+        own = sampled[index :: len(KINDS)]
         own[0][0].verify(*own[0][1:])  # starts the referee
         began = time.perf_counter()
         right = [task.verify(problem, answer).correct for task, problem, answer in own[1:]]
@@ -77,12 +77,12 @@ def serial(folder: Path, sample: int) -> dict[str, float]:
 def verdicts(folder: Path, args: argparse.Namespace) -> dict:
     from bessemer.eval.judging import judge_all
 
-    asked = answers(folder, args.answers + 64)
-    judge_all(asked[args.answers :])  # starts the verifiers and their referees
+    triples = answers(folder, args.answers + 64)
+    judge_all(triples[args.answers :])  # starts the verifiers and their referees
     began = time.perf_counter()
-    found = judge_all(asked[: args.answers])
+    judged = judge_all(triples[: args.answers])
     seconds = time.perf_counter() - began
-    right = [one.verdict.correct for one in found]
+    right = [answer.verdict.correct for answer in judged]
     assert all(right[0::4]) and all(right[1::4])
     return {"answers": args.answers, "seconds": seconds}
 
@@ -116,26 +116,29 @@ def idle(folder: Path, args: argparse.Namespace) -> dict:
             return f"<think>t</think><answer>{program(self.first + 8 * p + k)}</answer>"
 
         def generate(self, prompts, on_text=None, **options):
-            heard = (lambda p, k, _: on_text(p, k, self.text(p, k))) if self.beside else None
-            found = engine.generate(prompts, on_text=heard, **options)
+            callback = (lambda p, k, _: on_text(p, k, self.text(p, k))) if self.beside else None
+            groups = engine.generate(prompts, on_text=callback, **options)
             ended[0] = time.perf_counter()
-            return [[replace(one, text=self.text(p, k)) for k, one in enumerate(g)] for p, g in enumerate(found)]
+            return [
+                [replace(completion, text=self.text(p, k)) for k, completion in enumerate(g)]
+                for p, g in enumerate(groups)
+            ]
 
     result: dict = {"samples": groups * 8, "tokens_at_most": args.tokens}
     for name, beside in (("warm-up", True), ("after", False), ("beside", True)):
         first = {"warm-up": 10**6, "after": 2 * 10**6, "beside": 3 * 10**6}[name]
         few = problems[:1] if name == "warm-up" else problems
         began = time.perf_counter()
-        made = rollout.sample(
+        rollouts = rollout.sample(
             Writes(first, beside), few, lambda _: [0, 5, 6], samples=8, seed=1, max_new_tokens=args.tokens,
             stop_ids=[0], batch_rows=64,
         )  # fmt: skip
-        whole = time.perf_counter() - began
-        assert all(row.verdict.correct for group in made for row in group)
+        seconds = time.perf_counter() - began
+        assert all(row.verdict.correct for group in rollouts for row in group)
         if name != "warm-up":
             waited = time.perf_counter() - ended[0]
-            result[name] = {"seconds": whole, "idle_seconds": waited, "idle_percent": 100 * waited / whole}
-    rows = [row.completion for group in made for row in group]
+            result[name] = {"seconds": seconds, "idle_seconds": waited, "idle_percent": 100 * waited / seconds}
+    rows = [row.completion for group in rollouts for row in group]
     tokens = sum(len(row.tokens) for row in rows)
     result["memory"] = {
         "tokens": tokens,
@@ -178,12 +181,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_problems(folder)
-        each = child("serial", folder, args, args.before or source, 1)
-        counts = {kind: args.answers * KINDS.count(kind) / len(KINDS) for kind in each}
+        serial_run = child("serial", folder, args, args.before or source, 1)
+        counts = {kind: args.answers * KINDS.count(kind) / len(KINDS) for kind in serial_run}
         before = {
             "package": "before" if args.before else "this one",
-            "seconds_each": each,
-            "scaled_seconds": sum(each[kind] * counts[kind] for kind in each),
+            "seconds_each": serial_run,
+            "scaled_seconds": sum(serial_run[kind] * counts[kind] for kind in serial_run),
         }
         after = child("verdicts", folder, args, source, cores)
         facts = {

@@ -51,11 +51,11 @@ def integer_of(rng: random.Random) -> int:
 
 def look_alikes(rng: random.Random, text: str) -> str:
     """The text with a character replaced from another alphabet, or with an invisible one inserted."""
-    place = rng.randrange(len(text))
+    position = rng.randrange(len(text))
     others = {**{str(n): chr(0xFF10 + n) for n in range(10)}, "-": "\u2010", "x": "х", "a": "а", "e": "е", "T": "Т"}
-    if text[place] in others and rng.random() < 0.7:
-        return text[:place] + others[text[place]] + text[place + 1 :]
-    return text[:place] + rng.choice("\u200b\u00ad\u2060\u0301") + text[place:]
+    if text[position] in others and rng.random() < 0.7:
+        return text[:position] + others[text[position]] + text[position + 1 :]
+    return text[:position] + rng.choice("\u200b\u00ad\u2060\u0301") + text[position:]
 
 
 def integer(rng: random.Random) -> Case:
@@ -134,7 +134,7 @@ def number(rng: random.Random) -> Case:
     if rng.random() < 0.5:
         return MATHS, problem, dressed(rng.choice(forms)), True
     other = value + rng.choice((-1, 1)) * rng.choice((Fraction(1), Fraction(1, 10), Fraction(1, 10**9), abs(value) + 1))
-    foreign = rng.choice([one for one in UNITS if one not in (unit, "°" if unit == "%" else "")])
+    foreign = rng.choice([other_unit for other_unit in UNITS if other_unit not in (unit, "°" if unit == "%" else "")])
     wrong = (
         f"{other.numerator}/{other.denominator}",
         forms[0] + rng.choice(UNITS[foreign][0]),
@@ -160,7 +160,7 @@ def quantity(rng: random.Random) -> Case:
         text = rng.choice((near, f"{float(near):.12e}" if tolerance else near))
         return MATHS, problem, spaced(rng, f"{text}{rng.choice(('', ' ' + rng.choice(written[unit])))}"), True
     far = f"{cents / 100 * (1 + rng.choice((-1, 1)) * (tolerance + rng.uniform(0.001, 0.5))):.8f}"
-    other = rng.choice([one for one in (*written, "%", "ms", "g", "Nm") if one != unit])
+    other = rng.choice([candidate for candidate in (*written, "%", "ms", "g", "Nm") if candidate != unit])
     wrong = (far, f"{near} {other}", f"{near} {unit} {near} {unit}", look_alikes(rng, near), f"${near} {unit}", unit)
     return MATHS, problem, spaced(rng, rng.choice(wrong)), False
 
@@ -236,8 +236,8 @@ def logic(rng: random.Random) -> Case:
     named = [words[0] if value else words[1] for value in values]
     if rng.random() < 0.5:
         return NAMED["logic"], problem, spaced(rng, comma.join(named)), True
-    place = rng.randrange(3)
-    flipped = [words[0] if value != (n == place) else words[1] for n, value in enumerate(values)]
+    position = rng.randrange(3)
+    flipped = [words[0] if value != (n == position) else words[1] for n, value in enumerate(values)]
     text = comma.join(named)
     wrong = (comma.join(flipped), comma.join(named[:2]), text + comma + named[0], look_alikes(rng, text), text + ".")
     return NAMED["logic"], problem, spaced(rng, rng.choice(wrong)), False

@@ -113,12 +113,14 @@ def compare(name: str, directory: Path) -> dict[str, Any]:
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
     greedy = plan(0.0)
-    ours, theirs = in_order(greedy, engine.run(greedy)), in_order(greedy, vllm.run(greedy))
+    own, vllm_answers = in_order(greedy, engine.run(greedy)), in_order(greedy, vllm.run(greedy))
     lengths, gaps = [], []
-    for mine, other in zip(ours, theirs, strict=True):
-        n = next((i for i, (a, b) in enumerate(zip(mine.tokens, other.tokens, strict=True)) if a != b), TOKENS)
+    for greedy_answer, reference in zip(own, vllm_answers, strict=True):
+        n = next(
+            (i for i, (a, b) in enumerate(zip(greedy_answer.tokens, reference.tokens, strict=True)) if a != b), TOKENS
+        )
         lengths.append(n)
-        gaps += [abs(a - b) for a, b in zip(mine.logprobs[:n], other.logprobs[:n], strict=True)]
+        gaps += [abs(a - b) for a, b in zip(greedy_answer.logprobs[:n], reference.logprobs[:n], strict=True)]
     sampled, drawn = [], plan(1.0)
     for prompt, answer in zip(prompts, in_order(drawn, vllm.run(drawn)), strict=True):
         trainer = logprobs(model, [*prompt, *answer.tokens])[len(prompt) - 1 :]

@@ -101,8 +101,8 @@ def verdict(rises: dict[str, list[float]]) -> dict[str, Any]:
 def row(result: dict[str, Any]) -> str:
     curve = " -> ".join(f"{accuracy:.1%}" for _, accuracy in result["held_out"])
     gap = result["mismatch"].get("sampler_gap")
-    shown = f"{statistics.fmean(gap):.1e} (worst rollout {max(gap):.1e})" if gap else "none reported"
-    return f"{result['sampler']:6} seed {result['seed']}: {curve}, rise {result['rise']:.1%}; gap per token {shown}"
+    text = f"{statistics.fmean(gap):.1e} (worst rollout {max(gap):.1e})" if gap else "none reported"
+    return f"{result['sampler']:6} seed {result['seed']}: {curve}, rise {result['rise']:.1%}; gap per token {text}"
 
 
 def main() -> None:

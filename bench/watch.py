@@ -30,8 +30,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         size = write_run(root, args.lines)
-        found = measure(root, args.lines)
-    results = {"machine": processor(), "load": os.getloadavg()[0], "lines": args.lines, "megabytes": size / 1e6} | found
+        measurements = measure(root, args.lines)
+    results = {
+        "machine": processor(),
+        "load": os.getloadavg()[0],
+        "lines": args.lines,
+        "megabytes": size / 1e6,
+    } | measurements
     print(json.dumps(results, indent=1))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -49,16 +49,16 @@ def recipe(run: Path, seeds: range) -> str:
     """The run's own stages up to its base, and the arms."""
     text = (run / "recipe.toml").read_text()
     stages = text.split("[[stage]]")
-    kept = [stages[0]]
+    stages_kept = [stages[0]]
     for stage in stages[1:]:
-        kept.append(stage)
+        stages_kept.append(stage)
         if 'name = "base"' in stage:
             break
     arms = []
     for arm, (settings, _) in ARMS.items():
         lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
         arms += [STAGE.format(name=f"{arm}-{seed}", seed=seed, settings=lines) for seed in seeds]
-    return "[[stage]]".join(kept) + "".join(arms)
+    return "[[stage]]".join(stages_kept) + "".join(arms)
 
 
 def main() -> None:
@@ -73,25 +73,25 @@ def main() -> None:
     path.write_text(recipe(args.run, range(1, args.seeds + 1)))
     bessemer = [sys.executable, "-m", "bessemer"]
     subprocess.run([*bessemer, "run", path, "--out", args.out, "--reuse", args.run], check=True)
-    found: dict[str, list[dict[str, object]]] = {}
+    results: dict[str, list[dict[str, object]]] = {}
     for arm, (_, causes) in ARMS.items():
         for seed in range(1, args.seeds + 1):
-            kept = args.out / f"why-{arm}-{seed}.json"
-            if not kept.exists():
+            result_path = args.out / f"why-{arm}-{seed}.json"
+            if not result_path.exists():
                 subprocess.run([*bessemer, "why", f"{args.out}/{arm}-{seed}", "--json"], check=True, stdout=-3)
-            facts = json.loads(kept.read_text())
+            facts = json.loads(result_path.read_text())
             first = facts["causes"][0]["name"] if facts["causes"] else ""
-            found.setdefault(arm, []).append(
+            results.setdefault(arm, []).append(
                 {"seed": seed, "rise": facts["after"] - facts["before"], "rose": facts["low"] > 0, "first": first,
                  "named": first.startswith(causes), "right": facts["right"]}
             )  # fmt: skip
-        rose = [one for one in found[arm] if one["rose"]]
-        named = sum(bool(one["named"]) for one in rose)
-        print(f"{arm}: named first in {named} of {len(rose)} runs whose reward rose, of {len(found[arm])}")
-        for one in found[arm]:
-            print(f"    seed {one['seed']}: rise {one['rise']:+.3f}, first: {one['first'] or 'nothing'}")
+        rose = [result for result in results[arm] if result["rose"]]
+        named = sum(bool(result["named"]) for result in rose)
+        print(f"{arm}: named first in {named} of {len(rose)} runs whose reward rose, of {len(results[arm])}")
+        for result in results[arm]:
+            print(f"    seed {result['seed']}: rise {result['rise']:+.3f}, first: {result['first'] or 'nothing'}")
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,15 +64,15 @@ def arrows() -> list[tuple[Path, int, str, str]]:
     return outward
 
 
-def _targets(node: ast.AST, known: dict[str, str]) -> set[str]:
+def _targets(node: ast.AST, modules: dict[str, str]) -> set[str]:
     if isinstance(node, ast.Import):
-        return {alias.name for alias in node.names} & known.keys()
+        return {alias.name for alias in node.names} & modules.keys()
     if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-        inner = {f"{node.module}.{alias.name}" for alias in node.names} & known.keys()
+        inner = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
         own = {node.module} if len(inner) < len(node.names) else set()
-        return inner | own & known.keys()
+        return inner | own & modules.keys()
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("bessemer."):
-        return {node.value.partition(":")[0]} & known.keys()
+        return {node.value.partition(":")[0]} & modules.keys()
     return set()
 
 

@@ -38,7 +38,7 @@ def keys_of(table: type[BaseModel]) -> Iterator[tuple[str, Key]]:
         inner = next(iter(tables_in(field.annotation)), None)
         yield key, (owner.__name__, key)
         if inner is not None:
-            yield from ((f"{key}.{rest}", what) for rest, what in keys_of(inner))
+            yield from ((f"{key}.{rest}", value) for rest, value in keys_of(inner))
 
 
 def every_table() -> dict[str, type[BaseModel]]:
@@ -73,20 +73,20 @@ def is_set(key: str, text: str) -> bool:
 
 def count() -> tuple[dict[Key, list[str]], dict[Key, list[str]]]:
     """(every key, those that no recipe sets), each with the addresses that it has."""
-    known: dict[Key, list[str]] = {}
+    keys: dict[Key, list[str]] = {}
     for kind, table in every_table().items():
-        for key, what in keys_of(table):
-            known.setdefault(what, []).append(f"{kind}.{key}".lstrip("."))
+        for key, value in keys_of(table):
+            keys.setdefault(value, []).append(f"{kind}.{key}".lstrip("."))
     recipes = list(texts())
-    return known, {what: names for what, names in known.items() if not any(is_set(what[1], text) for text in recipes)}
+    return keys, {value: names for value, names in keys.items() if not any(is_set(value[1], text) for text in recipes)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    known, unset = count()
-    print(f"{len(known)} keys, {len(unset)} of them in no recipe")
+    keys, unset = count()
+    print(f"{len(keys)} keys, {len(unset)} of them in no recipe")
     for names in unset.values():
         print("  " + ", ".join(names))
     if args.check and len(unset) > MOST:

@@ -166,18 +166,18 @@ class Tracer:
         return self._line
 
     def trace(self) -> Trace:
-        found: Trace = {}
+        files: Trace = {}
         for code, lines in list(self.lines.items()):
             if "<module>" not in code.co_qualname and (self.only is None or code in self.kept):
                 file = Path(code.co_filename).relative_to(ROOT).as_posix()
-                found[file, code.co_qualname, code.co_firstlineno] = set(lines)
-        return found
+                files[file, code.co_qualname, code.co_firstlineno] = set(lines)
+        return files
 
 
 @contextmanager
-def traced(place: str, tracer: Tracer, call: int = 1) -> Iterator[None]:
+def traced(path_name: str, tracer: Tracer, call: int = 1) -> Iterator[None]:
     """Traces call number `call` of "module:Class.method" or "module:function"."""
-    module, _, name = place.partition(":")
+    module, _, name = path_name.partition(":")
     owner: Any = importlib.import_module(f"bessemer.{module}")
     *outer, last = name.split(".")
     for part in outer:
@@ -271,7 +271,7 @@ def request_trace(run: Path, directory: Path) -> Trace:
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": search})
     try:
         assert server.stdout is not None
-        address = next(found for line in server.stdout if (found := re.search(r"http://\S+", line)))[0]
+        address = next(match for line in server.stdout if (match := re.search(r"http://\S+", line)))[0]
         _ask(address)
         (directory / "begin").touch()
         time.sleep(0.5)
@@ -304,7 +304,7 @@ def _ask(address: str) -> None:
 def functions(file: str) -> dict[int, set[int]]:
     """The lines of code of every function of a file, by its first line."""
     text = (ROOT / file).read_text(encoding="utf-8")
-    lines, found = text.split("\n"), {}
+    lines, table = text.split("\n"), {}
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -314,12 +314,12 @@ def functions(file: str) -> dict[int, set[int]]:
             match inner:
                 case ast.Expr(value=ast.Constant(value=str()), lineno=start, end_lineno=stop):
                     documentation |= set(range(start, (stop or start) + 1))
-        found[first] = {
+        table[first] = {
             number
             for number in range(first, (node.end_lineno or first) + 1)
             if number not in documentation and (line := lines[number - 1].strip()) and not line.startswith("#")
         }
-    return found
+    return table
 
 
 @dataclass
@@ -369,15 +369,15 @@ def table(paths: dict[str, dict[str, File]]) -> str:
 
 def over_budget(paths: dict[str, dict[str, File]]) -> list[str]:
     """The paths that cost a reader more than their budget, a line each."""
-    found = []
+    over = []
     for name, files in paths.items():
         budget, lines = BUDGETS[name], sum(len(used.lines) for used in files.values())
         if len(files) > budget.files or lines > budget.lines:
-            found.append(
+            over.append(
                 f"{TITLES[name]}: {len(files)} files and {lines:,} lines of code, where {budget.files} and "
                 f"{budget.lines:,} are allowed: shorten another part of this path (python tools/paths.py --files)"
             )
-    return found
+    return over
 
 
 BEGIN, END = "<!-- paths: written by tools/paths.py --write -->\n", "\n<!-- end of paths -->"

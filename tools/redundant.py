@@ -74,19 +74,19 @@ def measure(tests: list[str], folder: Path, marks: str) -> Path:
 
 def arcs(data: Path) -> dict[str, set[tuple[str, int, int]]]:
     """test function -> its arcs (file relative to src, from, to)."""
-    found = defaultdict(set)
+    arcs_of = defaultdict(set)
     tables = "arc JOIN file ON file.id = file_id JOIN context ON context.id = context_id"
     for path, context, start, end in sqlite3.connect(data).execute(f"SELECT path, context, fromno, tono FROM {tables}"):
         if context:
             test = context.partition("|")[0].partition("[")[0]
-            found[test].add((path.rpartition("/src/")[2], start, end))
-    return found
+            arcs_of[test].add((path.rpartition("/src/")[2], start, end))
+    return arcs_of
 
 
 def mutants(file: str, source: str, lines: set[int]) -> list[tuple[int, str, str, str]]:
     """(line, qualified name of the outermost function, what is changed, the whole changed source) of every mutant of
     `lines`. What stands outside functions stays: it runs at import, once for all mutants."""
-    made = []
+    variants = []
     for name, function in _functions(ast.parse(source).body, ""):
         for node in (node for statement in function.body for node in ast.walk(statement)):
             line = getattr(node, "lineno", None)
@@ -98,8 +98,8 @@ def mutants(file: str, source: str, lines: set[int]) -> list[tuple[int, str, str
                     _offset(source, node.end_lineno, node.end_col_offset),
                 )
                 label = f"{file}:{line} {kind}: {ast.unparse(node).splitlines()[0][:60]}"
-                made.append((line, name, label, source[:start] + new + source[end:]))
-    return made
+                variants.append((line, name, label, source[:start] + new + source[end:]))
+    return variants
 
 
 def _functions(body, before: str):
@@ -149,12 +149,12 @@ def _changes(node: ast.AST):
 
 def codes(source: str, path: Path) -> dict[str, list[CodeType]]:
     """qualified name -> code of the functions of a file."""
-    found, waiting = defaultdict(list), [compile(source, str(path), "exec")]
+    code_of, waiting = defaultdict(list), [compile(source, str(path), "exec")]
     while waiting:
         code = waiting.pop(0)
-        found[code.co_qualname].append(code)
+        code_of[code.co_qualname].append(code)
         waiting += [const for const in code.co_consts if isinstance(const, CodeType)]
-    return found
+    return code_of
 
 
 def place(code: CodeType) -> tuple:
@@ -185,29 +185,31 @@ class Session:
                 file.write(json.dumps(note) + "\n")
 
     def pytest_runtestloop(self, session):
-        ours = str(self.copy / "src")
+        source = str(self.copy / "src")
         self.functions = [
             function
             for function in gc.get_objects()
-            if type(function) is FunctionType and function.__code__.co_filename.startswith(ours)
+            if type(function) is FunctionType and function.__code__.co_filename.startswith(source)
         ]
         gc.freeze()
         for test in self.failures(session, set(self.covered), {}):
             print("does not pass as it is, left out:", test)
             self.covered.pop(test), self.kills.pop(test), self.chosen.discard(test)
-        who = defaultdict(set)  # (file, line) -> tests
-        for test, found in self.covered.items():
-            for file, start, end in found:
-                who[file, abs(start)].add(test)
-                who[file, abs(end)].add(test)
+        tests_of_line = defaultdict(set)  # (file, line) -> tests
+        for test, lines_of_test in self.covered.items():
+            for file, start, end in lines_of_test:
+                tests_of_line[file, abs(start)].add(test)
+                tests_of_line[file, abs(end)].add(test)
         lines = defaultdict(set)
-        for file, line in (place for place, tests in who.items() if tests & self.chosen):
+        for file, line in (line_number for line_number, tests in tests_of_line.items() if tests & self.chosen):
             lines[file].add(line)
         texts = {file: (self.copy / "src" / file).read_text(encoding="utf-8") for file in sorted(lines)}
         every = [(file, *mutant) for file, text in texts.items() for mutant in mutants(file, text, lines[file])]
         random.Random(self.seed).shuffle(every)
-        every.sort(key=lambda mutant: len(who[mutant[:2]]))
-        picked = rounds([[m for m in every if test in who[m[:2]]] for test in sorted(self.chosen)], self.count)
+        every.sort(key=lambda mutant: len(tests_of_line[mutant[:2]]))
+        picked = rounds(
+            [[m for m in every if test in tests_of_line[m[:2]]] for test in sorted(self.chosen)], self.count
+        )
         self.made = len(picked)
         for number, (file, line, name, label, text) in enumerate(picked):
             path = self.copy / "src" / file
@@ -219,14 +221,17 @@ class Session:
             if not changed:  # another closure, which a function that exists cannot get
                 path.write_text(texts[file], encoding="utf-8")
                 continue
-            self.tried.update(who[file, line])
-            killers = self.failures(session, who[file, line] & self.chosen, changed)
+            self.tried.update(tests_of_line[file, line])
+            killers = self.failures(session, tests_of_line[file, line] & self.chosen, changed)
             if killers:  # of those that stay, one is enough
-                killers |= self.failures(session, who[file, line] - self.chosen, changed, stop=True)
+                killers |= self.failures(session, tests_of_line[file, line] - self.chosen, changed, stop=True)
             path.write_text(texts[file], encoding="utf-8")
             for test in killers:
                 self.kills[test].add(label)
-            print(f"{number + 1}/{len(picked)} killed by {len(killers)} of {len(who[file, line])}: {label}", flush=True)
+            print(
+                f"{number + 1}/{len(picked)} killed by {len(killers)} of {len(tests_of_line[file, line])}: {label}",
+                flush=True,
+            )
         return True
 
     def failures(self, session, tests: set[str], changed: dict[tuple, CodeType], stop=False) -> set[str]:
@@ -277,13 +282,13 @@ def may_leave(covered, kills, chosen, sizes) -> list[str]:
 
 
 def lengths(files: list[str]) -> dict[str, int]:
-    found = {}
+    sizes = {}
     for file in files:
         for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef):
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                found[f"{file}::{node.name}"] = node.end_lineno - first + 1
-    return found
+                sizes[f"{file}::{node.name}"] = node.end_lineno - first + 1
+    return sizes
 
 
 def main() -> None:
@@ -299,26 +304,26 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a coverage file measured with contexts, instead of a new run")
     parser.add_argument("--but", default="^$", help="not those whose name matches this expression")
     parser.add_argument("--marks", default="not slow")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        asked = [*given.files, *given.beside]
+        paths = [*args.files, *args.beside]
         covered = {
-            test: {arc for arc in found if re.search(given.source, arc[0])}
-            for test, found in arcs(given.data or measure(asked, Path(scratch), given.marks)).items()
-            if test.partition("::")[0] in asked or (given.data and not given.mutants)
+            test: {arc for arc in steps if re.search(args.source, arc[0])}
+            for test, steps in arcs(args.data or measure(paths, Path(scratch), args.marks)).items()
+            if test.partition("::")[0] in paths or (args.data and not args.mutants)
         }
-        sizes = lengths(given.files)
-        takers = Counter(arc for found in covered.values() for arc in found)
+        sizes = lengths(args.files)
+        takers = Counter(arc for steps in covered.values() for arc in steps)
         chosen = {
             test
             for test in covered
             if test in sizes
-            and (not given.without or test.rpartition(":")[2] in given.without)
-            and not re.search(given.but, test.rpartition(":")[2])
+            and (not args.without or test.rpartition(":")[2] in args.without)
+            and not re.search(args.but, test.rpartition(":")[2])
             and not any(takers[arc] == 1 for arc in covered[test])
         }
-        kills, made, tried = {test: set() for test in covered}, 0, Counter()
-        if given.mutants:
+        kills, n_made, tried = {test: set() for test in covered}, 0, Counter()
+        if args.mutants:
             copy = Path(scratch) / "copy"
             shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "build"))
             os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -332,10 +337,10 @@ def main() -> None:
             settings.register_profile("mutants", derandomize=True, phases=[Phase.explicit, Phase.generate])
             settings.load_profile("mutants")  # nobody reads the smallest example
 
-            session = Session(copy, covered, chosen, given.mutants, given.seed)
-            options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:cov", "--timeout=15", "-m", given.marks]
-            pytest.main([*options, *asked], plugins=[session])
-            kills, made, tried = session.kills, session.made, session.tried
+            session = Session(copy, covered, chosen, args.mutants, args.seed)
+            options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:cov", "--timeout=15", "-m", args.marks]
+            pytest.main([*options, *paths], plugins=[session])
+            kills, n_made, tried = session.kills, session.made, session.tried
     killed = set().union(*kills.values())
     gone = may_leave(covered, kills, chosen, sizes)
     stay = set().union(*(kills[test] for test in covered if test not in gone))
@@ -343,7 +348,7 @@ def main() -> None:
         verdict = "leave" if test in gone else "stay "
         print(f"{verdict} lines {sizes[test]:3} arcs {len(covered[test]):4} "
               f"kills {len(kills[test]):3} of {tried[test]:3}  {test}")  # fmt: skip
-    print(f"{made} mutants, {len(killed)} killed, {len(stay)} without those that may leave "
+    print(f"{n_made} mutants, {len(killed)} killed, {len(stay)} without those that may leave "
           f"({len(gone)} tests, {sum(sizes[t] for t in gone)} lines)")  # fmt: skip
 
 

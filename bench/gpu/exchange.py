@@ -71,7 +71,7 @@ def compared(ranks: Ranks, tokens: int, cfg: ModelConfig, rehearse: bool) -> dic
         "ranks": ranks.n, "tokens": tokens, "hidden": cfg.dim, "experts": cfg.n_routed_experts,
         "card": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU", "missing": {}, "rows": [],
     }  # fmt: skip
-    found: dict[str, list[Tensor]] = {}
+    results: dict[str, list[Tensor]] = {}
     for backend in ("all-to-all", "deepep"):
         unfit = mesh.unfit_for_deepep(layout, cfg, ranks.device) if backend == "deepep" else ""
         if why := next(filter(None, ranks.all_gather(unfit, "the choice of backends")), ""):
@@ -80,14 +80,16 @@ def compared(ranks: Ranks, tokens: int, cfg: ModelConfig, rehearse: bool) -> dic
         exchange = Mesh(layout, cfg, 1, ranks.device, backend).exchange()
         assert exchange is not None, "several ranks exchange"
         for name, recipe in (("bfloat16", None), ("fp8", PAPER)):
-            row = measured(ranks, exchange, cfg, tokens, recipe, 3 if rehearse else ROUNDS, found.setdefault(name, []))
+            row = measured(
+                ranks, exchange, cfg, tokens, recipe, 3 if rehearse else ROUNDS, results.setdefault(name, [])
+            )
             facts["rows"].append({"backend": backend, "rows": name} | row)
     return facts
 
 
 def measured(
     ranks: Ranks, exchange: Exchange, cfg: ModelConfig, tokens: int, recipe: FP8Recipe | None, rounds: int,
-    wanted: list[Tensor],
+    expected: list[Tensor],
 ) -> dict[str, Any]:  # fmt: skip
     """A row of the result. `wanted`: results of the first backend, which puts them there."""
     draw = torch.Generator().manual_seed(ranks.me)
@@ -97,47 +99,52 @@ def measured(
     weight.requires_grad_()
     dy = torch.randn(tokens, cfg.dim, generator=draw).bfloat16().to(ranks.device)
     routing = moe.Routing(expert, weight, weight.new_zeros(()))
-    kept: dict[str, Any] = {}
+    saved: dict[str, Any] = {}
 
     def dispatch() -> None:
-        kept["sent"] = exchange.dispatch(x, routing, recipe)
+        saved["sent"] = exchange.dispatch(x, routing, recipe)
 
     def experts() -> Tensor:
-        sent = kept["sent"]
+        sent = saved["sent"]
         rows = sent.rows_MD
         if sent.operand is not None:
             rows = rows + sent.operand.dequantise().to(rows.dtype)
         return rows * sent.weight_M[:, None].to(rows.dtype)
 
     def combine() -> None:
-        kept["y"] = exchange.combine(kept["rows"], kept["sent"])
+        saved["y"] = exchange.combine(saved["rows"], saved["sent"])
 
     def backward() -> None:
         x.grad = weight.grad = None
-        kept["y"].backward(dy)
+        saved["y"].backward(dy)
 
-    taken: dict[str, list[float]] = {"dispatch": [], "combine": [], "backward": []}
+    phases: dict[str, list[float]] = {"dispatch": [], "combine": [], "backward": []}
     for number in range(rounds + 2):
         exchange.bytes_sent()
         for phase, run in (("dispatch", dispatch), ("combine", combine), ("backward", backward)):
             if phase == "combine":
-                kept["rows"] = experts()
+                saved["rows"] = experts()
             seconds = timed(ranks, run)
             if number >= 2:
-                taken[phase].append(seconds)
+                phases[phase].append(seconds)
     sent = sum(exchange.bytes_sent())
     assert x.grad is not None and weight.grad is not None, "backward reaches tokens and gates"
-    results = [kept["y"].detach(), x.grad, weight.grad]
-    wanted[:] = wanted or results
-    same = all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
-    off = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(results, wanted, strict=True))
+    results = [saved["y"].detach(), x.grad, weight.grad]
+    expected[:] = expected or results
+    same = all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    off = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(results, expected, strict=True))
     row: dict[str, Any] = {}
-    every = ranks.all_gather((taken, same, off, sent), "the exchange's times")
-    for phase in taken:
-        slowest = [max(times) for times in zip(*(one[0][phase] for one in every), strict=True)]
+    every = ranks.all_gather((phases, same, off, sent), "the exchange's times")
+    for phase in phases:
+        slowest = [max(times) for times in zip(*(rank_report[0][phase] for rank_report in every), strict=True)]
         row[f"{phase}_seconds"] = statistics.median(slowest)
-    row |= {"same_bits": all(one[1] for one in every), "off": max(one[2] for one in every)}
-    return row | {"dispatch_gb_per_second": max(one[3] for one in every) / row["dispatch_seconds"] / 1e9}
+    row |= {
+        "same_bits": all(rank_report[1] for rank_report in every),
+        "off": max(rank_report[2] for rank_report in every),
+    }
+    return row | {
+        "dispatch_gb_per_second": max(rank_report[3] for rank_report in every) / row["dispatch_seconds"] / 1e9
+    }
 
 
 def timed(ranks: Ranks, run: Callable[[], None]) -> float:

@@ -44,23 +44,23 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "first_hour.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     stop_at_signals()
-    here = {"rehearsed": args.rehearse, "cards": cards()}
-    if here["cards"] == NONE and not args.rehearse:
+    machine = {"rehearsed": args.rehearse, "cards": cards()}
+    if machine["cards"] == NONE and not args.rehearse:
         args.only = ["machine"]  # says what is wrong; other checks would compare the CPU with itself
     commit, bad = version(), []
     for name in (name for name in CHECKS if name in args.only):
-        old = found.get(name, {})
-        if not args.again and old.get("verdict") in (GOOD, SHOWN) and old | here == old:
+        old = report.get(name, {})
+        if not args.again and old.get("verdict") in (GOOD, SHOWN) and old | machine == old:
             print(f"{name}: done before ({old['verdict']})")
             continue
         print(f"{name}: {question(name)}", flush=True)
-        found[name] = one(name, args.out, args.rehearse) | here | {"commit": commit}
-        print(f"  {found[name]['verdict']}: {found[name]['says']} ({found[name]['seconds']:.0f} s)", flush=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        path.with_suffix(".html").write_text(document(found), encoding="utf-8")
-        if found[name]["verdict"] == BAD:
+        report[name] = one(name, args.out, args.rehearse) | machine | {"commit": commit}
+        print(f"  {report[name]['verdict']}: {report[name]['says']} ({report[name]['seconds']:.0f} s)", flush=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        path.with_suffix(".html").write_text(document(report), encoding="utf-8")
+        if report[name]["verdict"] == BAD:
             bad.append(name)
             if name == "machine":
                 break
@@ -130,31 +130,33 @@ def question(name: str) -> str:
 
 
 def version() -> str:
-    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return said.stdout.strip() or "unknown"
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return revision.stdout.strip() or "unknown"
 
 
-def document(found: dict[str, Any]) -> str:
+def document(findings: dict[str, Any]) -> str:
     """The page: a verdict for each check, then its figures."""
     rows = [
         (
             name,
-            page.pill(one["verdict"], on=one["verdict"] == GOOD),
-            one["says"],
-            one.get("cards", "unknown"),
-            f"{one['seconds']:.0f}",
+            page.pill(finding["verdict"], on=finding["verdict"] == GOOD),
+            finding["says"],
+            finding.get("cards", "unknown"),
+            f"{finding['seconds']:.0f}",
         )
-        for name, one in found.items()
+        for name, finding in findings.items()
     ]
-    counts = {verdict: sum(one["verdict"] == verdict for one in found.values()) for verdict in (GOOD, BAD, LEFT)}
+    counts = {
+        verdict: sum(finding["verdict"] == verdict for finding in findings.values()) for verdict in (GOOD, BAD, LEFT)
+    }
     lead = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    if any(one["rehearsed"] for one in found.values()):
+    if any(finding["rehearsed"] for finding in findings.values()):
         lead += "; a rehearsal with a small network"
-    commits = ", ".join(sorted({one["commit"] for one in found.values()}))
+    commits = ", ".join(sorted({finding["commit"] for finding in findings.values()}))
     lead += f". {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commits}."
     details = [
-        page.fold(f"{name}: {question(name)}", page.block(json.dumps(one["figures"], indent=1)))
-        for name, one in found.items()
+        page.fold(f"{name}: {question(name)}", page.block(json.dumps(finding["figures"], indent=1)))
+        for name, finding in findings.items()
     ]
     verdicts = page.table(("check", "verdict", "found", "cards", "s"), rows, numeric=(4,))
     return page.document(

@@ -105,9 +105,11 @@ def place(interpret: bool) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available() or torch.version.cuda is None:
         raise UserError("needs an NVIDIA GPU of compute capability 8.9 or newer; none was found")
-    if (found := torch.cuda.get_device_capability()) < (8, 9):
+    if (capability := torch.cuda.get_device_capability()) < (8, 9):
         name = torch.cuda.get_device_name()
-        raise UserError(f"needs an NVIDIA GPU of compute capability 8.9 or newer; {name} has {found[0]}.{found[1]}")
+        raise UserError(
+            f"needs an NVIDIA GPU of compute capability 8.9 or newer; {name} has {capability[0]}.{capability[1]}"
+        )
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -129,18 +131,18 @@ def only(backend: str) -> Iterator[None]:
 
 def fast(name: str, *operands: Any) -> list[str]:
     """The backends other than the emulation that support this call."""
-    found = []
+    rows = []
     for backend in backends.ORDER:
         with only(backend):
             try:
                 backends.choose(name, *operands)
             except UserError:
                 continue
-            found += [backend] if backend != "emulation" else []
+            rows += [backend] if backend != "emulation" else []
             values = [o.value_MK for o in operands if isinstance(o, Operand)]
             if backend == "triton" and name in PRODUCTS and adapters.by_pointers(values[0].device, *values) is None:
-                found.append(POINTERS)
-    return found
+                rows.append(POINTERS)
+    return rows
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -208,9 +210,9 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
             packed = formats.pack_e5m6(x.cpu(), scale.cpu())
             run = partial(backends.pack_e5m6, x, scale)
             check("pack_e5m6", label, (x,), run, partial(differ, packed.code), 0)
-            given, wanted = formats.PackedE5M6(packed.code.to(device), scale), packed.unpack(columns, dtype)
-            run = partial(backends.unpack_e5m6, given, columns, dtype)
-            check("unpack_e5m6", label, (given.code, columns), run, partial(differ, wanted), 0)
+            packed_copy, plain = formats.PackedE5M6(packed.code.to(device), scale), packed.unpack(columns, dtype)
+            run = partial(backends.unpack_e5m6, packed_copy, columns, dtype)
+            check("unpack_e5m6", label, (packed_copy.code, columns), run, partial(differ, plain), 0)
         if columns % TILE == 0:
             operand, dact = quantise(h), torch.randn(rows, columns, device=device).to(dtype)
             for part in range(3):
@@ -235,11 +237,13 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         x, w = grouped_operands(count, N, K, device)
         expected, label = emulation.grouped_gemm(x, count, w, torch.float32, "block"), f"{count}x{N}x{K}"
         # as training calls it: the host does not know the counts, and spare rows follow the groups
-        whole = not any(c % TILE for c in count)
-        rest = TILE if whole else 0
-        unknown = DeviceCounts(torch.tensor(count, dtype=torch.int32, device=device), sum(count) + rest, whole)
-        longer = quantise(F.pad(x.dequantise(), (0, 0, 0, rest)))
-        padded = F.pad(expected, (0, 0, 0, rest))
+        whole_tiles = not any(c % TILE for c in count)
+        remainder = TILE if whole_tiles else 0
+        unknown = DeviceCounts(
+            torch.tensor(count, dtype=torch.int32, device=device), sum(count) + remainder, whole_tiles
+        )
+        longer = quantise(F.pad(x.dequantise(), (0, 0, 0, remainder)))
+        padded = F.pad(expected, (0, 0, 0, remainder))
         run = partial(backends.grouped_gemm, longer, unknown, w, torch.bfloat16, "block")
         call_args = (longer, w, torch.bfloat16, "block", unknown)
         check("grouped_gemm", f"{label}, on the device", call_args, run, partial(calc_diff, padded), BOUND)
@@ -249,14 +253,14 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         dy = quantise(torch.randn(sum(count), N, device=device))
         sides = emulation.retile(dy, count, False), emulation.retile(x, count, False)
         alone = emulation.retile(dy, None, False), emulation.retile(x, None, False)
-        for call, product, wanted in (
+        for call, product, plain in (
             ("grouped_wgrad", partial(backends.grouped_wgrad, *sides, count), emulation.grouped_wgrad),
             ("gemm", partial(backends.gemm, *alone, torch.float32), emulation.gemm),
         ):
-            given, rest = (
+            packed_copy, remainder = (
                 (sides, (count, torch.float32)) if call == "grouped_wgrad" else (alone, (torch.float32, "tile"))
             )
-            exact = wanted(*given, *rest)
+            exact = plain(*packed_copy, *remainder)
 
             def add(product: Callable[..., Tensor] = product, like: Tensor = exact) -> Tensor:
                 """Adds the product to ones twice: each call adds once, even if the first one tunes."""
@@ -264,7 +268,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
                 product(add_to=into)
                 return product(add_to=into)
 
-            call_args = (*given, torch.float32, "tile", *([tuple(count)] if call == "grouped_wgrad" else []))
+            call_args = (*packed_copy, torch.float32, "tile", *([tuple(count)] if call == "grouped_wgrad" else []))
             check(call, f"{label}, added", call_args, add, partial(calc_diff, 1 + 2 * exact), BOUND)
         expected = emulation.grouped_wgrad(*sides, count, torch.float32)
         run = partial(backends.grouped_wgrad, *sides, count)
@@ -297,21 +301,21 @@ def grouped_operands(count: list[int], N: int, K: int, device: torch.device) -> 
     return quantise(torch.randn(sum(count), K, device=device)), Operand(*map(torch.stack, zip(*w, strict=True)))
 
 
-def calc_diff(expected: Tensor | Operand, got: Tensor | Operand) -> float:
+def calc_diff(expected: Tensor | Operand, actual: Tensor | Operand) -> float:
     """1 - 2 <a, b> / (|a|^2 + |b|^2)."""
-    got, expected = ((o.dequantise() if isinstance(o, Operand) else o).double() for o in (got, expected))
-    return abs(float(1 - 2 * (got * expected).sum() / (got.square().sum() + expected.square().sum())))
+    actual, expected = ((o.dequantise() if isinstance(o, Operand) else o).double() for o in (actual, expected))
+    return abs(float(1 - 2 * (actual * expected).sum() / (actual.square().sum() + expected.square().sum())))
 
 
-def mismatches(expected: Operand, got: Operand) -> float:
+def mismatches(expected: Operand, actual: Operand) -> float:
     """Number of values and factors that differ in any bit; `expected` is on the CPU."""
-    values = [o.value_MK.cpu().contiguous().view(torch.uint8) for o in (got, expected)]
-    return float((values[0] != values[1]).sum() + (got.scale_MJ.cpu() != expected.scale_MJ).sum())
+    values = [o.value_MK.cpu().contiguous().view(torch.uint8) for o in (actual, expected)]
+    return float((values[0] != values[1]).sum() + (actual.scale_MJ.cpu() != expected.scale_MJ).sum())
 
 
-def differ(expected: Tensor, got: Tensor | formats.PackedE5M6) -> float:
+def differ(expected: Tensor, actual: Tensor | formats.PackedE5M6) -> float:
     """Numbers, or bytes of a packed matrix, that differ."""
-    return float((expected != (got if isinstance(got, Tensor) else got.code).cpu()).sum())
+    return float((expected != (actual if isinstance(actual, Tensor) else actual.code).cpu()).sum())
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------

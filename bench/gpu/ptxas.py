@@ -22,18 +22,21 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
     args = parser.parse_args()
     jobs = {job.label: job for job in everything()}
-    known = {} if args.write or committed()["versions"] != versions() else committed()["kernels"]
-    found, faults = {}, []
+    committed_kernels = {} if args.write or committed()["versions"] != versions() else committed()["kernels"]
+    kernels, faults = {}, []
     for label, job in sorted(jobs.items()):
-        one = compiled(job)
-        found[label] = one.figures
-        print(f"{one.registers:4} registers {one.shared:7,} bytes shared {one.spilled:5} spilled  {label}", flush=True)
-        faults += one.faults()
-        if known and known.get(label) != one.figures:
-            faults.append(f"{label}: {one.figures}, in the table {known.get(label)}")
+        kernel = compiled(job)
+        kernels[label] = kernel.figures
+        print(
+            f"{kernel.registers:4} registers {kernel.shared:7,} bytes shared {kernel.spilled:5} spilled  {label}",
+            flush=True,
+        )
+        faults += kernel.faults()
+        if committed_kernels and committed_kernels.get(label) != kernel.figures:
+            faults.append(f"{label}: {kernel.figures}, in the table {committed_kernels.get(label)}")
     if args.write:
-        FIGURES.write_text(json.dumps({"versions": versions(), "kernels": found}, indent=1) + "\n")
-    print(f"{len(found)} configurations, {max(one['registers'] for one in found.values())} registers at most")
+        FIGURES.write_text(json.dumps({"versions": versions(), "kernels": kernels}, indent=1) + "\n")
+    print(f"{len(kernels)} configurations, {max(kernel['registers'] for kernel in kernels.values())} registers at most")
     if faults:
         sys.exit("\n".join(faults))
 
