@@ -82,7 +82,7 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "Prompt template": ('if style == "r1-zero" and not system', 'if style == "zero" and not system'),
     "GRPO groups": ("(sound * reward_PG).sum(1, keepdim=True) / count", "(sound * reward_PG).sum() / sound.sum()"),
     "Advantage: reward minus the group's mean, over its standard deviation": ("(std + EPSILON)", "(std + 0.1)"),
-    "Loss of a token": ('1.0 / max(1, len(own_N)) if normalise == "sequence" else 1.0', "1.0"),
+    "Loss of a token": ('1.0 / max(1, len(own_N)) if self.normalise == "sequence" else 1.0', "1.0"),
     "Clip": ("advantage_N, clip_low, clip_high)", "advantage_N, clip_high, clip_low)"),
     "KL to the reference (k3, in the loss)": ("return gap.exp() - gap - 1.0", "return -gap"),
     "Mini-batches per rollout": ("for i in order[start : start + size]", "for i in order[:size]"),

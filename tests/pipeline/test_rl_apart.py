@@ -18,7 +18,7 @@ from bessemer.addons.tasks.environment import Environment
 from bessemer.config.recipe import Recipe
 from bessemer.engine.generation import Completion
 from bessemer.rl.loop import Loop
-from bessemer.rl.rollout import ScoredSample
+from bessemer.rl.rollout import Packing, ScoredSample
 from bessemer.runs.context import StageContext, StopFlag
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
@@ -164,22 +164,24 @@ def carried(rank, n, numbers):
             one = Completion(array("i", [number] * 6), "text", array("f", [0.0] * 6), "stop", 2)
         problem, verdict = Problem(str(number), "q", "en", {}), Verdict(True, True, "", None)
         rows.append(ScoredSample(problem, [1, 2], one, verdict, language=1.0, begun=""))
-    batches = Carrier(Dealt(numbers, rank), ranks).batches(rows, [rows[:3], rows[3:6], rows[6:]], 0, "token")
-    return sent, [row.completion.text for row in rows], [(one.tokens_BT[:, 2].tolist(), one.filler) for one in batches]
+    parts = [[rows[:2], [rows[2]]], [[row] for row in rows[3:6]], [rows[6:]]]  # two rows of two samples
+    batches = Carrier(Dealt(numbers, rank), ranks).batches(rows, parts, Packing(100, 0).batch)
+    held = [(batch.tokens_BT.flatten()[2::8].tolist(), batch.filler) for batch in batches]
+    return sent, [row.completion.text for row in rows], held
 
 
 def test_a_row_goes_once_to_each_rank_that_trains_it():
     """A rank passes on no row that it was sent, and nothing replaces its own."""
     for rank, (sent, texts, batches) in enumerate(on_ranks(3, carried, 3, [[0, 1, 2]])):
         own = [number % 3 == rank for number in range(8)]
-        assert sent == 2 * sum(own) and [first for first, _ in batches] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+        assert sent == 2 * sum(own) and [first for first, _ in batches] == [[0, 1, 2, 0], [3, 4, 5], [6, 7]]
         assert texts == ["text" if mine else "" for mine in own]
 
 
 def test_a_filler_has_a_row_that_another_rank_made():
     one, other = on_ranks(2, carried, 2, [[0, 1], [2, None]])
-    assert one[2] == [([0, 1, 2], False), ([3, 4, 5], False)]
-    assert other[2] == [([6, 7], False), ([0], True)]
+    assert one[2] == [([0, 1, 2, 0], False), ([3, 4, 5], False)]
+    assert other[2] == [([6, 7], False), ([0, 1], True)]
 
 
 def test_what_a_rank_keeps_of_another_s_samples_does_not_grow_with_them():

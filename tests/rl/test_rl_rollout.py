@@ -93,7 +93,7 @@ def test_a_task_named_twice_has_two_turns_and_never_the_same_problem():
 @pytest.mark.parametrize("max_tokens", [60, 100, 200])
 def test_parts_are_a_multiple_of_four_and_the_largest_is_as_small_as_can_be(max_tokens):
     rows = some_rows(40)
-    parts = rollout.split_by_length(rows, max_tokens)
+    parts = rollout.Packing(max_tokens, PAD, packs=False).parts(rows)
     lengths = sorted((len(r.prompt_tokens) + len(r.completion.tokens) for r in rows), reverse=True)
 
     def filled(bound):
@@ -107,7 +107,7 @@ def test_parts_are_a_multiple_of_four_and_the_largest_is_as_small_as_can_be(max_
 
     assert len(filled(max_tokens)) <= len(parts) < len(filled(max_tokens)) + rollout.SHARED
     assert len(parts) % rollout.SHARED == 0
-    longest = [len(part[0].prompt_tokens) + len(part[0].completion.tokens) for part in parts]
+    longest = [len(part[0][0].prompt_tokens) + len(part[0][0].completion.tokens) for part in parts]
     largest = max(len(part) * length for part, length in zip(parts, longest, strict=True))
     assert all(len(filled(bound)) > len(parts) for bound in range(longest[0], largest))
 
@@ -117,9 +117,9 @@ def test_parts_are_a_multiple_of_four_and_the_largest_is_as_small_as_can_be(max_
 )
 def test_every_pipeline_has_as_many_parts_as_far_as_there_are_rows(max_tokens, n_pipelines, wanted):
     rows = some_rows(40)
-    parts = rollout.split_by_length(rows, max_tokens, n_pipelines)
+    parts = rollout.Packing(max_tokens, PAD, n_pipelines=n_pipelines, packs=False).parts(rows)
     assert len(parts) == wanted and sum(map(len, parts)) == len(rows)
-    assert rollout.split_by_length([], max_tokens, n_pipelines) == []
+    assert rollout.Packing(max_tokens, PAD, n_pipelines=n_pipelines).parts([]) == []
 
 
 def test_rows_for_a_gpu_have_few_lengths(monkeypatch):

@@ -6,7 +6,7 @@ Invariants
 - Everything is aligned with the token that is *predicted*: `loss_BT[b, t]` weights the prediction of `tokens_BT[b, t]`
   from the tokens before it, so there is no separate target tensor. Nothing precedes token 0, so `loss_BT[:, 0] == 0`.
 - Padding has weight 0.
-- `segments_BT` is None in pre-training (no cross-document mask, V3 4.1); in SFT a token attends only inside its
+- `segments_BT` is None in pre-training (no cross-document mask, V3 4.1); in SFT and RL a token attends only inside its
   segment.
 """
 
@@ -50,6 +50,8 @@ class Batch:
 
     own_T: Tensor | None = None
     """Positions of the rows that this process computes, in order (context parallelism); None: all."""
+    samples: int | None = None
+    """Samples that its rows hold, numbered from 1 in `segments_BT`, where padding is 0; None: one in each row."""
     teacher: int = 0
     """Number of the teacher that its rows are for, if the objective has several."""
     filler: bool = False
@@ -88,8 +90,9 @@ class Batch:
 
     @property
     def counted(self) -> tuple[int, int]:
-        """(rows, tokens) that training on it consumes."""
-        return (0, 0) if self.filler else (self.n_rows, self.tokens_BT.numel())
+        """(rows, tokens) that training on it consumes; in RL each sample counts as a row."""
+        rows = self.n_rows if self.samples is None else self.samples
+        return (0, 0) if self.filler else (rows, self.tokens_BT.numel())
 
     @property
     def segments(self) -> Segments:
@@ -104,11 +107,27 @@ class Batch:
         return self._count_trained()
 
     @property
+    def target_N(self) -> Tensor:
+        """Indices of the trained tokens into `tokens_BT.flatten()`, in the order of `trained_N`."""
+        return self.trained_N + self.trained_N // max(1, self.loss_BT.shape[1] - 1) + 1
+
+    @property
+    def sample_N(self) -> Tensor:
+        """The sample that each trained token belongs to, as a number that no other sample of the batch has."""
+        if self.samples is None or self.segments_BT is None:
+            return self.trained_N // max(1, self.loss_BT.shape[1] - 1)
+        return self.segments_BT.flatten()[self.target_N]
+
+    @property
     def read_BT(self) -> Tensor:
-        """True up to the last trained token of each row. What follows it, padding above all, reaches no loss."""
-        at_T = torch.arange(self.loss_BT.shape[1], device=self.loss_BT.device)
-        last_B1 = (at_T * (self.loss_BT != 0)).amax(1, keepdim=True)
-        return (at_T <= last_B1) & (last_B1 > 0)
+        """True up to the last trained token of each row, or of each of its samples. What follows it, padding above all,
+        reaches no loss."""
+        T = self.loss_BT.shape[1]
+        at_T = torch.arange(T, device=self.loss_BT.device)
+        next_BT = torch.where(self.loss_BT != 0, at_T, T).flip(1).cummin(1).values.flip(1)  # the next trained token
+        if self.samples is None or self.segments_BT is None:
+            return next_BT < T
+        return (next_BT < T) & (self.segments_BT.gather(1, next_BT.clamp(max=T - 1)) == self.segments_BT)
 
     @property
     def n_loss_tokens(self) -> int:
@@ -140,8 +159,12 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> "Batch":
         """The rows `start:stop`, as views."""
+        samples = self.samples
+        if samples is not None and self.segments_BT is not None:
+            samples = int((self.segments_BT[start:stop].unique() != 0).sum())
         return replace(
             self,
+            samples=samples,
             tokens_BT=self.tokens_BT[start:stop],
             loss_BT=self.loss_BT[start:stop],
             segments_BT=None if self.segments_BT is None else self.segments_BT[start:stop],

@@ -129,6 +129,10 @@ class LanguageModel(nn.Module):
         """The experts that the gates choose without replay, [B, T, L, K]."""
         raise NotImplementedError
 
+    def keeps_segments(self) -> bool:
+        """Whether tokens see only their own segment, so that samples may share a row."""
+        return True
+
     def training_flops(self, length: int, mtp: bool) -> float | None:
         """FLOPs of training per token in rows of this length; None if they are not known."""
         return None

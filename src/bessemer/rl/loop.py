@@ -33,7 +33,7 @@ from bessemer.rl.losses import GRPO
 from bessemer.rl.monitor import Evaluator, means, rollout_metrics, update_means
 from bessemer.rl.reference import Reference
 from bessemer.rl.reward import PreferenceScorer, dead_groups
-from bessemer.rl.rollout import Group, Rollout, rewards, split_by_length, to_batches
+from bessemer.rl.rollout import Group, Packing, Rollout, rewards
 from bessemer.rl.sampler import sampler_of
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
@@ -88,6 +88,9 @@ class Loop:
         engine = Engine(self.sampler_model.model, self.tokenizer, self.workers)
         families = [task_of(settings, name) for name in (*settings.tasks, *settings.general_tasks)]
         self.carrier = runtime.carrier(self.trainer, settings, families)
+        self.packing = Packing.of(settings, self.trainer, self.tokenizer.pad_id)
+        if not self.packing.packs:
+            ctx.say("every sample has a row of its own: packed into one, this model would mix them")
         self.sampler = sampler.of_loop(self, engine)
         self.components = self._components()
         self.generator = RolloutGenerator(
@@ -253,13 +256,12 @@ class Loop:
         mini_batches = []
         for start in range(0, len(rows), size):
             part = [rows[i] for i in order[start : start + size]]
-            pad_id, n_pipelines = self.tokenizer.pad_id, self.trainer.collective.n_pipelines
+            parts = self.packing.parts(part)
             if self.carrier is not None:
-                parts = split_by_length(part, settings.micro_tokens, n_pipelines)
-                mini_batches.append(self.carrier.batches(part, parts, pad_id, settings.normalise))
-                continue
-            batches = to_batches(part, pad_id, settings.micro_tokens, settings.normalise, n_pipelines)
-            mini_batches.append(list(self.trainer.collective.mine(batches)))
+                mini_batches.append(self.carrier.batches(part, parts, self.packing.batch))
+            else:
+                batches = [self.packing.batch(rows, rows) for rows in parts]
+                mini_batches.append(list(self.trainer.collective.mine(batches)))
         return mini_batches
 
     def _prepare(self, batches: list[Batch]) -> dict[str, float]:

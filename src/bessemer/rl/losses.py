@@ -71,21 +71,18 @@ class GRPO:
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
         """The loss, given outputs that were computed elsewhere (`Divided`)."""
-        tokens_BT, weight_BT = batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]
         # Only trained positions go through the head: prompts and padding cost nothing there.
-        keep = batch.trained_N
-        hidden_ND = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
-        logp, entropy = token_logprobs(
-            hidden_ND, weight_VD, tokens_BT.flatten()[keep], self.temperature, entropy=True, kept=kept_of(batch)
-        )
+        hidden_ND, target_N = out.hidden_BTD[:, :-1].flatten(0, 1)[batch.trained_N], batch.target_N
+        target, kept = batch.tokens_BT.flatten()[target_N], kept_of(batch)
+        logp, entropy = token_logprobs(hidden_ND, weight_VD, target, self.temperature, entropy=True, kept=kept)
 
         def extra(name: str) -> Tensor:
-            return batch.extras[name][:, 1:].flatten()[keep]
+            return batch.extras[name].flatten()[target_N]
 
-        old, advantage, output = extra("old_logp_BT"), extra("advantage_BT"), keep // weight_BT.shape[1]
-        terms = self.loss(logp, old, advantage, output)
+        old, advantage = extra("old_logp_BT"), extra("advantage_BT")
+        terms = self.loss(logp, old, advantage, batch.sample_N)
         assert entropy is not None
-        weight = weight_BT.flatten()[keep]
+        weight = batch.loss_BT.flatten()[target_N]
         value = terms.value * extra("importance_BT") if "importance_BT" in batch.extras else terms.value
         sampler = extra("sampler_logp_BT") if "sampler_logp_BT" in batch.extras else old
         metrics = {}
@@ -124,15 +121,12 @@ def k3(logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:
 @torch.no_grad()
 def policy_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
     """log pi of every trained token, [B, T], 0 elsewhere."""
-    weight = batch.loss_BT[:, 1:].flatten()
-    keep = batch.trained_N
     out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
-    hidden = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
-    target = batch.tokens_BT[:, 1:].flatten()[keep]
-    logp = token_logprobs(hidden, model.head_weight, target, temperature, kept=kept_of(batch)).logp
-    flat = torch.zeros_like(weight)
-    flat[keep] = logp
-    return torch.nn.functional.pad(flat.view(batch.tokens_BT.shape[0], -1), (1, 0))
+    hidden_ND, target_N = out.hidden_BTD[:, :-1].flatten(0, 1)[batch.trained_N], batch.target_N
+    target, logp_BT = batch.tokens_BT.flatten()[target_N], torch.zeros_like(batch.loss_BT)
+    logp = token_logprobs(hidden_ND, model.head_weight, target, temperature, kept=kept_of(batch)).logp
+    logp_BT.view(-1)[target_N] = logp
+    return logp_BT
 
 
 def reference_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
@@ -146,9 +140,7 @@ def kept_of(batch: Batch) -> Kept | None:
     if "kept_id_BM" not in batch.extras:
         return None
     id_BM, at_BM = batch.extras["kept_id_BM"], batch.extras["kept_at_BM"].long()
-    B, T = batch.tokens_BT.shape
-    keep = batch.trained_N
-    row_BT = torch.full((B, T), -1, dtype=torch.int64, device=keep.device)
-    place_N = keep + keep // (T - 1) + 1  # [B, T - 1] -> [B, T]
-    row_BT.view(-1)[place_N] = torch.arange(len(keep), device=keep.device)
+    target_N = batch.target_N
+    row_BT = torch.full(batch.tokens_BT.shape, -1, dtype=torch.int64, device=target_N.device)
+    row_BT.view(-1)[target_N] = torch.arange(len(target_N), device=target_N.device)
     return Kept(id_BM.long().flatten(), row_BT.gather(1, at_BM).flatten())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.engine.answers import Outcome, PlayedEpisode, Spoken, played
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Completion
-from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.eval.judging import judge_all
 from bessemer.rl.sampler import Sampler
 from bessemer.tasks.answer import TEXT_AROUND
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.language import consistency
 from bessemer.train.runtime import ALONE, Share
+from bessemer.train.trainer import Trainer
 
 
 @dataclass
@@ -84,9 +85,6 @@ Once = Callable[[Callable[[], Any]], Any]
 Group = list[ScoredSample]
 """The samples of one problem."""
 TaskProblems = Sequence[tuple[Task, Problem]]
-SHARED = 4
-"""The number of micro-batches of an update is a multiple of this, so that cores can share them. It is the same on every
-machine, as a gradient's bits depend on how its sum is split; on many ranks also a multiple of the pipelines."""
 
 
 @dataclass(frozen=True)
@@ -199,47 +197,112 @@ def rewards(groups: Sequence[Group]) -> Tensor:
     return torch.tensor([[row.reward for row in group] for group in groups], dtype=torch.float32)
 
 
+SHARED = 4
+"""The number of micro-batches of an update is a multiple of this, so that cores can share them. It is the same on every
+machine, as a gradient's bits depend on how its sum is split; on many ranks also a multiple of the pipelines."""
 BUCKET = 64
 """Multiple for row widths on a GPU: planning fused attention for a new length costs more than a little padding."""
+Row = list[ScoredSample]
+"""The samples of a row of a batch, one after another; none attends to another one's tokens."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a stage lays out its samples."""
+
+    max_tokens: int
+    """Padded tokens of a micro-batch."""
+    pad_id: int
+    normalise: str = "token"
+    """sequence: each output weighs 1 (the paper); token (DAPO) and constant (Dr. GRPO): each token does."""
+    n_pipelines: int = 1
+    multiple: int = 1
+    """What the width of a row is a multiple of (context parallelism)."""
+    packs: bool = True
+    """False: each sample has a row."""
+
+    @classmethod
+    def of(cls, settings: RLConfig, trainer: Trainer, pad_id: int) -> Packing:
+        among = trainer.collective
+        return cls(
+            settings.micro_tokens, pad_id, settings.normalise, among.n_pipelines, among.row_multiple,
+            trainer.model.keeps_segments(),
+        )  # fmt: skip
+
+    def parts(self, samples: Sequence[ScoredSample]) -> list[list[Row]]:
+        """The samples packed into rows by best fit, the fullest row first, with at most `max_tokens` padded tokens per
+        part (at least one row). Rows are as wide as the longest sample: short samples share a row, and no row is longer
+        than it must be.
+
+        If there is more than one part, their number is a multiple of `SHARED`, with about equal tokens, so that no core
+        waits for the last one. With several pipelines it is also a multiple of these, if there are enough rows.
+        """
+        rows = _packed(samples, self.multiple) if self.packs else [[sample] for sample in samples]
+        rows.sort(key=_filled, reverse=True)
+        lengths = [_width(_filled(row), self.multiple) for row in rows]
+        parts = _cut(lengths, self.max_tokens)
+        if len(parts) > 1 or (parts and self.n_pipelines > 1):
+            multiple = self.n_pipelines if len(parts) == 1 else math.lcm(SHARED, self.n_pipelines)
+            most = -(-len(parts) // multiple) * multiple
+            least = min(lengths[0], self.max_tokens)
+            bounds = range(self.max_tokens)
+            even = bisect_left(bounds, True, least, key=lambda tokens: len(_cut(lengths, tokens)) <= most)
+            parts = _cut(lengths, even)
+        return [rows[start:stop] for start, stop in parts]
+
+    def batch(self, rows: Sequence[Row], part: Sequence[Row]) -> Batch:
+        """The batch of the rows, as wide as that of the part they are from."""
+        shape, extras = (len(rows), _width(_filled(part[0]), self.multiple)), dict[str, Tensor]()
+        tokens, loss = torch.full(shape, self.pad_id, dtype=torch.int64), torch.zeros(shape)
+        segments, samples = torch.zeros_like(tokens), [sample for row in rows for sample in row]
+        begins = [(b, sum(map(_length, row[:n]))) for b, row in enumerate(rows) for n in range(len(row))]
+        for number, (sample, (b, begin)) in enumerate(zip(samples, begins, strict=True), start=1):
+            end, own_N = begin + _length(sample), sample.trained_N
+            tokens[b, begin:end] = torch.tensor([*sample.prompt_tokens, *sample.completion.tokens])
+            segments[b, begin:end] = number
+            trained_N = begin + len(sample.prompt_tokens) + own_N
+            loss[b, trained_N] = 1.0 / max(1, len(own_N)) if self.normalise == "sequence" else 1.0
+            old_logp = values_of(sample.completion.logprobs)[own_N]
+            for name, values in {"advantage": sample.advantage, "old_logp": old_logp, **sample.per_token}.items():
+                extras.setdefault(f"{name}_BT", torch.zeros(shape))[b, trained_N] = torch.as_tensor(values)
+        if samples[0].completion.routing is not None:
+            extras["choice_BTLK"] = _place_routing(samples, begins, shape)
+        if samples[0].completion.kept is not None:
+            extras |= _place_kept(samples, begins, len(rows))
+        packed = len(samples) > len(rows)
+        return Batch(tokens, loss, segments if packed else None, extras, samples=len(samples) if packed else None)
 
 
 def to_batches(
-    rows: Sequence[ScoredSample], pad_id: int, max_tokens: int, normalise: str, n_pipelines: int = 1
-) -> list[Batch]:
-    """`split_by_length(rows)` as batches.
-
-    normalise "sequence": each output weighs 1 (the paper); "token" (DAPO) and "constant" (Dr. GRPO): each token does.
-    """
-    parts = split_by_length(rows, max_tokens, n_pipelines)
-    return [batch_of(part, part, pad_id, normalise) for part in parts]
+    samples: Sequence[ScoredSample], pad_id: int, max_tokens: int, normalise: str, n_pipelines: int = 1,
+    packs: bool = False,
+) -> list[Batch]:  # fmt: skip
+    """The batches of `samples`, on one process or for several pipelines."""
+    packing = Packing(max_tokens, pad_id, normalise, n_pipelines, packs=packs)
+    return [packing.batch(part, part) for part in packing.parts(samples)]
 
 
-def batch_of(rows: Sequence[ScoredSample], part: Sequence[ScoredSample], pad_id: int, normalise: str) -> Batch:
-    """The batch of the rows, as wide as that of the part they are from."""
-    return _batch(rows, _width(_length(part[0])), pad_id, normalise)
-
-
-def _width(longest: int) -> int:
+def _width(longest: int, multiple: int = 1) -> int:
     """Tokens of a batch's rows: as many as the longest has, on a GPU a multiple of `BUCKET`."""
-    return -(-longest // BUCKET) * BUCKET if torch.cuda.is_available() else longest
+    multiple = math.lcm(BUCKET, multiple) if torch.cuda.is_available() else multiple
+    return -(-longest // multiple) * multiple
 
 
-def split_by_length(rows: Sequence[ScoredSample], max_tokens: int, n_pipelines: int = 1) -> list[list[ScoredSample]]:
-    """Rows grouped by similar length, longest first, at most `max_tokens` padded tokens per part (at least one row).
-
-    If there is more than one part, their number is a multiple of `SHARED`, with about equal tokens, so that no core
-    waits for the last one. With several pipelines it is also a multiple of these, if there are enough rows.
-    """
-    ordered = sorted(rows, key=_length, reverse=True)
-    lengths = [_length(row) for row in ordered]
-    parts = _cut(lengths, max_tokens)
-    if len(parts) > 1 or (parts and n_pipelines > 1):
-        multiple = n_pipelines if len(parts) == 1 else math.lcm(SHARED, n_pipelines)
-        most = -(-len(parts) // multiple) * multiple
-        least = min(lengths[0], max_tokens)
-        even = bisect_left(range(max_tokens), True, least, key=lambda tokens: len(_cut(lengths, tokens)) <= most)
-        parts = _cut(lengths, even)
-    return [ordered[start:stop] for start, stop in parts]
+def _packed(samples: Sequence[ScoredSample], multiple: int) -> list[Row]:
+    """Rows as wide as the longest sample, filled by best fit: a sample, longest first, goes into the row with the least
+    room that is enough."""
+    rows: list[Row] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens of a row, its number), ascending
+    width = _width(max(map(_length, samples), default=0), multiple)
+    for sample in sorted(samples, key=_length, reverse=True):
+        fitting = bisect_left(rooms, (_length(sample), 0))
+        if fitting == len(rooms):
+            rooms.append((width, len(rows)))
+            rows.append([])
+        room, number = rooms.pop(fitting)
+        rows[number].append(sample)
+        insort(rooms, (room - _length(sample), number))
+    return rows
 
 
 def _cut(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
@@ -252,28 +315,13 @@ def _cut(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
     return parts
 
 
-def _length(row: ScoredSample) -> int:
-    return len(row.prompt_tokens) + len(row.completion.tokens)
+def _length(sample: ScoredSample) -> int:
+    return len(sample.prompt_tokens) + len(sample.completion.tokens)
 
 
-def _batch(rows: Sequence[ScoredSample], width: int, pad_id: int, normalise: str) -> Batch:
-    shape = (len(rows), width)
-    tokens = torch.full(shape, pad_id, dtype=torch.int64)
-    loss, advantage, old_logp = (torch.zeros(shape) for _ in range(3))
-    for i, row in enumerate(rows):
-        start, stop, own_N = len(row.prompt_tokens), _length(row), row.trained_N
-        tokens[i, :start] = torch.tensor(row.prompt_tokens)
-        tokens[i, start:stop] = values_of(row.completion.tokens)
-        loss[i, start + own_N] = 1.0 / max(1, len(own_N)) if normalise == "sequence" else 1.0
-        advantage[i, start + own_N] = torch.as_tensor(row.advantage)
-        old_logp[i, start + own_N] = values_of(row.completion.logprobs)[own_N]
-    extras = {"advantage_BT": advantage, "old_logp_BT": old_logp}
-    extras |= {f"{name}_BT": _align(rows, width, name) for name in rows[0].per_token}
-    if routings := [row.completion.routing for row in rows if row.completion.routing is not None]:
-        extras["choice_BTLK"] = pad_routing(routings, width)
-    if kept := [row.completion.kept for row in rows if row.completion.kept is not None]:
-        extras |= pad_kept(kept, [len(row.prompt_tokens) for row in rows])
-    return Batch(tokens, loss, extras=extras)
+def _filled(row: Row) -> int:
+    """Tokens of a row without its padding."""
+    return sum(map(_length, row))
 
 
 def values_of(numbers: array) -> Tensor:
@@ -281,29 +329,33 @@ def values_of(numbers: array) -> Tensor:
     return torch.from_numpy(np.frombuffer(numbers, dtype=numbers.typecode))
 
 
-def _align(rows: Sequence[ScoredSample], width: int, name: str) -> Tensor:
-    """One list per row, each entry at the position of its trained token."""
-    aligned = torch.zeros(len(rows), width)
-    for i, row in enumerate(rows):
-        aligned[i, len(row.prompt_tokens) + row.trained_N] = torch.tensor(row.per_token[name])
-    return aligned
+Begins = Sequence[tuple[int, int]]
+"""(row, position of the first token) of each sample of a batch."""
 
 
-def pad_routing(routings: Sequence[Tensor], width: int) -> Tensor:
-    """Pads `Completion.routing` records into one choice_BTLK, int16. It is -1 (the gate chooses) at a row's last token,
-    which was never fed, and at padding. No trained token follows either."""
-    choice_BTLK = torch.full((len(routings), width, *routings[0].shape[1:]), -1, dtype=torch.int16)
-    for row, routing in zip(choice_BTLK, routings, strict=True):
-        row[: len(routing)] = routing
+def _place_routing(samples: Sequence[ScoredSample], begins: Begins, shape: tuple[int, int]) -> Tensor:
+    """`Completion.routing` of the samples as one choice_BTLK, int16. It is -1 (the gate chooses) at a sample's last
+    token, which was never fed, and at padding. No trained token follows either."""
+    routings = [routing for sample in samples if (routing := sample.completion.routing) is not None]
+    choice_BTLK = torch.full((*shape, *routings[0].shape[1:]), -1, dtype=torch.int16)
+    for routing, (b, begin) in zip(routings, begins, strict=True):
+        choice_BTLK[b, begin : begin + len(routing)] = routing
     return choice_BTLK
 
 
-def pad_kept(kept: Sequence[KeptTokens], starts: Sequence[int]) -> dict[str, Tensor]:
-    """Pads `Completion.kept` records, whose tokens begin at `starts`: the kept ids and the positions they are for,
-    int32 [B, M], M that of the row with most ids. Nothing precedes position 0, so it marks padding."""
-    at = [
-        start + torch.arange(len(count_T), dtype=torch.int32).repeat_interleave(count_T)
-        for (_, count_T), start in zip(kept, starts, strict=True)
-    ]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {"kept_id_BM": pad([id_M for id_M, _ in kept], batch_first=True), "kept_at_BM": pad(at, batch_first=True)}
+def _place_kept(samples: Sequence[ScoredSample], begins: Begins, n_rows: int) -> dict[str, Tensor]:
+    """`Completion.kept` of the samples: the kept ids and the positions they are for, int32 [B, M], M that of the row
+    with most ids. Nothing precedes position 0, so it marks padding."""
+    ids: list[list[Tensor]] = [[] for _ in range(n_rows)]
+    at: list[list[Tensor]] = [[] for _ in range(n_rows)]
+    for sample, (b, begin) in zip(samples, begins, strict=True):
+        assert sample.completion.kept is not None, "all samples have it, or none"
+        id_M, count_T = sample.completion.kept
+        first = begin + len(sample.prompt_tokens)
+        ids[b].append(id_M)
+        at[b].append(first + torch.arange(len(count_T), dtype=torch.int32).repeat_interleave(count_T))
+
+    def padded(parts: list[list[Tensor]]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([torch.cat(row) for row in parts], batch_first=True)
+
+    return {"kept_id_BM": padded(ids), "kept_at_BM": padded(at)}

@@ -52,6 +52,8 @@ class Collective:
     """The number of parts into which a step's micro-batches are divided."""
     pipeline: int = 0
     """The number of the part that is this process's."""
+    row_multiple: int = 1
+    """What the number of tokens of a row is a multiple of."""
 
     def __init__(self) -> None:
         self._reads: dict[Read, Callable[[Batch], Tensor]] = {}

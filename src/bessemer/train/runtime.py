@@ -114,8 +114,11 @@ class SampleCarrier(Protocol):
         """The process that has each sample."""
         ...
 
-    def batches(self, rows: Sequence[Any], parts: Sequence[Sequence[Any]], pad_id: int, normalise: str) -> list[Batch]:
-        """This process's micro-batches of a mini-batch of `rows` in `parts`. The rows that they need are filled."""
+    def batches(
+        self, samples: Sequence[Any], parts: Sequence[Sequence[Any]], make: Callable[[Any, Any], Batch]
+    ) -> list[Batch]:
+        """This process's micro-batches of a mini-batch of `samples` in `parts`, which are lists of rows of samples.
+        `make(rows, part)` makes one. The samples that they need are filled."""
         ...
 
 

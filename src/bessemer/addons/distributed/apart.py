@@ -9,7 +9,7 @@ Some options read more than that: those of `stays` say so, and with them all ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,10 +19,12 @@ from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.engine.generation import Completion
 from bessemer.eval.judging import ours
-from bessemer.rl import rollout
 from bessemer.rl.component import hooks_of
-from bessemer.rl.rollout import ScoredSample
+from bessemer.rl.rollout import Row, ScoredSample
 from bessemer.train.collective import Collective
+
+Part = Sequence[Row]
+"""The rows of a micro-batch."""
 
 
 class Elsewhere:
@@ -70,31 +72,31 @@ class Carrier:
         return [rank_of(completion, self.ranks.me) for completion in completions]
 
     def batches(
-        self, rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]], pad_id: int, normalise: str
+        self, samples: Sequence[ScoredSample], parts: Sequence[Part], make: Callable[[Part, Part], Batch]
     ) -> list[Batch]:
-        """This rank's micro-batches of a mini-batch of `rows` in `parts` (`rollout.split_by_length`). The rows that
-        they need are filled."""
-        index_of = {id(row): number for number, row in enumerate(rows)}
-        own = {id(row) for row in rows if rank_of(row.completion, self.ranks.me) == self.ranks.me}
+        """This rank's micro-batches of a mini-batch of `samples` in `parts` (`Packing.parts`), which `make` makes. The
+        samples that they need are filled."""
+        index_of = {id(sample): number for number, sample in enumerate(samples)}
+        own = {id(sample) for sample in samples if rank_of(sample.completion, self.ranks.me) == self.ranks.me}
         of_pipeline = [self._needed(parts, pipeline) for pipeline in range(self.among.n_pipelines)]
         for rank, pipeline in enumerate(self.pipelines):
             to_send: dict[int, Completion] = {}
             if rank != self.ranks.me:
-                needed = [row for row in of_pipeline[pipeline] if id(row) in own]
-                to_send = {index_of[id(row)]: replace(row.completion, text="") for row in needed}
+                needed = [sample for sample in of_pipeline[pipeline] if id(sample) in own]
+                to_send = {index_of[id(sample)]: replace(sample.completion, text="") for sample in needed}
             for sent in self.ranks.gather(to_send, rank, "samples of the mini-batch"):
                 for index, completion in sent.items():
-                    rows[index].completion = completion
+                    samples[index].completion = completion
         batches = []
         for number in self.among.numbers_by_pipeline(len(parts))[self.among.pipeline]:
-            part = parts[0][:1] if number is None else parts[number]
-            batch = rollout.batch_of(part, parts[number or 0], pad_id, normalise)
+            batch = make(parts[0][:1], parts[0]) if number is None else make(parts[number], parts[number])
             batches.append(batch.as_filler() if number is None else batch)
         return batches
 
-    def _needed(self, parts: Sequence[Sequence[ScoredSample]], pipeline: int) -> list[ScoredSample]:
-        """The rows that a pipeline trains; a filler has the shape of the first."""
+    def _needed(self, parts: Sequence[Part], pipeline: int) -> list[ScoredSample]:
+        """The samples that a pipeline trains; a filler has the shape of the first row."""
         numbers = self.among.numbers_by_pipeline(len(parts))[pipeline]
         rows = [row for number in numbers if number is not None for row in parts[number]]
         first = parts[0][0]
-        return rows if None not in numbers or any(row is first for row in rows) else [*rows, first]
+        filled = None not in numbers or any(row is first for row in rows)
+        return [sample for row in (rows if filled else [*rows, first]) for sample in row]

@@ -139,6 +139,17 @@ class CausalLM(LanguageModel):
         hidden_BTD = self.hidden(tokens_BT, _positions(segments))
         return TrainOutputs(hidden_BTD, [], torch.zeros((), device=tokens_BT.device))
 
+    @torch.no_grad()
+    def keeps_segments(self) -> bool:
+        """It is tried: the second of two texts in a row must have the hidden states that it has alone."""
+        ids_BT = torch.arange(2, 26, device=self.embed.weight.device)[None] % self.cfg.vocab_size
+        segments_BT = torch.arange(24, device=ids_BT.device)[None] // 12
+        packed, seen, alone = (
+            self.train_outputs(tokens_BT, segments).hidden_BTD[:, -12:].float()
+            for tokens_BT, segments in ((ids_BT, segments_BT), (ids_BT, None), (ids_BT[:, 12:], None))
+        )
+        return bool((packed - alone).norm() <= 0.1 * (seen - alone).norm())
+
     def scorer(self, seed: int) -> CausalScorer:
         """The same body, not copied, with a new head. Raises UserError if transformers has no such model."""
         return CausalScorer.of(self, seed)

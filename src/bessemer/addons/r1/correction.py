@@ -73,11 +73,11 @@ class ImportanceCorrection(Component):
     def before_updates(self, batches: list[Batch]) -> dict[str, float]:
         corrections = []
         for batch, logp_BT in zip(batches, self.workers.map(self._logprobs, batches), strict=True):
-            sampler_BT, keep = batch.extras["old_logp_BT"], batch.loss_BT.flatten().nonzero().squeeze(1)
-            log_ratio_N, output_N = (logp_BT - sampler_BT).flatten()[keep], keep // batch.loss_BT.shape[1]
-            corrections.append(importance_weights(self.form, log_ratio_N, output_N, self.cap))
+            sampler_BT, target_N = batch.extras["old_logp_BT"], batch.target_N
+            log_ratio_N = (logp_BT - sampler_BT).flatten()[target_N]
+            corrections.append(importance_weights(self.form, log_ratio_N, batch.sample_N, self.cap))
             weight_BT = torch.zeros_like(logp_BT)
-            weight_BT.view(-1)[keep] = corrections[-1].weight
+            weight_BT.view(-1)[target_N] = corrections[-1].weight
             batch.extras |= {"sampler_logp_BT": sampler_BT, "old_logp_BT": logp_BT, "importance_BT": weight_BT}
         values = {name: torch.cat([getattr(c, name) for c in corrections]) for name in Correction._fields}
         # a rank that has only fillers corrects no token

@@ -87,13 +87,14 @@ class Critic(Advantage):
         """Sets the value, GAE advantage and return of every token. Advantages get mean 0 over the rollout and, with
         `scale_by_std`, standard deviation 1; returns are not scaled."""
         rows = list(chain.from_iterable(groups))
-        tokens, n_pipelines = self.settings.micro_tokens, self.trainer.collective.n_pipelines
-        parts = rollout.split_by_length(rows, tokens, n_pipelines)
-        batches = rollout.to_batches(rows, self.pad_id, tokens, "token", n_pipelines)
+        packing = rollout.Packing.of(self.settings, self.trainer, self.pad_id)
+        parts = packing.parts(rows)
+        batches = [packing.batch(part, part) for part in parts]
         sizes = [batch.n_loss_tokens for batch in batches]
         for part, value_N in zip(parts, self.trainer.collective.outputs(batches, _values_of, sizes), strict=True):
-            lengths = [len(row.trained_N) for row in part]
-            for row, own in zip(part, value_N.split(lengths), strict=True):
+            samples = list(chain.from_iterable(part))
+            lengths = [len(row.trained_N) for row in samples]
+            for row, own in zip(samples, value_N.split(lengths), strict=True):
                 row.per_token["value"] = own.tolist()
         values = [torch.tensor(row.per_token["value"]) for row in rows]
         value_RL = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
