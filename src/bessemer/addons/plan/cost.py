@@ -9,7 +9,7 @@ from typing import Any
 
 from bessemer.addons.distributed import schedules
 from bessemer.addons.distributed.table import Table
-from bessemer.addons.plan import memory
+from bessemer.addons.plan import memory, record
 from bessemer.addons.plan.hardware import GIB
 from bessemer.addons.plan.layer_time import cuts
 from bessemer.addons.plan.memory import NumberFormats
@@ -106,7 +106,10 @@ class RunPlan:
             "mfu_fp8": None if device.fp8 is None else self.mfu(device.fp8),
             "memory_gib_per_rank": [kinds | {"total": sum(kinds.values())} for kinds in gib],
             "memory_gib_of_device": device.memory, "fits": self.fits, "bytes_per_step": self.step.links,
-            "bound": self.bound, "assumptions": assumptions(self),
+            "bound": self.bound, "assumptions": assumptions(self), "interval": record.of_facts(record.of_clusters()),
+            "gpu_hours_interval": record.of_clusters().facts(self.gpu_hours),
+            "days_interval": record.of_clusters().facts(self.days),
+            "step_seconds_interval": record.of_clusters().facts(self.step.seconds),
         }  # fmt: skip
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bessemer.addons.plan import record
 from bessemer.addons.plan.pace import Pace
 from bessemer.addons.plan.plan_config import pretraining
+from bessemer.addons.plan.record import Interval
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_seconds
 from bessemer.pipeline.work import ANSWER
@@ -31,27 +33,40 @@ class LocalEstimate:
     """Seconds of the stages that a run has finished."""
     notes: tuple[str, ...]
 
+    @property
+    def interval(self) -> Interval:
+        """Factors on the times of the stages that are not finished."""
+        return record.of_run(self.stages, self.measured, record.of_this_machine())
+
     def facts(self) -> dict[str, Any]:
         rows = [
-            {"stage": name, "planned_seconds": seconds, "measured_seconds": self.measured.get(name)}
+            {"stage": name, "planned_seconds": seconds, "measured_seconds": self.measured.get(name),
+             "interval_seconds": self.interval.facts(seconds)}
             for name, seconds in self.stages.items()
-        ]
+        ]  # fmt: skip
+        left = sum(seconds for name, seconds in self.stages.items() if name not in self.measured)
         return {
             "stages": rows,
             "planned_seconds": sum(self.stages.values()),
+            "interval": record.of_facts(self.interval),
+            "interval_seconds_left": self.interval.facts(left),
             **self.rates,
             "assumptions": list(self.notes),
         }
 
     def describe(self) -> str:
         """The estimate for a terminal."""
-        lines = [f"{'stage':<16}{'planned':>12}{'measured':>12}{'error':>9}"]
+        lines = [f"{'stage':<16}{'planned':>12}{'measured':>12}{'error':>9}  nine in ten"]
         for name, seconds in self.stages.items():
             real = self.measured.get(name)
-            measured = "" if real is None else f"{show_seconds(real):>12}{100 * (seconds / real - 1):>+8.0f}%"
+            measured = f"{self.interval.describe(seconds):>34}"
+            if real is not None:
+                measured = f"{show_seconds(real):>12}{100 * (seconds / real - 1):>+8.0f}%"
             lines.append(f"{name:<16}{show_seconds(seconds):>12}{measured}")
         lines.append(f"{'in all':<16}{show_seconds(sum(self.stages.values())):>12}")
         lines += [f"{name.replace('_', ' ')}: {value:,.0f}" for name, value in self.rates.items()]
+        behind = f"{len(self.measured)} finished stages of this run" if self.measured else "earlier runs here"
+        lines.append(f"nine in ten: by {behind}, {self.interval.middle:.2f} x the planned time on average")
         return "\n".join([*lines, *self.notes])
 
 

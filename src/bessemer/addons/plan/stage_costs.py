@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bessemer.addons.plan import record
 from bessemer.addons.plan.cost import RunPlan, amount
 from bessemer.addons.plan.guess import estimate_seconds, guessed, training_flops, training_seconds
 from bessemer.addons.plan.inference import RolloutTime, rollout_time
@@ -50,8 +51,10 @@ class StageCost:
     def facts(self) -> dict[str, Any]:
         rollout = {} if self.rollout is None else {
             "sampling_seconds": self.rollout.sampling, "updating_seconds": self.rollout.updating,
+            "rollout_seconds_interval": record.of_clusters().facts(self.rollout.seconds),
         }  # fmt: skip
-        return {"stage": self.name, "kind": self.kind, "gpu_hours": self.gpu_hours, "work": self.work} | rollout
+        facts = {"stage": self.name, "kind": self.kind, "gpu_hours": self.gpu_hours, "work": self.work}
+        return facts | {"gpu_hours_interval": record.of_clusters().facts(self.gpu_hours)} | rollout
 
 
 def stage_costs(plan: RunPlan, recipe: Recipe | None) -> list[StageCost]:

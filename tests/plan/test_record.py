@@ -1,0 +1,52 @@
+"""The interval of a predicted time."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from bessemer.addons.plan import record
+from bessemer.addons.plan.estimate import LocalEstimate
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def test_nine_of_ten_next_runs_are_inside():
+    draw, inside = random.Random(3), 0
+    for _ in range(600):
+        *ratios, last = (draw.lognormvariate(0.2, 0.4) for _ in range(9))
+        interval = record.next_one(ratios)
+        inside += interval.low <= last <= interval.high
+    assert inside / 600 == pytest.approx(0.9, abs=0.03)
+
+
+def test_a_run_s_own_stages_come_first():
+    earlier = record.of_this_machine()
+    assert record.of_run({"a": 10.0}, {}, earlier) == earlier
+    one = record.of_run({"a": 10.0, "b": 20.0}, {"a": 15.0}, earlier)
+    assert one.middle == pytest.approx(1.5) and one.high / one.low == pytest.approx(earlier.high / earlier.low)
+    planned = dict.fromkeys("abcd", 10.0)
+    several = record.of_run(planned, {"a": 20.0, "b": 21.0, "c": 19.0}, earlier)
+    assert several.middle == pytest.approx(2, rel=0.02) and several.high / several.low < earlier.high / earlier.low
+
+
+def test_every_time_of_a_local_estimate_has_an_interval():
+    estimate = LocalEstimate({"base": 100.0, "zero": 50.0}, {}, {"base": 130.0}, ())
+    facts = estimate.facts()
+    rows = {row["stage"]: row["interval_seconds"] for row in facts["stages"]}
+    assert rows["zero"]["low"] < rows["zero"]["likely"] < rows["zero"]["high"]
+    assert rows["zero"]["likely"] == pytest.approx(65)
+    assert facts["interval_seconds_left"] == rows["zero"]
+    assert "1 finished stages of this run, 1.30 x" in estimate.describe()
+
+
+def test_every_time_of_a_plan_has_an_interval(call):
+    facts = json.loads(call("plan", RECIPES / "tiny.toml", "--cluster", "2xH100", "--json")[1])
+    factor = facts["interval"]
+    assert factor["low"] < 1 < factor["likely"] < factor["high"] and factor["runs"] == 24
+    for name in ("gpu_hours", "days", "step_seconds"):
+        assert facts[f"{name}_interval"]["high"] == pytest.approx(factor["high"] * facts[name])
+    for stage in facts["stages"]:
+        assert stage["gpu_hours_interval"]["low"] == pytest.approx(factor["low"] * stage["gpu_hours"])
+    assert call("plan", RECIPES / "tiny.toml", "--cluster", "2xH100")[1].count("nine in ten") >= 2
