@@ -74,7 +74,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.rl.reward import Reward
     from bessemer.train import setup
     from bessemer.train.plan import TrainingPlan
-    from bessemer.train.runtime import Whole
+    from bessemer.train.runtime import Runtime
     from bessemer.train.trainer import Trainer
 
     setup.keep_memory()
@@ -89,7 +89,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     )  # fmt: skip
     engine, reward = Engine(model, tokenizer, workers), Reward.of_config(settings)
     advantage = advantage_of(settings)(None)
-    reference = Reference(trainer, Whole(trainer.model), workers, 10**9, 1.0)
+    reference = Reference(trainer, Runtime(), args.directory / "model", 10**9, 1.0)
     rows = args.prompts * SAMPLES
 
     def step(number: int) -> float:

@@ -44,9 +44,8 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
     from bessemer.train import setup
     from bessemer.train.objective import next_token
     from bessemer.train.plan import TrainingPlan, constant
-    from bessemer.train.runtime import Whole
+    from bessemer.train.runtime import Runtime
     from bessemer.train.trainer import Trainer
-    from bessemer.workers import Workers
 
     torch.set_num_threads(1)
     setup.keep_memory()
@@ -59,7 +58,7 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as state:
         objective = GRPO(kl=0.001) if grpo else next_token
         trainer = Trainer(model, objective, None, config, TrainingPlan(terms=terms), Path(state))
-        reference = Reference(trainer, Whole(trainer.model), Workers(), 400, 1.0) if grpo else None
+        reference = Reference(trainer, Runtime(), folder, 400, 1.0) if grpo else None
         generator = torch.Generator().manual_seed(0)
         seconds, cpu = [], []
         reset_peak()

@@ -90,7 +90,7 @@ def main() -> None:
                            RunProgress({}).begin("zero"), StopFlag())  # fmt: skip
         run = loop.Loop(recipe.stage("zero"), ctx, {})
         run.trainer.start()
-        run.reference = loop.Reference(run.trainer, run.policy, timed, recipe.stage("zero").kl.reference_every, 1.0)
+        run.reference = loop.Reference(run.trainer, ctx.runtime, run.base, recipe.stage("zero").kl.reference_every, 1.0)
         ahead = next(component for component in run.components if component.ahead)
         take = ahead.take
         for number in range(args.rollouts):

@@ -43,7 +43,7 @@ def test_every_tensor_of_a_real_stage_is_counted(base, tmp_path, monkeypatch, ch
 
     references = [component for component in loop.components if isinstance(component, Reference)]
     assert len(references) == ("kl.weight=0.0" not in changes)
-    reference = sum(tensor.nbytes for one in references for tensor in one.model.state_dict().values())
+    reference = sum(tensor.nbytes for one in references for tensor in one.copy.model.state_dict().values())
     assert len(loop.trainer.companions) == ("advantage=critic" in changes)
     critic = sum(sum(held(critic).values()) for critic in loop.trainer.companions.values())
     for kind, size in (held(loop.trainer) | {"reference": reference, "critic": critic}).items():

@@ -23,8 +23,9 @@ from bessemer.model.transformer import Transformer
 from bessemer.rl.losses import GRPO, reference_logprobs
 from bessemer.rl.reference import Reference
 from bessemer.train import lineage, objective
+from bessemer.train.runtime import Runtime
 from bessemer.train.trainer import Trainer
-from bessemer.workers import Workers, side_by_side
+from bessemer.workers import side_by_side
 
 torch.set_num_threads(1)
 
@@ -136,8 +137,7 @@ def test_the_reference_is_the_base_and_shares_its_weights(bases):
     """This holds after policy steps too, until the reference takes a copy of the adapters at its interval."""
     base, model = load(bases["llama-tied"]), adapted(bases["llama-tied"], drawn=False)
     run = trainer(model, goal=GRPO(kl=0.1))
-    policy = type("Policy", (), {"model": model, "refresh": lambda self: None})()
-    reference = Reference(run, policy, Workers(), 2, 1.0)
+    reference = Reference(run, Runtime(), bases["llama-tied"], 2, 1.0)
     batch = grpo_batch(base)
     reference_batch = copy.deepcopy(batch)
     for _ in range(2):
@@ -149,7 +149,7 @@ def test_the_reference_is_the_base_and_shares_its_weights(bases):
     reference.before_step([reference_batch])
     assert torch.equal(reference_batch.extras["ref_logp_BT"], reference_logprobs(model, batch, 1.0))
     assert all(".lora_" in name for name in run.extra_tensors) and run.extra_tensors
-    ours, frozen = (dict(network.named_parameters()) for network in (model, reference.model))
+    ours, frozen = (dict(network.named_parameters()) for network in (model, reference.copy.model))
     assert all((ours[name] is frozen[name]) == (".lora_" not in name) for name in ours)
 
 

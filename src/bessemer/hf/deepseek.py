@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,15 +79,25 @@ def load(
     check_finished(Path(directory))
     checkpoint, cfg, layout = open_directory(Path(directory), mtp, kind, context)
     model = _allocate(cfg, parse_dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device, kind)
-    state = model.state_dict()
-    with torch.no_grad():
-        for slot in layout:
-            target = slot.of(state)
-            if not slot.copy:
-                target.copy_(checkpoint.read(slot.key, target.dtype))
-            elif slot.key in checkpoint.entries:
-                compare_copy(checkpoint, slot, target.cpu())
+    _read(checkpoint, layout, model)
     return model
+
+
+def read_into(model: Transformer, directory: Path) -> None:
+    """Replaces the weights of a model by those of a directory of the same shapes, one tensor at a time."""
+    checkpoint, _, layout = open_directory(directory, bool(model.cfg.n_mtp), type(model))
+    _read(checkpoint, layout, model)
+
+
+@torch.no_grad()
+def _read(checkpoint: Checkpoint, layout: Sequence[Slot], model: Transformer) -> None:
+    state = model.state_dict()
+    for slot in layout:
+        target = slot.of(state)
+        if not slot.copy:
+            target.copy_(checkpoint.read(slot.key, target.dtype))
+        elif slot.key in checkpoint.entries:
+            compare_copy(checkpoint, slot, target.cpu())
 
 
 def save(
@@ -120,7 +130,7 @@ def write(
     """`save` for tensors stored anywhere, with one in memory at a time: `read(slot, dtype)` returns a tensor,
     `dtype_of(slot)` its stored dtype."""
     forced = parse_dtype(dtype) or form.dtype
-    layout = [slot for slot in slots(cfg, kind) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
+    layout = written_slots(cfg, kind)
     dtypes = [target_dtype(slot, dtype_of(slot), forced) for slot in layout]
     embedding = next(slot for slot in layout if slot.key == EMBEDDING)
     with replacing(Path(directory), () if tokenizer_dir is None else REPLACED) as fresh:
@@ -133,6 +143,11 @@ def write(
         for name, text in (files or {}).items():
             (fresh / name).write_text(text, "utf-8")
         write_slots(fresh, layout, dtypes, read, form, max_shard_bytes)
+
+
+def written_slots(cfg: ModelConfig, kind: type[Transformer] = Transformer) -> list[Slot]:
+    """The tensors that `write` asks for, in this order."""
+    return [slot for slot in slots(cfg, kind) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
 
 
 def open_directory(

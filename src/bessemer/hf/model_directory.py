@@ -16,7 +16,7 @@ from bessemer.hf.families import architecture_of, family
 from bessemer.hf.mapping import FAMILIES
 from bessemer.model.config import ModelConfig
 from bessemer.model.protocol import LanguageModel
-from bessemer.model.transformer import Scorer
+from bessemer.model.transformer import Scorer, Transformer
 
 
 def is_own(directory: str | Path) -> bool:
@@ -39,6 +39,17 @@ def load(
     if is_own(directory):
         return deepseek.load(directory, dtype, device, mtp)
     return family(architecture_of(directory)).load(directory, dtype, device)
+
+
+@torch.no_grad()
+def read_into(model: LanguageModel, directory: Path) -> None:
+    """Replaces the weights of a network by those of a directory that holds one of the same shapes."""
+    if isinstance(model, Transformer):
+        deepseek.read_into(model, directory)
+        return
+    stored = load(directory, torch.float32, model.embed.weight.device).state_dict()
+    for name, own in model.state_dict().items():
+        own.copy_(stored[name])
 
 
 def load_scorer(

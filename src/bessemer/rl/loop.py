@@ -186,7 +186,7 @@ class Loop:
         ctx.progress.total(settings.rollouts, "rollouts", done=first)
         if settings.kl.weight > 0:
             every = settings.kl.reference_every
-            self.components.append(Reference(trainer, self.policy, self.workers, every, settings.temperature))
+            self.components.append(Reference(trainer, ctx.runtime, self.base, every, settings.temperature))
         return first
 
     def replay(self, first: int, number: int, count: int = 1) -> Iterator[tuple[Rollout, dict[str, float]]]:

@@ -122,9 +122,14 @@ def k3(logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:
 def policy_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
     """log pi of every trained token, [B, T], 0 elsewhere."""
     out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
+    return logprobs_of(out, model.head_weight, batch, temperature=temperature)
+
+
+def logprobs_of(out: TrainOutputs, weight_VD: Tensor, batch: Batch, *, temperature: float) -> Tensor:
+    """The same, given outputs that were computed elsewhere."""
     hidden_ND, target_N = out.hidden_BTD[:, :-1].flatten(0, 1)[batch.trained_N], batch.target_N
     target, logp_BT = batch.tokens_BT.flatten()[target_N], torch.zeros_like(batch.loss_BT)
-    logp = token_logprobs(hidden_ND, model.head_weight, target, temperature, kept=kept_of(batch)).logp
+    logp = token_logprobs(hidden_ND, weight_VD, target, temperature, kept=kept_of(batch)).logp
     logp_BT.view(-1)[target_N] = logp
     return logp_BT
 

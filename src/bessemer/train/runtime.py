@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from bessemer.hf.model_directory import load_scorer
+from bessemer.hf.model_directory import load_scorer, read_into
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import Transformer
 from bessemer.train import setup
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bessemer.data.tokenizer import Tokenizer
     from bessemer.model.config import ModelConfig
     from bessemer.tasks import Task
+    from bessemer.train.collective import Read
 
 _Made = TypeVar("_Made")
 
@@ -105,6 +106,60 @@ class Frozen:
         """This process's micro-batches of a step, with the hidden states of the network that `Batch.teacher` counts,
         unless the objective asks the network itself. Collective; all processes pass the same batches."""
         return batches
+
+
+class FrozenCopy:
+    """A frozen copy of a trained network, such as the reference of a divergence; here whole, in the process that
+    trains. It shares what the network itself never trains, such as the weights under adapters."""
+
+    def __init__(self, trainer: Trainer, read: Read) -> None:
+        self.trainer, self._read = trainer, read
+        self.model = self._copy()
+        own = (*self.model.parameters(), *self.model.buffers())
+        shared = {id(parameter) for parameter in self.shared.values()}
+        trainer.plan.workers.share(tensor for tensor in own if id(tensor) not in shared)
+
+    @property
+    def shared(self) -> Mapping[str, torch.nn.Parameter]:
+        return self.trainer.model.frozen()
+
+    def _copy(self) -> LanguageModel:
+        memo = {id(parameter): parameter for parameter in self.shared.values()}
+        return copy.deepcopy(self.trainer.model, memo).eval().requires_grad_(False)
+
+    def state(self) -> dict[str, Tensor]:
+        """What it does not share, by name."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.shared}
+
+    @torch.no_grad()
+    def set(self, state: Mapping[str, Tensor]) -> None:
+        own = self.state()
+        assert own.keys() <= state.keys(), own.keys() - state.keys()
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def follow(self) -> None:
+        """Copies the trained weights."""
+        self.trainer.optimizer.settle()
+        self.set(self.trainer.model.state_dict())
+
+    def load(self, folder: Path) -> None:
+        """Takes the weights of a model directory. Collective, as is `save`."""
+        read_into(self.model, folder)
+
+    def save(self, folder: Path) -> None:
+        self.model.save(folder)
+
+    def outputs(self, batches: Sequence[Batch]) -> list[Tensor | None]:
+        """`read` of each of this process's micro-batches after a forward pass without MTP; None where another process
+        computes its loss. Collective."""
+        return list(self.trainer.plan.workers.map(self._output, batches))
+
+    @torch.no_grad()
+    def _output(self, batch: Batch) -> Tensor:
+        batch = batch.to(setup.device())
+        out = self.model.train_outputs(batch.tokens_BT, batch.segments, mtp=False)
+        return self._read(out, self.model.head_weight, batch)
 
 
 class SampleCarrier(Protocol):
@@ -187,6 +242,10 @@ class Runtime:
     def frozen(self, folders: Mapping[str, Path], beside: LanguageModel) -> Frozen:
         """The networks of model directories, by name, in BF16 on a GPU; `beside`: the network that is trained."""
         return Frozen(setup.load_frozen(folder) for folder in folders.values())
+
+    def frozen_copy(self, trainer: Trainer, read: Read) -> FrozenCopy:
+        """A frozen copy of the network as it is now, divided as that is. Collective."""
+        return FrozenCopy(trainer, read)
 
     def whole(self, trainer: Trainer) -> Whole:
         return Whole(trainer.model)

@@ -1,4 +1,6 @@
-"""Teachers of on-policy distillation on many ranks: where their networks are placed, and what a step needs from them.
+"""Frozen networks on many ranks: RL's reference (`ShardedCopy`), and teachers of on-policy distillation.
+
+Teachers: where their networks are placed, and what a step needs from them.
 
 The states of all micro-batches are computed before the step, by teachers that are
 
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bessemer import heartbeat
-from bessemer.addons.distributed import mesh, model_shard
+from bessemer.addons.distributed import mesh, model_shard, whole
 from bessemer.addons.distributed.collective import of_ranks
 from bessemer.addons.distributed.model_shard import ModelShard
 from bessemer.addons.distributed.ranks import Ranks
@@ -33,8 +35,9 @@ from bessemer.hf.model_directory import is_own
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import TrainOutputs
 from bessemer.train import setup
+from bessemer.train.collective import Read
 from bessemer.train.objective import teacher_states, with_states
-from bessemer.train.runtime import Frozen
+from bessemer.train.runtime import Frozen, FrozenCopy
 from bessemer.train.trainer import Trainer
 
 
@@ -79,6 +82,32 @@ class FrozenOnRanks(Frozen):
                         shares[i] = with_states(shares[i], states_BTD)
         self.ranks.meet("teachers")  # in a pipeline with a whole teacher, all ranks wait for it
         return shares
+
+
+class ShardedCopy(FrozenCopy):
+    """`FrozenCopy` of a network that is divided over the ranks: each has as much of it as of the trained one."""
+
+    def __init__(self, trainer: Trainer, read: Read) -> None:
+        self.shard = of_ranks(trainer).shard.frozen_copy()
+        super().__init__(trainer, read)
+
+    def _copy(self) -> LanguageModel:
+        return self.shard.model
+
+    def load(self, folder: Path) -> None:
+        self.shard.load(folder)
+
+    def save(self, folder: Path) -> None:
+        whole.save(self.shard, folder)
+
+    def outputs(self, batches: Sequence[Batch]) -> list[Tensor | None]:
+        positions, table = self.shard.context.positions, self.shard.table(len(batches))
+        own = [batch.at(positions(batch.tokens_BT.shape[1])).to(self.trainer.device) for batch in batches]
+        results: list[Tensor | None] = []
+        for lane in range(table.lanes - table.idle):
+            part = own[lane * table.per_lane : (lane + 1) * table.per_lane]
+            results += model_shard.forward(self.shard, part, self._read, lane)
+        return results
 
 
 def _placed(

@@ -10,7 +10,8 @@ All three give the same parameters, under the names of the whole network. `whole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bessemer.hf import deepseek
+from bessemer.hf.mapping import Slot
+from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model.config import ModelConfig
 from bessemer.model.gate import Gate
 from bessemer.model.moe import EXPERTS
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 from bessemer.addons.distributed import process_groups, schedules, watchdog
 from bessemer.addons.distributed.context_parallel import Context
 from bessemer.addons.distributed.mesh import Mesh
-from bessemer.addons.distributed.model_slice import Phases, Slice, holding, keep, keep_experts
+from bessemer.addons.distributed.model_slice import Phases, Slice, holding, keep, keep_experts, unheard
 from bessemer.addons.distributed.process_groups import GroupSpec
 from bessemer.addons.distributed.table import Table
 
@@ -90,23 +93,44 @@ class ModelShard:
         with torch.device("meta"):
             shard = cls(kind(cfg), mesh, schedule)
         parameters = shard._allocate(device, torch.float32)
-        state = parameters | {name: buffer for name, buffer in shard.model.named_buffers() if name.endswith("bias_E")}
-        with torch.no_grad():
-            for slot in layout:
-                if slot.copy or slot.name not in state:
-                    continue
-                target, index = state[slot.name], slot.index
-                if EXPERTS in slot.name:
-                    expert, *within = index
-                    assert isinstance(expert, int), "a slot of stacked experts starts with the expert"
-                    if expert not in mesh.experts:
-                        continue
-                    index = (expert - mesh.experts.start, *within)
-                view = target[index] if index else target
-                view.copy_(checkpoint.read(slot.key, target.dtype))
-            if new_head is not None:
+        shard._read(checkpoint, layout)
+        if new_head is not None:
+            with torch.no_grad():
                 shard._put(parameters, "score.weight", None, Scorer.new_head(cfg, new_head))
         return shard
+
+    def load(self, folder: Path) -> None:
+        """Replaces its weights by those of a directory with a network of the same shapes."""
+        checkpoint, _, layout = deepseek.open_directory(folder, bool(self.mesh.cfg.n_mtp), type(self.model))
+        self._read(checkpoint, layout)
+
+    @torch.no_grad()
+    def _read(self, checkpoint: Checkpoint, layout: Iterable[Slot]) -> None:
+        """Reads its part of the tensors of a directory."""
+        state = self.model.state_dict()
+        for slot in layout:
+            if not slot.copy and slot.name in state and (index := self.index_of(slot)) is not None:
+                target = state[slot.name]
+                (target[index] if index else target).copy_(checkpoint.read(slot.key, target.dtype))
+
+    def index_of(self, slot: Slot) -> tuple[int | slice, ...] | None:
+        """Where a tensor on disk lies in this rank's tensor of that name; None for an expert of another rank."""
+        if EXPERTS not in slot.name:
+            return slot.index
+        expert, *within = slot.index
+        assert isinstance(expert, int), "a slot of stacked experts starts with the expert"
+        return (expert - self.mesh.experts.start, *within) if expert in self.mesh.experts else None
+
+    def frozen_copy(self) -> ModelShard:
+        """A copy of the weights as they are now, which is never trained, divided in the same way."""
+        twin = copy.copy(self)
+        twin.exchange, twin.context = self.mesh.exchange(), self.mesh.context()
+        memo: dict[int, object] = {id(self.exchange): twin.exchange, id(self.context): twin.context}
+        for part in self.slices.values():  # what listens to the training
+            memo |= {id(part.reads): unheard, id(part.reached): unheard}
+        twin.model, twin.slices, twin.gates = copy.deepcopy((self.model, self.slices, self.gates), memo)
+        twin.model.eval().requires_grad_(False)
+        return twin
 
     def table(self, micro: int) -> Table:
         """The schedule for this number of micro-batches."""

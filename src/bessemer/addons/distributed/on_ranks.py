@@ -18,7 +18,7 @@ from bessemer.addons.distributed import distributed, mesh, sharded_checkpoint
 from bessemer.addons.distributed.apart import Carrier, stays
 from bessemer.addons.distributed.collective import of_ranks, trainer_of
 from bessemer.addons.distributed.dealing import DealtEngine, Helper, deal
-from bessemer.addons.distributed.frozen import FrozenOnRanks
+from bessemer.addons.distributed.frozen import FrozenOnRanks, ShardedCopy
 from bessemer.addons.distributed.launcher_cores import all_cores
 from bessemer.addons.distributed.model_shard import ModelShard
 from bessemer.addons.distributed.ranks import Ranks
@@ -43,7 +43,8 @@ from bessemer.runs.context import Interrupted, StageContext, signals
 from bessemer.runs.metrics import StageMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.tasks import Task
-from bessemer.train.runtime import Frozen, Runtime, Share, Whole
+from bessemer.train.collective import Read
+from bessemer.train.runtime import Frozen, FrozenCopy, Runtime, Share, Whole
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
@@ -140,6 +141,9 @@ class OnRanks(Runtime):
 
     def frozen(self, folders: Mapping[str, Path], beside: LanguageModel) -> Frozen:
         return FrozenOnRanks(folders, self.shard_of(beside), self.ranks, self.say)
+
+    def frozen_copy(self, trainer: Trainer, read: Read) -> FrozenCopy:
+        return ShardedCopy(trainer, read)
 
     def whole(self, trainer: Trainer) -> Whole:
         return GatheredModel(trainer)

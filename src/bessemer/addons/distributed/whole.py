@@ -18,7 +18,8 @@ back on `release`, which RL calls before the updates of a rollout.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,10 @@ from bessemer.addons.distributed.collective import RankCollective, of_ranks
 from bessemer.addons.distributed.mesh import Layout
 from bessemer.addons.distributed.model_shard import ModelShard
 from bessemer.addons.distributed.model_slice import holding
+from bessemer.errors import UserError
+from bessemer.hf import deepseek
+from bessemer.hf.mapping import Slot
+from bessemer.hf.safetensors_reader import cast
 from bessemer.model.moe import EXPERTS
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import Transformer
@@ -68,6 +73,51 @@ def stream(shard: ModelShard, receivers: Collection[int]) -> Iterator[tuple[str,
             yield name, tensor
 
 
+def save(shard: ModelShard, directory: Path) -> None:
+    """Writes the current weights as a Hugging Face directory, in their own dtypes: rank 0, with one tensor in memory.
+    Collective; UserError on all ranks if rank 0 cannot write."""
+    dtypes = {name: tensor.dtype for name, tensor in _empty_network(shard).state_dict().items()}
+    cfg, kind, fault = shard.mesh.cfg, type(shard.model), ""
+    tensors = _tensors_of(shard, deepseek.written_slots(cfg, kind), dtypes)
+
+    def read(slot: Slot, dtype: torch.dtype) -> Tensor:
+        return cast(next(tensors), dtype, slot.key)
+
+    if shard.mesh.me == 0:
+        try:
+            deepseek.write(cfg, read, lambda slot: dtypes[slot.name], directory, kind=kind)
+        except (OSError, UserError) as error:
+            fault = str(error) if isinstance(error, UserError) else f"cannot write {directory}: {error.strerror}"
+    for _ in tensors:  # the others send
+        pass
+    outcome = [fault]
+    with watchdog.waiting("a model directory", range(shard.mesh.layout.world)):
+        dist.broadcast_object_list(outcome, 0)
+    if outcome[0]:
+        raise UserError(outcome[0])
+
+
+@torch.no_grad()
+def _tensors_of(shard: ModelShard, layout: Iterable[Slot], dtypes: Mapping[str, torch.dtype]) -> Iterator[Tensor]:
+    """The tensors of a directory, on rank 0 alone. Collective over all ranks, which exhaust it."""
+    own, mesh = shard.model.state_dict(), shard.mesh
+    for slot in layout:
+        stage = min(holding(slot.name, shard.slices, shard.holders))
+        ep = int(slot.index[0]) // len(mesh.experts) if EXPERTS in slot.name else 0  # type: ignore[arg-type]
+        source, holders = mesh.layout.rank(stage, 0, ep), _holders(mesh.layout, slot.name, shard, ep)
+        piece, index = None, shard.index_of(slot)
+        if mesh.me == source or (mesh.me == 0 and 0 in holders):
+            assert index is not None
+            piece = own[slot.name][index] if index else own[slot.name]
+        elif mesh.me == 0:
+            piece = torch.empty(slot.shape, dtype=dtypes[slot.name], device=shard.device)
+        shape = torch.empty(slot.shape, dtype=dtypes[slot.name], device="meta")
+        _send(piece, shape, source, {0} - holders, shard.device)
+        if mesh.me == 0:
+            assert piece is not None
+            yield piece
+
+
 def _holders(layout: Layout, name: str, shard: ModelShard, ep: int) -> set[int]:
     """The ranks that hold a parameter, if it is one of experts, those of this expert-parallel rank."""
     stages = holding(name, shard.slices, shard.holders)
@@ -90,7 +140,8 @@ def _send(piece: Tensor | None, shape: Tensor, source: int, receivers: Collectio
         for receiver in sorted(receivers):
             with watchdog.waiting("a rank that takes the weights", [receiver]):
                 dist.send(_bytes(piece), receiver)
-    elif piece is not None:
+    elif me in receivers:
+        assert piece is not None, "it has room for the piece"
         with watchdog.waiting("weights", [source]):
             dist.recv(_bytes(piece), source)
 

@@ -33,6 +33,7 @@ from bessemer.pipeline import preflight
 from bessemer.pipeline.stages.rl import load_reward_models
 from bessemer.rl.component import hooks_of
 from bessemer.rl.loop import Loop
+from bessemer.rl.reference import bring_along
 from bessemer.rl.rollout import Rollout
 from bessemer.runs.context import StageContext, StopFlag, signals
 from bessemer.runs.directory import stage_folders
@@ -260,6 +261,7 @@ def _play(
     scratch.mkdir()
     if start is not None:
         checkpoint.copy(start, scratch / "state" / start.name)
+        bring_along(start, scratch / "state")
     folders = {name: folder for _, name, folder in stage_folders(root)}
     if precision := measured.kept_precision(folders[config.name] / "state"):
         measured.keep_precision(scratch / "state", precision)
