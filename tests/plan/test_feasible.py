@@ -69,16 +69,19 @@ def test_recipe_that_fits_prints_time_and_memory(call, tmp_path, monkeypatch):
     assert out.count("     memory ") == 3
 
 
-def test_rl_of_v2_lite_on_four_h200():
-    """The reference is sharded like the policy; a trainer that samples gathers the whole network, vLLM does not."""
+def test_rl_of_v2_lite_on_eight_h200():
+    """The reference is sharded like the policy, reward models are whole; a trainer that samples gathers the network."""
     needs, refused = faults("node", H200)
-    zero = needs["zero"]
+    zero, count = needs["zero"], main_params(preset("v2-lite"))
     assert not refused and zero.bytes["reference"] == zero.bytes["weights"] and "gathered" not in zero.bytes
-    assert zero.workers == 4 and zero.worker_bytes["weights"] == 2 * main_params(preset("v2-lite"))
+    assert zero.worker_bytes["weights"] == 2 * count // 4 and not zero.workers
+    assert needs["r1"].bytes["judges"] == 2 * 2 * count and needs["r1"].total > 0.9 * H200.room
     local, _ = faults("node", H200, 'zero.rollout={engine="local"}')
-    assert local["zero"].bytes["gathered"] == 2 * main_params(preset("v2-lite"))
-    _, refused = faults("node", device("H100"))
-    assert "smallest [layout] that fits: ep = 8" in refused["zero"]
+    assert local["zero"].bytes["gathered"] == 2 * count
+    apart, _ = faults("node", H200, 'zero.rollout={engine="vllm", workers=4}')
+    assert apart["zero"].workers == 4 and apart["zero"].worker_bytes["weights"] == 2 * count
+    _, refused = faults("node", H200, "layout.ep=4")
+    assert refused.keys() == {"r1"} and "smallest [layout] that fits: ep = 8" in refused["r1"]
 
 
 def test_updates_and_sampling_take_turns():

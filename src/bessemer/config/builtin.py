@@ -44,7 +44,7 @@ def find_recipe(name: str | Path, data: bool = False) -> Path:
         if path.suffix or path.exists() or len(path.parts) > 1:
             return path  # reading it raises the error, if there is one
         raise UserError(f'no recipe "{text}": {nearest(text, list(recipes))} (or the path of a file, such as my.toml)')
-    if present := [file for file in (path, path.with_suffix(".toml")) if file.is_file()]:
+    if present := [file for file in (path, Path(f"{text}.toml")) if file.is_file()]:
         raise UserError(
             f"{text} is a built-in recipe, and {present[0]} lies here: write ./{present[0]} or {PREFIX}{text}"
         )
@@ -83,5 +83,5 @@ def run_of(name: str | Path) -> Path | None:
     return next((path for path in (Path(name), Path("runs") / name) if (path / RECIPE).is_file()), None)
 
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What a run may be called: it names a folder."""

@@ -153,7 +153,7 @@ class Recipe(Head):
         head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where, set_by=arguments)
         if not NAME.fullmatch(head.name):
             label = arguments.get("name", where)
-            raise UserError(f'{label}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
+            raise UserError(f'{label}: name is "{head.name}"; use letters, digits, ".", "-" and "_" (it names a folder)')
         writers = [stage.name for stage in stages if stage.makes_model]
         if head.main is not None and head.main not in writers:
             label = arguments.get("main", where)
@@ -259,7 +259,7 @@ def _stage(table: dict[str, Any], number: int, where: str, arguments: dict[str, 
 def _check_names(stages: list[StageConfig], where: str) -> None:
     seen: set[str] = set()
     for stage in stages:
-        if not NAME.fullmatch(stage.name):
+        if not NAME.fullmatch(stage.name) or "." in stage.name:
             raise UserError(f'{where}: a stage is named "{stage.name}"; use letters, digits, "-" and "_"')
         if stage.name in RESERVED:
             raise UserError(

@@ -14,6 +14,8 @@ from bessemer.errors import UserError
 
 if TYPE_CHECKING:
     from bessemer.addons.distributed.timeline import Costs
+    from bessemer.addons.plan.other_models import OtherModel
+    from bessemer.config.recipe import Recipe
 
 
 def plan(
@@ -120,14 +122,18 @@ def doctor(
 
 
 def _cost(target: str, on: str | None, settings: list[str], search: bool, html: Path | None, as_json: bool) -> None:
-    from bessemer.addons.plan import inference, plan_config, render
+    from bessemer.addons.plan import inference, other_plan, plan_config, render, stage_memory
     from bessemer.addons.plan.cost import ideas as worth
     from bessemer.addons.plan.cost import plan_run
     from bessemer.addons.plan.hardware import parse_cluster
     from bessemer.addons.plan.search import search as best_layouts
     from bessemer.addons.plan.stage_costs import AS_IF, stage_costs
+    from bessemer.config import places
 
     options = plan_config.parse(settings)
+    if (other := plan_config.other_model(target, options)) is not None:
+        _cost_of_other(*other, on, settings, search, html, as_json)
+        return
     name, cfg, config, recipe = plan_config.resolve(target, options)
     if on is None:
         raise UserError("name the devices to plan for: --cluster 2048xH800 (or --here, for this machine)")
@@ -147,6 +153,11 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     ideas = worth(run_plan)
     stages, served = stage_costs(run_plan, recipe), inference.cheapest_unit(setup.shape, setup.device, setup.fp8)
     offer = None if served is None else served.facts(price)
+    needs, faults = {}, []
+    if recipe is not None:
+        with places.of_recipe(recipe.folder):
+            needs = stage_memory.of_stages(recipe, devices.size, devices.device)
+            faults = [text for need in needs.values() if (text := stage_memory.fault(recipe, need, devices.device))]
     as_if = recipe is not None and plan_config.planned(recipe) is None
     title = name + AS_IF * as_if
     if html is not None:
@@ -156,6 +167,7 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     if as_json:
         facts = run_plan.facts() | {"name": name, "without": ideas, "serving": offer}
         if recipe is not None:
+            facts["stage_memory"] = {name: need.facts() for name, need in needs.items()}
             facts |= {"as_if_model": as_if, "stages": [cost.facts() for cost in stages]}
         if result is not None:
             runners_up = [candidate.facts() for candidate in result.candidates[1:]]
@@ -165,8 +177,26 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     if result is not None:
         print(render.describe_search(result) + "\n")
     print(render.describe(title, run_plan, ideas, stages, offer))
+    if recipe is not None:
+        print("\n" + "\n".join([*other_plan.describe_memory(needs.values(), devices), *faults]))
     if html is not None:
         print(html)
+
+
+def _cost_of_other(
+    recipe: Recipe, model: OtherModel, on: str | None, settings: list[str], search: bool, html: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """The plan of a recipe whose model is of another family."""
+    from bessemer.addons.plan.hardware import parse_cluster
+    from bessemer.addons.plan.other_plan import plan_other
+
+    if unused := [name for name, value in (("--set", settings), ("--search", search), ("--html", html)) if value]:
+        raise UserError(f"{unused[0]} has no effect on a model of another family ({model.family}); leave it out")
+    if on is None:
+        raise UserError("name the devices to plan for: --cluster 8xH100")
+    planned = plan_other(recipe, model, parse_cluster(on))
+    print_json(planned.facts()) if as_json else print(planned.describe())
 
 
 def _here(target: str, overrides: list[str], run: Path | None, as_json: bool) -> None:

@@ -30,7 +30,7 @@ def write_own(file: Path, name: str) -> list[Path]:
         raise UserError(f'no built-in recipe "{name}"; {nearest(name, list(recipes))}')
     if file.suffix != ".toml" or not NAME.fullmatch(file.stem):
         raise UserError(
-            f"{file}: name a .toml file whose stem has letters, digits, - and _ alone; it names the run, too"
+            f"{file}: name a .toml file whose stem has letters, digits, ., - and _ alone; it names the run, too"
         )
     text = recipes[name].read_text("utf-8")
     beside = sorted(

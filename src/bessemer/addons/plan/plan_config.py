@@ -16,6 +16,7 @@ from bessemer.addons.distributed.context_parallel import refusal as split_refusa
 from bessemer.addons.distributed.mesh import Layout
 from bessemer.addons.families.tables import ImportConfig
 from bessemer.addons.plan.hardware import ClusterSpec, read_toml
+from bessemer.addons.plan.other_models import OtherModel, from_config, known_model
 from bessemer.addons.plan.training_setup import IN_STEP, ModelShape, Setup, imbalance
 from bessemer.config import places
 from bessemer.config.builtin import PREFIX, builtin_recipes
@@ -253,7 +254,7 @@ def resolve(name: str, options: PlanConfig) -> tuple[str, ModelConfig, PlanConfi
     if name in PRESETS:
         return name, preset(name, **options.model), options.over(published(name)), None
     path = Path(name)
-    if path.suffix != ".toml" and not path.exists() and name.removeprefix(PREFIX) not in builtin_recipes():
+    if path.suffix != ".toml" and not _is_recipe(name):
         hint = nearest(name, [*{*PRESETS, *builtin_recipes()}])
         raise UserError(f'no model or recipe "{name}": {hint} (or the path of a recipe, such as my.toml)')
     recipe = Recipe.load(name)
@@ -267,6 +268,25 @@ def resolve(name: str, options: PlanConfig) -> tuple[str, ModelConfig, PlanConfi
             )
         settings, cfg, length = pretraining(recipe, options.model)
     return recipe.name, cfg, options.over(of_recipe(recipe, settings, length)), recipe
+
+
+def other_model(name: str, options: PlanConfig) -> tuple[Recipe, OtherModel] | None:
+    """(recipe, shape of its model) if `name` is a recipe that imports a model of another family which is known, and no
+    other network is named in its place; None otherwise."""
+    if name in PRESETS or options.model or (Path(name).suffix != ".toml" and not _is_recipe(name)):
+        return None
+    recipe = Recipe.load(name)
+    with places.of_recipe(recipe.folder):
+        base, default = _imported(recipe), Recipe.model_fields["model"].get_default(call_default_factory=True)
+        if base is None or next(begun(recipe), None) is not None or recipe.model != default:
+            return None
+        config = lineage.imported_config(recipe, base.name)
+        model = known_model(base.model) if config is None else from_config(config)
+    return None if model is None else (recipe, model)
+
+
+def _is_recipe(name: str) -> bool:
+    return Path(name).exists() or name.removeprefix(PREFIX) in builtin_recipes()
 
 
 def _imported(recipe: Recipe) -> ImportConfig | None:

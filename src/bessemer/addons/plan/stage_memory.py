@@ -2,10 +2,10 @@
 
     training       `plan.memory` for the stage's network on its layout, or `plan.other_memory` for a model of another
                    family, which several ranks shard (FSDP2)
-    beside it      RL's reference, sharded like the policy; a critic; teachers; a rounded copy for sampling
+    beside it      RL's reference, sharded like the policy; a critic; teachers; reward
+                   models, whole; a rounded copy for sampling
     sampling       the whole network gathered from its shards, if the trainer's own processes sample; the cache of the
-                   answers that are sampled together (on a GPU of one, since the engine takes what is left); vLLM on the
-                   trainer's GPUs; one tensor on its way to a sampler
+                   answers that are sampled together; vLLM on the trainer's GPUs; one tensor on its way to a sampler
     workers        processes elsewhere that sample: weights, and the cache of one answer
 
 Updates and sampling take turns, so what only one of the two needs is there once: the larger of the two. On a CPU each
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -52,6 +52,11 @@ PUBLISHED = {
 """Presets, and the addresses of the models that have their shape."""
 BILLIONS = re.compile(r"(\d+(?:\.\d+)?)b\b", re.IGNORECASE)
 """A model's parameters, as in Qwen2.5-Math-7B."""
+KINDS = (
+    "weights", "gradients", "masters", "moments", "routing", "operands", "reference", "critic", "teachers", "judges",
+    "rounded",
+    "activations", "working", "gathered", "cache", "engine", "exchange",
+)  # fmt: skip
 UPDATING, SAMPLING = ("activations", "working"), ("gathered", "cache", "engine", "exchange")
 """Kinds that only updates need, and those that only sampling needs."""
 GUESSED = ("operands", "activations", "working", "cache", "engine", "exchange")
@@ -71,9 +76,9 @@ class StageMemory:
     guess: str = ""
     """Where the size of a model that is not here yet is from; "" if its files or [model] tell."""
     workers: int = 0
-    """Processes elsewhere that sample for the stage."""
+    """Devices elsewhere that sample for the stage."""
     worker_bytes: dict[str, int] = field(default_factory=dict)
-    """What each of their devices holds at least."""
+    """What each device that samples holds at least, elsewhere or as a share of the trainer's (`engine`)."""
 
     @property
     def total(self) -> int:
@@ -104,7 +109,7 @@ class StageMemory:
     def facts(self) -> dict[str, object]:
         """As JSON, in bytes."""
         facts: dict[str, object] = {"ranks": self.ranks, "total": self.total, "bytes": self.bytes}
-        if self.workers:
+        if self.worker_bytes:
             facts |= {"workers": self.workers, "worker_bytes": self.worker_bytes}
         return facts | ({"guess": self.guess} if self.guess else {})
 
@@ -154,15 +159,32 @@ def fault(
     if total > room.bytes:
         need_text = f'stage "{need.stage}" needs {_amount(total)}{per} ({need.chief()})'
         return f"{need_text}; {room.describe()}; {_advice(recipe, need, device, room)}"
-    where = other or device
     each = sum(need.worker_bytes.values())
-    if where is not None and each > where.room:
-        parts = ", ".join(f"{kind} {_amount(size)}" for kind, size in need.worker_bytes.items())
+    parts = ", ".join(f"{kind} {_amount(size)}" for kind, size in need.worker_bytes.items())
+    if 0 < (engine := need.bytes.get("engine", 0)) < each:
+        return (
+            f'stage "{need.stage}": vLLM gets {_amount(engine)} of a device and needs {_amount(each)} ({parts}); raise '
+            "rollout.gpu_memory_utilization, or rollout.gpus, over which a copy of the model is spread"
+        )
+    where = other or device
+    if need.workers and where is not None and each > where.room:
         return (
             f'stage "{need.stage}" samples on devices that need {_amount(each)} each ({parts}); {where.name} has '
             f"{_amount(where.room)}; spread a copy of the model over more of them: rollout.gpus"
         )
     return None
+
+
+def table(needs: Iterable[StageMemory]) -> list[str]:
+    """The stages as lines of text: GiB of the fullest device by kind, and in all."""
+    needs = [need for need in needs if need.bytes]
+    kinds = [kind for kind in KINDS if any(need.bytes.get(kind, 0) >= GIB / 20 for need in needs)]
+    width = max([5, *(len(need.stage) for need in needs)])
+    lines = ["  ".join([f"{'stage':<{width}}", *kinds, "in all"])]
+    for need in needs:
+        sizes = [f"{need.bytes.get(kind, 0) / GIB:{len(kind)}.1f}" for kind in kinds]
+        lines.append("  ".join([f"{need.stage:<{width}}", *sizes, f"{need.total / GIB:6.1f}"]))
+    return lines
 
 
 def _advice(recipe: Recipe, need: StageMemory, device: Device | None, room: Room) -> str:
@@ -225,6 +247,7 @@ def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | N
         else:
             assert model is not None
             by_kind = _other_training(recipe, stage, model, world, number, on_gpu)
+        by_kind["judges"] = _judges(recipe, stage, 2 if on_gpu else 4)
         n_params, largest = _sizes(cfg, model)
         by_kind |= _sampling(stage, cfg, model, number, world, device)
         if isinstance(stage, RLConfig) and (stage.rollout.engine != "local" or by_kind.get("gathered")):
@@ -335,6 +358,12 @@ def _beside(
     return beside
 
 
+def _judges(recipe: Recipe, stage: OptimizerConfig, number: int) -> int:
+    """Bytes of the reward models that score RL's answers: whole, in every process."""
+    names = stage.reward_models if isinstance(stage, RLConfig) else []
+    return sum(number * _sizes(*_network(recipe, recipe.stage(name))[:2])[0] for name in names)
+
+
 def _sampling(
     stage: OptimizerConfig, cfg: ModelConfig | None, model: OtherModel | None, number: int, ranks: int,
     device: Device | None,
@@ -361,13 +390,15 @@ def _workers(
     """(devices that sample and do nothing else, what each holds at least): a copy of the model, perhaps over several
     devices, and the cache of the longest answer."""
     rollout = getattr(stage, "rollout", None)
-    if rollout is None or rollout.engine not in ("ray", "vllm") or ((vllm := _vllm(stage)) and vllm.sleep):
+    if rollout is None or rollout.engine not in ("ray", "vllm"):
         return 0, {}
+    vllm = _vllm(stage)
     gpus = max(1, int(rollout.settings.get("gpus") or 1))
     cap = getattr(stage, "max_new_tokens", 0)
     longest = max(cap.values) if hasattr(cap, "values") else cap
     cache = int((longest + PROMPT) * _token_bytes(cfg, model, 2))
-    return int(rollout.settings.get("workers", 1)) * gpus, {"weights": 2 * count // gpus, "cache": cache // gpus}
+    elsewhere = 0 if vllm is not None and vllm.sleep else int(rollout.settings.get("workers", 1)) * gpus
+    return elsewhere, {"weights": 2 * count // gpus, "cache": cache // gpus}
 
 
 def _token_bytes(cfg: ModelConfig | None, model: OtherModel | None, number: int) -> int:
@@ -448,6 +479,17 @@ def too_few_rows(recipe: Recipe, stage: StageConfig, world: int | None = None) -
         f'stage "{stage.name}": a step of {rows:,} rows is too small for {ranks:,} ranks that shard a model of another '
         f"family; raise {key}, or train it in a run of its own on {rows:,} ranks or fewer"
     )
+
+
+def unsupported(recipe: Recipe, stage: StageConfig) -> str | None:
+    """What a stage asks of a model of another family that only V3's has; None if there is nothing."""
+    if _network(recipe, stage)[1] is None or not isinstance(stage, RLConfig):
+        return None
+    if any(hook.name == "routing-replay" for hook in stage.hooks):
+        return f'stage "{stage.name}": routing-replay replays the experts of the DeepSeek V3 family; leave the hook out'
+    if stage.advantage.name == "critic" and recipe.layout.fewest > 1:
+        return f'stage "{stage.name}": a critic of another family is trained by one process; leave [layout] out'
+    return None
 
 
 def published_preset(address: str) -> str | None:

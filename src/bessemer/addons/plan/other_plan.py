@@ -1,0 +1,153 @@
+"""The plan of a recipe whose model is of another family: memory and time of its stages on a cluster.
+
+All ranks are data-parallel, and FSDP2 shards the model over them (on one, nothing is sharded). Times are those of
+`step_time` and `rollout_time` for layers of this shape, with the interval of `record`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bessemer.addons.distributed.mesh import Layout
+from bessemer.addons.plan import record, stage_memory
+from bessemer.addons.plan.cost import amount
+from bessemer.addons.plan.hardware import ClusterSpec
+from bessemer.addons.plan.inference import RolloutTime, rollout_time
+from bessemer.addons.plan.other_models import OtherModel
+from bessemer.addons.plan.stage_memory import StageMemory
+from bessemer.addons.plan.step_time import step_time
+from bessemer.addons.plan.training_setup import ModelShape, Setup
+from bessemer.addons.r1.tables import RejectConfig
+from bessemer.config import places
+from bessemer.config.evaluation import EvalConfig
+from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
+from bessemer.config.units import show_seconds
+from bessemer.errors import UserError
+from bessemer.pipeline.stages.eval import n_answers
+
+MICRO = 8
+"""Micro-batches of a step whose time gives the rate."""
+TOKENS = 16384
+"""Tokens of a micro-batch there."""
+
+
+def shape_of(model: OtherModel) -> ModelShape:
+    dense = 0 if model.experts else model.layers
+    return ModelShape(
+        model.vocab, model.dim, model.layers, dense, model.inner, model.expert_inner, model.heads, model.kv_heads,
+        model.d, model.d, experts=model.experts, chosen=model.chosen, tied=model.tied,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of a stage on the cluster."""
+
+    name: str
+    seconds: float
+    work: str
+
+
+@dataclass(frozen=True)
+class OtherPlan:
+    recipe: Recipe
+    model: OtherModel
+    cluster: ClusterSpec
+    rate: float
+    """Tokens per second per GPU of a training step."""
+    needs: dict[str, StageMemory]
+    faults: list[str]
+    times: list[StageTime]
+
+    @property
+    def fits(self) -> bool:
+        return not self.faults
+
+    def facts(self) -> dict[str, Any]:
+        interval = record.of_clusters()
+        return {
+            "name": self.recipe.name, "family": self.model.family, "params_total": self.model.count(),
+            "params_active": self.model.active(), "device": self.cluster.device.name, "gpus": self.cluster.size,
+            "tokens_per_second_per_gpu": self.rate, "fits": self.fits, "faults": self.faults,
+            "interval": record.of_facts(interval),
+            "stage_memory": {name: need.facts() for name, need in self.needs.items()},
+            "stages": [
+                {"stage": time.name, "seconds": time.seconds, "seconds_interval": interval.facts(time.seconds),
+                 "gpu_hours": time.seconds * self.cluster.size / 3600, "work": time.work}
+                for time in self.times
+            ],
+        }  # fmt: skip
+
+    def describe(self) -> str:
+        interval = record.of_clusters()
+        lines = [
+            f"{self.recipe.name}: {amount(self.model.count())} parameters, {amount(self.model.active())} per token, "
+            f"{self.model.family}, on {self.cluster}",
+            f"{self.rate:,.0f} tokens per second per GPU while it trains",
+            "",
+            *describe_memory(self.needs.values(), self.cluster),
+            *self.faults,
+        ]
+        if self.times:
+            width = max(5, *(len(time.name) for time in self.times))
+            lines += ["", f"{'stage':<{width}}  {'time':>10}  {'nine in ten':>24}  work"]
+            lines += [
+                f"{time.name:<{width}}  {show_seconds(time.seconds):>10}  {interval.describe(time.seconds):>24}  "
+                f"{time.work}"
+                for time in self.times
+            ]
+        return "\n".join(lines)
+
+
+def describe_memory(needs: Iterable[StageMemory], cluster: ClusterSpec) -> list[str]:
+    """Memory of the stages, as lines of text."""
+    room = f"{cluster.device.room / 2**30:.1f} of {cluster.device.memory:.1f} GiB can be filled"
+    head = f"memory of the fullest of {cluster.size:,} {cluster.device.name}, GiB; {room}"
+    return [head, *(f"  {line}" for line in stage_memory.table(needs))]
+
+
+def plan_other(recipe: Recipe, model: OtherModel, cluster: ClusterSpec) -> OtherPlan:
+    with places.of_recipe(recipe.folder):
+        needs = stage_memory.of_stages(recipe, cluster.size, cluster.device)
+        faults = [fault for need in needs.values() if (fault := stage_memory.fault(recipe, need, cluster.device))]
+        faults += filter(None, (stage_memory.too_few_rows(recipe, stage, cluster.size) for stage in recipe.stages))
+        rate = training_rate(recipe, model, cluster)
+        times = [time for stage in recipe.stages if (time := _time(stage, model, cluster, rate)) is not None]
+    return OtherPlan(recipe, model, cluster, rate, needs, faults, times)
+
+
+def training_rate(recipe: Recipe, model: OtherModel, cluster: ClusterSpec) -> float:
+    """Tokens per second per GPU of a step on rows as long as those of RL, or as the model reads."""
+    caps = [int(max(stage.max_new_tokens.values)) for stage in recipe.stages if isinstance(stage, RLConfig)]
+    length = max(256, min([*caps, model.context or 4096]))
+    setup = Setup(
+        shape_of(model), Layout(1, cluster.size, 1, cluster.device.devices), cluster.device, "1f1b", MICRO,
+        max(1, TOKENS // length), length, False, recompute=("layer",) if recipe.layout.recompute else (),
+        fsdp=cluster.size > 1,
+    )  # fmt: skip
+    return setup.step_tokens / step_time(setup).seconds / cluster.size
+
+
+def _time(stage: Any, model: OtherModel, cluster: ClusterSpec, rate: float) -> StageTime | None:
+    if isinstance(stage, RLConfig):
+        answers = stage.prompts_per_rollout * stage.samples
+        caps = [int(stage.max_new_tokens(n * stage.updates_per_rollout)) for n in range(stage.rollouts)]
+        seconds = sum(_rollout(model, cluster, answers, cap, rate).seconds for cap in caps)
+        return StageTime(stage.name, seconds, f"{stage.rollouts} rollouts of {amount(answers)} answers")
+    if isinstance(stage, RejectConfig | EvalConfig):
+        try:
+            counts = [stage.problems * stage.samples] if isinstance(stage, RejectConfig) else n_answers(stage)
+        except UserError as error:
+            return StageTime(stage.name, 0.0, f"not counted: {error}")
+        total = sum(counts) * (len(stage.models) if isinstance(stage, EvalConfig) else 1)
+        seconds = _rollout(model, cluster, total, stage.max_new_tokens, float("inf")).seconds
+        return StageTime(stage.name, seconds, f"{amount(total)} answers")
+    return None
+
+
+def _rollout(model: OtherModel, cluster: ClusterSpec, answers: int, cap: int, rate: float) -> RolloutTime:
+    unit = 1 if not model.experts else min(cluster.size, 8)
+    return rollout_time(shape_of(model), cluster.device, cluster.size, answers, cap, rate, unit, fp8=False)
