@@ -130,7 +130,7 @@ def test_a_finished_run_says_how_to_free_the_space_of_its_checkpoints(call, reci
     with (state / "weights").open("wb") as file:
         file.truncate(2_500_000_000)  # sparse: takes no space
     out = call("run", recipe)[1]
-    assert "2.5 GB are checkpoints and the like" in out and out.endswith("\nrm -r runs/note/*/state\n")
+    assert "2.5 GB are checkpoints" in out and out.endswith("\nrm -r runs/note/*/state\n")
     assert "rm -r" not in call("run", recipe, "--until", "b")[1]
     shutil.rmtree(state)
     assert call("run", recipe)[2].count("already done") == 2
@@ -143,7 +143,7 @@ def test_the_papers_recipe_item_by_item(call, recipe, tmp_path):
     assert first.keys() == {"item", "section", "paper", "here", "state"}
 
 
-def test_run_until_and_out(call, recipe, tmp_path):
+def test_options_until_and_out(call, recipe, tmp_path):
     status, _, _ = call("run", recipe, "--until", "a", "--out", tmp_path / "here")
     assert status == 0 and sorted(path.name for path in (tmp_path / "here").iterdir() if path.is_dir()) == ["01-a"]
 
@@ -160,7 +160,7 @@ def test_options_of_a_run_are_refused_where_nothing_runs(call, recipe, tmp_path)
 
 def test_an_interrupted_run_says_how_to_continue(call, recipe):
     status, out, err = call("run", recipe, "--set", "b.stop=true")
-    assert status == 130 and out == "" and "continue with: bessemer run runs/note/recipe.toml" in err
+    assert status == 130 and out == "" and "bessemer run runs/note/recipe.toml" in err
 
 
 def test_commands_to_copy_hold_for_a_path_with_a_space(call, recipe, tmp_path):
@@ -207,7 +207,7 @@ def test_usage_mistakes_are_status_2_and_bugs_keep_their_traceback(call, stub, m
 def test_eval(call, stub, model):
     from bessemer.addons.evals.evaluate import table
 
-    seen = []
+    calls = []
 
     def row(name, pass_at_1):
         rates = dict.fromkeys(("pass_at_1", "pass_at_k", "maj_at_k"), pass_at_1)
@@ -215,23 +215,23 @@ def test_eval(call, stub, model):
                 **rates, "pass_at_1_interval": [0.4, 0.6], "readable": 0.75, "mean_length": 9.5}  # fmt: skip
 
     def evaluate(folder, **options):
-        seen.append((folder, options))
+        calls.append((folder, options))
         return [row(name, 0.5) for name in options["names"]]
 
     def evaluate_lm_eval(folder, **options):
-        seen.append((folder, options))
+        calls.append((folder, options))
         return [{**row(name, 0.25), "domain": "lm-eval", "k": 1, "metric": "acc"} for name in options["names"]]
 
     stub("bessemer.addons.evals.evaluate", evaluate=evaluate, evaluate_lm_eval=evaluate_lm_eval, table=table)
-    asked = "--task countdown --task logic --samples 4 --k 2 --seed 3 --temperature 0.6 --top-p 0.95 --problems 5"
-    status, out, _ = call("eval", model, *asked.split(), "--max-tokens", 9, "--json")
+    arguments = "--task countdown --task logic --samples 4 --k 2 --seed 3 --temperature 0.6 --top-p 0.95 --problems 5"
+    status, out, _ = call("eval", model, *arguments.split(), "--max-tokens", 9, "--json")
     facts = json.loads(out)
     assert status == 0 and facts["model"] == str(model) and facts["rows"][0]["pass_at_1_interval"] == [0.4, 0.6]
     options = {"samples": 4, "problems": 5, "k": 2, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 9, "seed": 3}
     options["before"] = ALONE
-    assert seen == [(model, {"names": ["countdown", "logic"], **options})]
+    assert calls == [(model, {"names": ["countdown", "logic"], **options})]
     status, out, _ = call("eval", model, "--task", "countdown", "--lm-eval", "a, b", "--include", "here", "--limit", 7)
-    assert seen[1:] == [
+    assert calls[1:] == [
         (model, {"names": ["countdown"], "before": ALONE}),
         (model, {"names": ["a", "b"], "include": Path("here"), "limit": 7}),
     ]
@@ -260,7 +260,7 @@ def test_eval_refuses_what_would_have_no_effect(call, model, arguments, complain
 @pytest.mark.parametrize(
     "option", [("--samples", 4), ("--temperature", 0.1), ("--top-p", 0.5), ("--max-tokens", 9), ("--seed", 3)]
 )
-def test_answers_that_are_there_are_not_sampled(call, option):
+def test_existing_answers_are_not_sampled_again(call, option):
     status, out, err = call("eval", "--suite", "r1", "--answers", "a.jsonl", *option)
     assert status == 2 and out == "" and f"{option[0]} has no effect without MODEL" in err
 
@@ -268,10 +268,10 @@ def test_answers_that_are_there_are_not_sampled(call, option):
 def test_eval_of_a_suite(call, monkeypatch, model):
     from bessemer.addons.evals import suite_run
 
-    seen = []
+    calls = []
 
     def evaluate_suite(folder, **options):
-        seen.append((folder, options))
+        calls.append((folder, options))
         row = {"title": "MMLU", "n": 3, "k": 2, "domain": "stem", "pass_at_1": 0.5, "pass_at_1_interval": [0.4, 0.6],
                "maj_at_k": 0.75, "truncated": None, "mean_length": None, "published": {"R1": 0.908},
                "model": "m"}  # fmt: skip
@@ -281,7 +281,7 @@ def test_eval_of_a_suite(call, monkeypatch, model):
     status, out, _ = call("eval", model, "--suite", "r1", "--only", "mmlu, c-eval", "--samples", 2, "--max-tokens", 9)
     assert status == 0 and "90.8 %" in out and "75.0 %" in out and "40.0 - 60.0" in out
     call("eval", "--suite", "r1", "--answers", "a.jsonl", "--data", "d", "--data", "mmlu=x.csv", "--json")
-    assert seen == [
+    assert calls == [
         (model, {"suite": "r1", "samples": 2, "max_new_tokens": 9, "only": ["mmlu", "c-eval"]}),
         (None, {"suite": "r1", "only": [], "data": ["d", "mmlu=x.csv"], "answers": Path("a.jsonl")}),
     ]
@@ -289,14 +289,14 @@ def test_eval_of_a_suite(call, monkeypatch, model):
 
 
 def test_chat_finds_the_model_of_a_run(call, stub, recipe, tmp_path):
-    seen = []
+    calls = []
     stub(
         "bessemer.addons.serve.terminal_chat",
-        chat=lambda folder, **options: seen.append((str(folder), options["alone"])),
+        chat=lambda folder, **options: calls.append((str(folder), options["alone"])),
     )
     call("run", recipe)
     assert call("chat", "runs/note")[0] == 0 and call("chat", "note")[0] == 0
-    assert seen == [("runs/note/02-b/model", False)] * 2
+    assert calls == [("runs/note/02-b/model", False)] * 2
 
 
 def test_plan_draws_a_schedule(call, tmp_path):
@@ -353,12 +353,12 @@ def test_a_help_text_is_printed_whole(call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
     def walk(command, path):
-        said = call(*path, "--help")[1].split()
+        words = call(*path, "--help")[1].split()
         for param in command.params:
-            lost = [word for word in (getattr(param, "help", None) or "").split() if word not in said]
+            lost = [word for word in (getattr(param, "help", None) or "").split() if word not in words]
             assert not lost, (path, param.name)
-        for name, each in getattr(command, "commands", {}).items():
-            walk(each, [*path, name])
+        for name, subcommand in getattr(command, "commands", {}).items():
+            walk(subcommand, [*path, name])
 
     walk(typer.main.get_command(cli.app), [])
 

@@ -60,11 +60,13 @@ def test_trl_reads_what_is_written_and_renders_it_as_we_do(run, tmp_path, call):
     out = tmp_path / "out"
     status, printed, _ = call("data", "export", run, out, "--json")
     done = json.loads(printed)
-    assert status == 0 and [(one["stage"], one["file"].rpartition("/")[2], one["records"]) for one in done] == [
+    assert status == 0 and [(entry["stage"], entry["file"].rpartition("/")[2], entry["records"]) for entry in done] == [
         ("dev1", "dev1-conversations.jsonl", 2), ("helpful", "helpful-preferences.jsonl", 2),
         ("harmless", "harmless-preferences.jsonl", 1), ("zero", "zero-rollouts.jsonl", 2),
     ]  # fmt: skip
-    sets = [load_dataset("json", data_files=one["file"], split="train", cache_dir=tmp_path / "cache") for one in done]
+    sets = [
+        load_dataset("json", data_files=entry["file"], split="train", cache_dir=tmp_path / "cache") for entry in done
+    ]
     Tokenizer.train(TEXTS, 300).save(tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     for style in ("zero", "r1"):
@@ -72,13 +74,13 @@ def test_trl_reads_what_is_written_and_renders_it_as_we_do(run, tmp_path, call):
         for rows in sets:
             for row in rows:
                 assert is_conversational(row) and maybe_extract_prompt(row) == row
-                theirs = apply_chat_template(row, tokenizer)
+                trl_row = apply_chat_template(row, tokenizer)
                 for key in ("completion", "chosen", "rejected"):
                     if key in row:
-                        whole = chat.render([*row["prompt"], *row[key]], style, add_generation_prompt=False)
-                        assert theirs["prompt"] + theirs[key] == whole
+                        rendered = chat.render([*row["prompt"], *row[key]], style, add_generation_prompt=False)
+                        assert trl_row["prompt"] + trl_row[key] == rendered
                 if "messages" in row:
-                    assert theirs["text"] == chat.render(row["messages"], style, add_generation_prompt=False)
+                    assert trl_row["text"] == chat.render(row["messages"], style, add_generation_prompt=False)
     talks, pairs, labels, rollouts = ([*rows] for rows in sets)
     assert [list(document(row, "own", "here").messages) for row in talks] == TALKS
     assert [formats.pair(row, "here") for row in pairs] == PAIRS
@@ -88,37 +90,40 @@ def test_trl_reads_what_is_written_and_renders_it_as_we_do(run, tmp_path, call):
 
 def test_preferences_without_a_prompt_are_cut_as_trl_cuts_them():
     """TRL's own extraction is the reference, for texts and for messages."""
-    said = [chat.exchange("Why?", answer) for answer in ("So.", "No.")]
+    texts = [chat.exchange("Why?", answer) for answer in ("So.", "No.")]
     for chosen, rejected in (
-        ("The sky is blue.", "The sky is green."), ("The sky is gray.", "The sky is green."), ("ab", "ac"), tuple(said),
-    ):  # fmt: skip
-        theirs = maybe_extract_prompt({"chosen": chosen, "rejected": rejected})
-        assert formats.pair({"chosen": chosen, "rejected": rejected}, "here") == formats.pair(theirs, "here")
-    beside = maybe_extract_prompt({"prompt": "Why?", "chosen": said[0], "rejected": said[1]})
-    ours = formats.pair({"prompt": "Why?", "chosen": said[0], "rejected": said[1]}, "here")
-    assert beside == formats.conversational(ours)
+        ("The sky is blue.", "The sky is green."),
+        ("The sky is gray.", "The sky is green."),
+        ("ab", "ac"),
+        tuple(texts),
+    ):
+        trl_pair = maybe_extract_prompt({"chosen": chosen, "rejected": rejected})
+        assert formats.pair({"chosen": chosen, "rejected": rejected}, "here") == formats.pair(trl_pair, "here")
+    beside = maybe_extract_prompt({"prompt": "Why?", "chosen": texts[0], "rejected": texts[1]})
+    own_pair = formats.pair({"prompt": "Why?", "chosen": texts[0], "rejected": texts[1]}, "here")
+    assert beside == formats.conversational(own_pair)
     unpaired = maybe_unpair_preference_dataset(Dataset.from_list([beside]))
     assert [formats.label(row, "here") for row in unpaired] == [
         {"prompt": "Why?", "response": "So.", "safe": True}, {"prompt": "Why?", "response": "No.", "safe": False},
     ]  # fmt: skip
 
 
-def test_what_cannot_be_exported(run, tmp_path):
+def test_export_refuses_stages_without_data_and_existing_files(run, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(UserError, match='has no stage "helpfull"; did you mean "helpful"'):
+    with pytest.raises(UserError, match='"helpfull"; did you mean "helpful"'):
         export(run, out, ["helpfull"])
-    with pytest.raises(UserError, match=r"nothing of corpus in .* to export; stages of kind rl, reject"):
+    with pytest.raises(UserError, match=r"nothing of corpus .*kind rl, reject"):
         export(run, out, ["corpus"])
     with pytest.raises(UserError, match="belongs to a run"):
         (run / "02-dev1" / "stage.json").write_text("{}")
         export(run, run / "02-dev1" / "out")
     export(run, out, ["zero"])
     assert [path.name for path in out.iterdir()] == ["zero-rollouts.jsonl"]
-    with pytest.raises(UserError, match=r"zero-rollouts.jsonl exists; move it away, or name another folder"):
+    with pytest.raises(UserError, match=r"zero-rollouts.jsonl exists"):
         export(run, out)
     assert len([*out.iterdir()]) == 1, "nothing is written beside a file that exists"
     (run / "02-dev1/samples.jsonl").write_text('{"messages": 5}\n')
-    with pytest.raises(UserError, match=r"samples.jsonl:1: messages must be a list"):
+    with pytest.raises(UserError, match=r"jsonl:1: messages must be a"):
         export(run, out, ["dev1"])
     assert len([*out.iterdir()]) == 1
 
@@ -127,7 +132,7 @@ def test_trl_trains_on_the_same_tokens_of_a_completion(tmp_path):
     """As SFTTrainer prepares them: the same ids, with a loss on the completion and not on answers in the prompt."""
     write_run(tmp_path / "run")
     folder = tmp_path / "run" / "01-zero" / "model"
-    tokenizer, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer, hf_tokenizer = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
     records = [
         {"prompt": [*chat.exchange("the quick?", "brown"), {"role": "user", "content": "fox"}],
          "completion": [{"role": "assistant", "content": "jumps over"}]},
@@ -139,8 +144,10 @@ def test_trl_trains_on_the_same_tokens_of_a_completion(tmp_path):
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder)
     for style in ("zero", "r1"):
-        theirs.chat_template = chat.jinja(style)
-        trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(records), processing_class=theirs)
+        hf_tokenizer.chat_template = chat.jinja(style)
+        trainer = SFTTrainer(
+            model, args=config, train_dataset=Dataset.from_list(records), processing_class=hf_tokenizer
+        )
         for record, row in zip(records, trainer.train_dataset, strict=True):
             packed = sft_rows._sample(document(record, "own", "here"), tokenizer, style)
             assert (packed >> 2).tolist() == row["input_ids"]

@@ -71,9 +71,9 @@ def found_at(name: str, path: str) -> int:
     owner, _, last = name.rpartition(".")
     start = next((number for number, line in enumerate(lines) if owner and re.match(rf"class {owner}\b", line)), 0)
     defined = re.compile(rf"^\s*(async def|def|class) {re.escape(last)}\b|^\s*{re.escape(last)}\b\s*[:=]")
-    after = list(enumerate(lines, start=1))[start:]
-    matches = [number for number, line in after if defined.match(line)]
-    matches = matches or [number for number, line in after if last in line]
+    numbered = list(enumerate(lines, start=1))[start:]
+    matches = [number for number, line in numbered if defined.match(line)]
+    matches = matches or [number for number, line in numbered if last in line]
     assert matches, f"{path} does not hold {name}"
     return matches[0]
 
@@ -81,10 +81,10 @@ def found_at(name: str, path: str) -> int:
 def test_the_walkthrough_leads_to_the_lines_it_names():
     text = WALKTHROUGH.read_text(encoding="utf-8")
     sections = re.split(r"^## ", text, flags=re.M)[1:]
-    ways = [section for section in sections if STEP.search(section)]
-    assert len(ways) == 4
-    for way in ways:
-        title, steps = way.splitlines()[0], STEP.findall(way)
+    paths = [section for section in sections if STEP.search(section)]
+    assert len(paths) == 4
+    for section_text in paths:
+        title, steps = section_text.splitlines()[0], STEP.findall(section_text)
         assert len(steps) >= 10, f"{title}: {len(steps)} links"
         for name, path, line in steps:
             lines = (WALKTHROUGH.parent / path).resolve().read_text(encoding="utf-8").splitlines()

@@ -14,10 +14,10 @@ def machine(monkeypatch, tmp_path):
 
 
 def note(facts, about):
-    return next((level, text) for found, level, text in doctor._judge(facts) if found == about)
+    return next((level, text) for subject, level, text in doctor._judge(facts) if subject == about)
 
 
-def test_facts_are_json_and_every_one_is_here(machine):
+def test_facts_are_json_and_complete(machine):
     facts = json.loads(json.dumps(machine))
     assert facts["gemm_gflops"]["bfloat16"] == 240.0 and facts["dtype"] == "bfloat16"
     assert facts["cores"] >= 1 and facts["disk_free_gb"] > 0 and facts["writable"] is True

@@ -15,14 +15,14 @@ def test_the_lock_holds_every_dependency_but_torch_with_the_hashes_of_its_files(
     locked: dict[str, list[Requirement]] = {}
     for entry in entries[1:]:
         text, *hashes = re.split(r"\s+--hash=", entry)
-        assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", one) for one in hashes), entry
+        assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", digest) for digest in hashes), entry
         requirement = Requirement(text)
         assert re.fullmatch(r"==[0-9.]+(\.?post\d+)?", str(requirement.specifier)), f"{text}: no plain release"
         locked.setdefault(canonicalize_name(requirement.name), []).append(requirement)
     assert not [name for name in locked if re.match("torch|triton|nvidia|cuda", name)], "their build is the machine's"
-    wanted = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    requirements = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    for requirement in wanted:
+    for requirement in requirements:
         name = canonicalize_name(requirement.name)
         if name != "torch":
-            assert [str(one.specifier) for one in locked[name]] == [f"=={pins[name]}"], f"{name}: run .ci/lock"
+            assert [str(digest.specifier) for digest in locked[name]] == [f"=={pins[name]}"], f"{name}: run .ci/lock"

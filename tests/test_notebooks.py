@@ -20,7 +20,7 @@ def said(book, exact):
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.ipynb")), ids=lambda file: file.stem)
 def test_notebook(file, monkeypatch, tmp_path):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    written, again = (nbformat.read(file, 4) for _ in range(2))
-    nbclient.NotebookClient(again, timeout=120, kernel_name="python3").execute()
+    written, rewritten = (nbformat.read(file, 4) for _ in range(2))
+    nbclient.NotebookClient(rewritten, timeout=120, kernel_name="python3").execute()
     exact = file.stem == EXACT
-    assert said(again, exact) == said(written, exact)
+    assert said(rewritten, exact) == said(written, exact)

@@ -37,7 +37,7 @@ def install(folder, package, kind, **members):
     (metadata / "entry_points.txt").write_text(f"[bessemer.{kind}]\n" + "".join(lines))
 
 
-def test_a_name_leads_to_each_of_the_four_places(folder):
+def test_a_name_resolves_from_each_of_the_four_sources(folder):
     @plugins.register("advantages", "ours")
     def ours(rewards_PG, samples):
         return "ours"
@@ -80,7 +80,7 @@ def test_only_code_of_others_has_a_digest(folder):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*your own code")
-def test_a_mistake_names_its_place_and_what_is_expected(folder, name, fault):
+def test_an_error_names_its_line_and_the_expected_form(folder, name, fault):
     plugins.register("advantages", "group")(max)
     text = "def f(rewards_PG, samples): return 1\ndef few(rewards_PG): return 1\nclass Kind: pass\n"
     for file in ("mine.py", "brought.py"):
@@ -111,8 +111,8 @@ def test_what_user_code_raises_names_its_line(folder):
 
 def test_an_error_of_ours_keeps_its_traceback(folder):
     (folder / "mine.py").write_text("def f(rewards_PG, samples): return 1\n")
-    found = plugins.find("advantages", "mine.py:f", takes=TAKES)
-    with pytest.raises(ZeroDivisionError), plugins.blamed("mine.py:f", found):
+    function = plugins.find("advantages", "mine.py:f", takes=TAKES)
+    with pytest.raises(ZeroDivisionError), plugins.blamed("mine.py:f", function):
         raise ZeroDivisionError
 
 
@@ -159,7 +159,7 @@ RMSNorm(4, 1e-6)(torch.ones(1, 4))
 """
 
 
-def test_a_checkout_that_is_not_installed_knows_the_core_s_stages_and_says_once_what_it_lacks():
+def test_an_uninstalled_checkout_knows_the_core_stages_and_warns_once():
     done = subprocess.run([sys.executable, "-c", UNINSTALLED], capture_output=True, text=True, check=True)
     assert done.stdout.split()[:6] == ["corpus", "eval", "pretrain", "rl", "sft", "RL"]
     assert done.stderr.count("pip install -e .") == 1

@@ -34,20 +34,20 @@ lr = 1e-3
 """
 
 
-def decided(*overrides, gpus=8, present=8, chosen=None, asked=None, text=TEXT):
-    return decide(Recipe.parse(text, overrides), asked, Gpus(gpus, present, chosen))
+def decided(*overrides, gpus=8, present=8, chosen=None, requested=None, text=TEXT):
+    return decide(Recipe.parse(text, overrides), requested, Gpus(gpus, present, chosen))
 
 
 @pytest.mark.parametrize(
-    ("given", "n", "words"),
+    ("machine", "n", "words"),
     [
         ({}, 8, "8 of 8 GPUs: one process each; --gpus 1 uses one alone"),
         ({"gpus": 1, "present": 1}, 1, ""),
         ({"gpus": 0, "present": 0}, 1, ""),
-        ({"asked": 1}, 1, "1 of 8 GPUs: --processes 1"),
-        ({"asked": 2, "gpus": 0, "present": 0}, 2, "2 processes on this machine (--processes 2)"),
+        ({"requested": 1}, 1, "1 of 8 GPUs: --processes 1"),
+        ({"requested": 2, "gpus": 0, "present": 0}, 2, "2 processes on this machine (--processes 2)"),
         (
-            {"asked": 800, "gpus": 0, "present": 0},
+            {"requested": 800, "gpus": 0, "present": 0},
             800,
             f"no GPU here: 800 processes share {granted_cores()} CPU cores, no faster than --processes ",
         ),
@@ -56,9 +56,9 @@ def decided(*overrides, gpus=8, present=8, chosen=None, asked=None, text=TEXT):
     ],
     ids=["all", "one", "cpu", "asked", "asked on a cpu", "more than cores", "one is visible", "two are visible"],
 )
-def test_every_gpu_or_why_not(given, n, words):
-    found, said = decided(**given)
-    assert found == n and (said == words or (words and said == f"{words}{granted_cores()}"))
+def test_every_gpu_is_used_or_the_reason_is_printed(machine, n, words):
+    processes, message = decided(**machine)
+    assert processes == n and (message == words or (words and message == f"{words}{granted_cores()}"))
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_every_gpu_or_why_not(given, n, words):
     ],
 )
 def test_what_a_recipe_allows(overrides, n, words):
-    found, said = decided(*overrides)
-    assert found == n and words in said, said
+    processes, message = decided(*overrides)
+    assert processes == n and words in message, message
 
 
 def test_a_recipe_that_trains_nothing_needs_one_process():
@@ -107,13 +107,13 @@ def test_a_fault_of_the_recipe_is_left_to_the_run():
     assert decided('zero.tasks=["nothing"]') == (1, "")
 
 
-def test_what_is_asked_for_must_fit_the_layout():
+def test_requested_processes_must_fit_the_layout():
     for overrides, words in (
         (["layout.pp=3"], "--processes is 8, but [layout] makes 3 ranks or a multiple"),
         (["layout.dp=2"], "--processes is 8, but [layout] makes 2 ranks"),
     ):
         with pytest.raises(UserError) as caught:
-            decided(*overrides, asked=8)
+            decided(*overrides, requested=8)
         assert str(caught.value) == words
 
 
@@ -129,8 +129,8 @@ print(before, inside, cores())
 """
 
 
-@pytest.mark.parametrize(("users", "wanted"), [({}, "1 7 1"), ({"OMP_NUM_THREADS": "1"}, "1 1 1")], ids=["", "set"])
-def test_a_rank_that_works_alone_has_all_cores_unless_the_user_limits_them(users, wanted):
+@pytest.mark.parametrize(("users", "expected"), [({}, "1 7 1"), ({"OMP_NUM_THREADS": "1"}, "1 1 1")], ids=["", "set"])
+def test_a_rank_that_works_alone_has_all_cores_unless_the_user_limits_them(users, expected):
     """The launcher, a process of its own, sets for its child the environment that torchrun sets."""
     launcher = (
         "import os, subprocess, sys\n"
@@ -139,4 +139,4 @@ def test_a_rank_that_works_alone_has_all_cores_unless_the_user_limits_them(users
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | users
     done = subprocess.run([sys.executable, "-c", launcher], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == wanted, done.stderr
+    assert done.stdout.strip() == expected, done.stderr

@@ -45,19 +45,19 @@ def test_a_name_that_could_mean_two_things_is_refused(tmp_path, monkeypatch):
         Recipe.load("tiny")
     assert Recipe.load("./tiny.toml").name == "mine"
     assert Recipe.load("builtin:tiny").name == "tiny"
-    with pytest.raises(UserError, match='no recipe "zer": did you mean "zero"'):
+    with pytest.raises(UserError, match='"zer": did you mean "zero"'):
         Recipe.load("zer")
-    with pytest.raises(UserError, match='no built-in recipe "tinny"; did you mean "tiny"'):
+    with pytest.raises(UserError, match='"tinny"; did you mean "tiny"'):
         Recipe.load("builtin:tinny")
 
 
 def test_a_recipe_of_ones_own(tmp_path):
-    mine = tmp_path / "mine.toml"
-    assert write_own(mine, "remainder") == [mine, tmp_path / "remainder.py"]
-    recipe = Recipe.load(mine)
+    path = tmp_path / "mine.toml"
+    assert write_own(path, "remainder") == [path, tmp_path / "remainder.py"]
+    recipe = Recipe.load(path)
     assert recipe.name == "mine" and recipe.stages == Recipe.load("remainder").stages
     with pytest.raises(UserError, match=r"mine\.toml exists"):
-        write_own(mine, "tiny")
+        write_own(path, "tiny")
     with pytest.raises(UserError, match=r"remainder\.py exists"):
         write_own(tmp_path / "other.toml", "remainder")
     assert not (tmp_path / "other.toml").exists()
@@ -78,7 +78,7 @@ def faults(text: str) -> list[str]:
     return ["/".join(map(str, fault.absolute_path)) for fault in VALIDATOR.iter_errors(tomllib.loads(text))]
 
 
-def test_the_schema_is_one():
+def test_the_schema_is_a_valid_json_schema():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
@@ -153,8 +153,8 @@ rollouts = 2
 )
 def test_the_schema_finds_what_is_wrong(old, new, where):
     recipe = GOOD.replace(old, new, 1)
-    found = faults(recipe)
-    assert found == [] if where is None else where in found
+    messages = faults(recipe)
+    assert messages == [] if where is None else where in messages
     if where is None and new != "rollout = 2":
         Recipe.parse(recipe)
     if where is not None and not where.startswith("model"):
@@ -176,13 +176,13 @@ class TallyConfig(StageConfig):
 
 def test_the_table_of_another_stage_has_help_and_a_schema(monkeypatch):
     monkeypatch.setitem(kinds.CORE, "tally", TallyConfig)
-    assert "The number to count up to." in describe_keys("tally", ModelConfig, list(PRESETS))
+    assert "number to count up to" in describe_keys("tally", ModelConfig, list(PRESETS))
     schema = jsonschema.Draft202012Validator(recipe_schema.recipe_schema(ModelConfig, list(PRESETS)))
     for kind, key, right in (("tally", "up_to", True), ("tally", "tasks", False), ("own.py:Stage", "up_to", True)):
         assert schema.is_valid({"name": "x", "stage": [{"kind": kind, key: 3}]}) is right
 
 
-def test_the_wheel_outside_the_clone(tmp_path):
+def test_the_wheel_runs_outside_the_clone(tmp_path):
     """Built and installed as by pip, beside the libraries of this environment; the clone is not on its path."""
     tree = tmp_path / "tree"  # a copy, since the build leaves files behind
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
@@ -215,6 +215,6 @@ def test_the_wheel_outside_the_clone(tmp_path):
 
     facts = json.loads(bessemer("recipes", "--json"))
     assert facts.keys() == {*NAMES, "data"}
-    assert all(Path(one["file"]).is_relative_to(site) for one in facts.values())
+    assert all(Path(fact["file"]).is_relative_to(site) for fact in facts.values())
     assert bessemer("init", "mine.toml", "--from", "remainder") == "mine.toml\nremainder.py\n"
     assert "no fault found" in bessemer("run", "mine.toml", "--dry-run")

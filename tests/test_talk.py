@@ -25,11 +25,11 @@ def test_generate_says_what_was_cut_and_how_to_continue(call, run):
     room = CONTEXT - 1 - len(load_engine(run / "01-zero" / "model").tokenizer.encode("the fox"))
     status, out, err = call("generate", run, "the fox", "--max-tokens", 9, "--seed", 4)
     assert status == 0 and out.startswith("the fox")
-    assert err == f"1 text cut at 9 tokens; --max-tokens, here at most {room}, allows more\n"
+    assert err.startswith("1 text cut at 9 tokens; ") and f"at most {room}" in err and err.count("\n") == 1
     status, out, err = call("generate", run, "the fox", "the fox", "--max-tokens", 5000, "--json")
     texts = json.loads(out)
-    cut = sum(one["finish_reason"] == "length" for one in texts)
-    assert status == 0 and [one["prompt"] for one in texts] == ["the fox"] * 2 and cut
+    cut = sum(text["finish_reason"] == "length" for text in texts)
+    assert status == 0 and [text["prompt"] for text in texts] == ["the fox"] * 2 and cut
     assert err.splitlines() == [
         f"--max-tokens 5000: the context of {CONTEXT} tokens leaves {room} after the prompt",
         f"{cut} of 2 texts cut where the model's context of {CONTEXT} tokens is full",
@@ -42,8 +42,8 @@ def test_generate_says_what_was_cut_and_how_to_continue(call, run):
 
 @pytest.mark.filterwarnings("default")
 def test_an_evaluation_says_that_the_context_is_shorter(call, run):
-    asked = ("--task", "countdown", "--problems", 1, "--samples", 1, "--max-tokens", 5000, "--json")
-    status, _, err = call("eval", run, *asked)
+    options = ("--task", "countdown", "--problems", 1, "--samples", 1, "--max-tokens", 5000, "--json")
+    status, _, err = call("eval", run, *options)
     assert status == 0 and f"the model's context of {CONTEXT} tokens truncates answers; 5000 were requested" in err
 
 
@@ -56,7 +56,7 @@ def test_no_control_character_reaches_the_terminal(call, run, tmp_path):
     _, out, _ = call("generate", run, "--file", file, "--json")
     assert json.loads(out)[0]["prompt"].startswith("\x1b]0;owned\x07 \x9b2J \r\u202e") and "\x9b" not in out
     bad = tmp_path / "\x1b[31mred"
-    assert call("chat", bad)[2].startswith("error: no model or run at ") and "\x1b" not in call("chat", bad)[2]
+    assert call("chat", bad)[2].startswith("error: no model or run ") and "\x1b" not in call("chat", bad)[2]
 
 
 def test_a_piped_chat_holds_answers_only(run, tmp_path):
@@ -87,8 +87,8 @@ class Terminal:
     def wait(self, words):
         """Read up to `words`; the result is what came before them."""
         self._read(lambda: words in self.seen)
-        before, _, self.seen = self.seen.partition(words)
-        return before
+        output, _, self.seen = self.seen.partition(words)
+        return output
 
     def some(self, characters):
         """Wait for more than so many characters, not counting the editor's escape sequences."""
@@ -139,4 +139,4 @@ def test_a_terminal_edits_lines_and_ctrl_c_ends_the_answer_only(tmp_path):
     talk.type("\x04")
     assert talk.status() == 0
     system, first, _, second, _ = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
-    assert [one["content"] for one in (system, first, second)] == ["quilt", "the fox", "the fox\njumps"]
+    assert [message["content"] for message in (system, first, second)] == ["quilt", "the fox", "the fox\njumps"]

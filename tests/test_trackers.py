@@ -47,10 +47,11 @@ def tensorboard(root):
     """{series: [(step, value)]}"""
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-    found = EventMultiplexer().AddRunsFromDirectory(str(root / "trackers" / "tensorboard")).Reload()
-    (run,) = found.Runs()
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(root / "trackers" / "tensorboard")).Reload()
+    (run,) = multiplexer.Runs()
     return {
-        name: [(event.step, event.value) for event in found.Scalars(run, name)] for name in found.Runs()[run]["scalars"]
+        name: [(event.step, event.value) for event in multiplexer.Scalars(run, name)]
+        for name in multiplexer.Runs()[run]["scalars"]
     }
 
 
@@ -61,7 +62,7 @@ def mlflow(root):
     (run,) = client.search_runs([client.get_experiment_by_name("bessemer").experiment_id])
     assert run.info.run_name == "mirrored"
     return {
-        name: [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)]
+        name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
         for name in run.data.metrics
     }
 
@@ -71,8 +72,8 @@ def records(data: bytes) -> Iterator[bytes]:
     record is whole (1) or split into first (2), middle (3) and last (4), each after checksum, length and kind."""
     at, parts = 7, b""
     while at + 7 <= len(data):
-        if (left := -at % 32768) and left < 7:
-            at += left  # padding
+        if (room := -at % 32768) and room < 7:
+            at += room  # padding
             continue
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
         parts += data[at + 7 : at + 7 + length]
@@ -90,7 +91,10 @@ def wandb(root):
         for data in records(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
-            row = {one.key or "/".join(one.nested_key): json.loads(one.value_json) for one in record.history.item}
+            row = {
+                logged.key or "/".join(logged.nested_key): json.loads(logged.value_json)
+                for logged in record.history.item
+            }
             for name, value in row.items():
                 if name.endswith("/train/loss"):
                     points.setdefault(name, []).append((row[name.removesuffix("train/loss") + "step"], value))
@@ -140,8 +144,8 @@ def test_curves_continue_after_a_kill_and_a_new_attempt_has_its_own(run, name):
     time.sleep(0.002)
     write(run, "rl", range(1, 3), scale=10.0)
     send(run, name)
-    found = {series: points for series, points in READERS[name](run).items() if series.endswith("loss")}
-    assert found == {
+    curves = {series: points for series, points in READERS[name](run).items() if series.endswith("loss")}
+    assert curves == {
         "base/train/loss": [(step, float(step)) for step in range(1, 8)],
         "rl/train/loss": [(1, 1.0), (2, 2.0)],
         "rl.2/train/loss": [(1, 10.0), (2, 20.0)],
@@ -158,11 +162,11 @@ def test_mlflow_gets_every_name(run):
     metrics.write("eval", 2, 10, {task: float(n) for n, task in enumerate(tasks)})
     metrics.close()
     assert trackers.track(run, ["mlflow"]) == []
-    found = mlflow(run)
-    assert len(found) == 2 * len(tasks) and found["eval/countdown/pass at 1"] == [(1, 0.0)]
+    series = mlflow(run)
+    assert len(series) == 2 * len(tasks) and series["eval/countdown/pass at 1"] == [(1, 0.0)]
 
 
-def test_beside_a_run_and_to_its_end(run):
+def test_tracking_follows_a_run_to_its_end(run):
     """Lines written just before the end arrive, sent by a process that the run's Ctrl-C does not reach."""
     with trackers.mirrored(run, ["tensorboard"]):
         write(run, "base", range(1, 3))
@@ -170,7 +174,7 @@ def test_beside_a_run_and_to_its_end(run):
         while not (run / "trackers.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        with pytest.raises(UserError, match="being sent to its trackers already"):
+        with pytest.raises(UserError, match="to its trackers already"):
             trackers.track(run, ["tensorboard"])
         write(run, "base", range(3, 9))
     assert tensorboard(run)["base/train/loss"] == [(step, float(step)) for step in range(1, 9)]
@@ -179,18 +183,18 @@ def test_beside_a_run_and_to_its_end(run):
 def test_after_an_immediate_restart(run, capfd):
     """The process beside the killed run may still be sending."""
     (run / "trackers").mkdir()
-    with FileLock(run / "trackers" / "lock") as held, trackers.mirrored(run, ["tensorboard"]):
+    with FileLock(run / "trackers" / "lock") as lock, trackers.mirrored(run, ["tensorboard"]):
         deadline = time.monotonic() + 60
         while not (run / "trackers" / "log.txt").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(1)
-        held.release()
+        lock.release()
         write(run, "base", range(1, 4))
     assert len(tensorboard(run)["base/train/loss"]) == 3 and not capfd.readouterr().err
     with FileLock(run / "trackers" / "lock"), trackers.mirrored(run, ["tensorboard"]):
         pass
-    assert "being sent to its trackers already" in capfd.readouterr().err
+    assert "to its trackers already" in capfd.readouterr().err
 
 
 def test_a_tracker_that_fails_stops_nothing_and_gets_the_rest_later(run, monkeypatch, capfd):
@@ -268,7 +272,7 @@ def test_unsupported_requests_are_refused(run, monkeypatch):
         trackers.check_installed(["tensorboard", "wandb"])
 
 
-def test_a_recipe_names_them(tmp_path):
+def test_a_recipe_names_its_trackers(tmp_path):
     from bessemer.config.recipe import Recipe
     from bessemer.pipeline import runner
 

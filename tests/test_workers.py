@@ -41,7 +41,7 @@ def test_two_workers_really_run_side_by_side():
     assert len(list(Helpers(2).map(lambda i: meeting.wait(), range(2)))) == 2
 
 
-def test_an_error_of_a_worker_is_raised_where_the_results_are_taken_and_the_next_call_works():
+def test_a_worker_error_is_raised_with_the_results_and_the_next_call_works():
     def work(i):
         if i == 1:
             raise ValueError("item 1")
@@ -166,11 +166,11 @@ def test_cores_follow_the_users_setting(monkeypatch):
 def trained(workers, steps=3, optimizer="adamw"):
     cfg = preset("tiny", vocab_size=128, dim=32, n_layers=2, n_heads=2, inter_dim=64, moe_inter_dim=16)
     model = Transformer(cfg).initialise(0)
-    made = train_config(
+    config = train_config(
         tokens=1, lr=1e-2, gamma=1e-3, batch_rows=6, micro_rows=2, workers=workers,
         terms={"mtp_lambda": 0.3, "balance_alpha": 1e-3}, optimizer=optimizer,
     )  # fmt: skip
-    trainer = Trainer(model, next_token, None, *made)
+    trainer = Trainer(model, next_token, None, *config)
     generator = torch.Generator().manual_seed(0)
     loads = []
     for _ in range(steps):
@@ -184,9 +184,9 @@ def trained(workers, steps=3, optimizer="adamw"):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_is_bitwise_the_same_with_any_number_of_workers(optimizer):
-    one, one_loads = trained(Helpers(1), optimizer=optimizer)
-    two, two_loads = trained(Helpers(2), optimizer=optimizer)
-    assert torch.equal(one, two)
+    weights_1, one_loads = trained(Helpers(1), optimizer=optimizer)
+    weights_2, two_loads = trained(Helpers(2), optimizer=optimizer)
+    assert torch.equal(weights_1, weights_2)
     for a, b in zip(one_loads, two_loads, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -198,7 +198,7 @@ def test_every_token_is_counted_once():
     assert loads[0]["mtp0"].sum() == 6 * 23 * 4
 
 
-def test_shares_are_of_about_equal_cost_and_leave_nothing_out():
+def test_shares_have_about_equal_cost_and_cover_everything():
     costs = [1, 16, 1.5, 16, 1.5, 16, 4, 10, 9, 9]
     for n in (1, 2, 3, 20):
         lists = shares(costs, n)

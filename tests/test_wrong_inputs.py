@@ -111,44 +111,44 @@ CASES = [tuple(part.strip() for part in line.split(" | ")) for line in WRONG.str
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("place")
-    write_run(place / "runs" / "tiny")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder")
+    write_run(folder / "runs" / "tiny")
     answer = '{"step": 1, "id": "p", "prompt": "2+2", "completion": "4"}\n'
-    (place / "runs" / "tiny" / "01-zero" / "rollouts.jsonl").write_text(answer)
-    (place / "other").mkdir()
-    (place / "other" / "tiny").symlink_to(place / "runs" / "tiny")
-    (place / "dir").mkdir()
+    (folder / "runs" / "tiny" / "01-zero" / "rollouts.jsonl").write_text(answer)
+    (folder / "other").mkdir()
+    (folder / "other" / "tiny").symlink_to(folder / "runs" / "tiny")
+    (folder / "dir").mkdir()
     for name, content in FILES.items():
-        (place / name).write_bytes(content)
-    return place
+        (folder / name).write_bytes(content)
+    return folder
 
 
 @pytest.mark.parametrize(("command", "words"), CASES)
-def test_one_line_names_the_fix(call, place, monkeypatch, command, words):
-    monkeypatch.chdir(place)
-    before = {path for path in place.rglob("*") if path.parts[-1] != ".lock"}
+def test_one_line_names_the_fix(call, folder, monkeypatch, command, words):
+    monkeypatch.chdir(folder)
+    before = {path for path in folder.rglob("*") if path.parts[-1] != ".lock"}
     status, out, err = call(*command.split())
     *earlier, last = err.splitlines()
     assert status == 2 and not out and last.startswith("error: ") and words in last, err
     assert len(earlier) == 0 or command.startswith("run "), "a run may have said what it will do"
-    written = {path for path in place.rglob("*") if path.parts[-1] != ".lock"} - before
-    assert {path.relative_to(place).parts[0] for path in written} <= {"runs"}
+    written = {path for path in folder.rglob("*") if path.parts[-1] != ".lock"} - before
+    assert {path.relative_to(folder).parts[0] for path in written} <= {"runs"}
 
 
-def test_ctrl_c_and_a_closed_terminal_are_no_bugs(call, place, monkeypatch):
+def test_ctrl_c_and_a_closed_terminal_are_no_bugs(call, folder, monkeypatch):
     from bessemer.engine import engine
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(engine, "load_engine", interrupted)
     status, _, err = call("generate", "runs/tiny", "hi")
     assert status == 130 and "Traceback" not in err
 
 
-def test_a_name_that_the_system_refuses(call, place, monkeypatch):
-    monkeypatch.chdir(place)
+def test_a_name_that_the_system_refuses(call, folder, monkeypatch):
+    monkeypatch.chdir(folder)
     status, _, err = call("chat", "x" * 300)
     assert status == 2 and err.startswith("error: ") and "too long" in err and err.count("\n") == 1

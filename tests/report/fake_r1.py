@@ -81,10 +81,10 @@ def _rows() -> list[dict]:
     for model, figures in MODELS.items():
         for task, language, domain, lower in TASKS:
             row = dict(zip(KEYS, figures, strict=False)) | {"mean_length": figures[-1]}
-            one = row["pass_at_1"] * (1 - lower)
+            first = row["pass_at_1"] * (1 - lower)
             rows.append(
                 {"model": model, "task": task, "language": language, "domain": domain, "n": 100, "samples": 16, "k": 16,
-                 "temperature": 1.0} | row | {"pass_at_1": one, "pass_at_1_interval": [one - 0.06, one + 0.06]}
+                 "temperature": 1.0} | row | {"pass_at_1": first, "pass_at_1_interval": [first - 0.06, first + 0.06]}
             )  # fmt: skip
     return rows
 
@@ -99,8 +99,8 @@ def _learning(rng: random.Random, name: str) -> list[dict]:
         late = max(0.0, (step - 60) / 60) if name == "r1" else 0.0
         right = start + (end - start) * share - 0.12 * late
         if step % 20 == 0:
-            held = {"pass_at_1": right, "pass_at_4": right + 0.15, "maj_at_4": right + 0.1, "language": 0.9}
-            values = {f"rl/heldout_{key}": value for key, value in held.items()}
+            heldout = {"pass_at_1": right, "pass_at_4": right + 0.15, "maj_at_4": right + 0.1, "language": 0.9}
+            values = {f"rl/heldout_{key}": value for key, value in heldout.items()}
             lines.append(
                 fake_run._line(
                     name,
@@ -122,7 +122,7 @@ def _learning(rng: random.Random, name: str) -> list[dict]:
             "rl/sampler_gap": 2e-6, "rl/grad_norm": 0.3, "rl/lr": 4e-4, "rl/tries": 1.5 + 9 * share * (name != "form"),
             "rl/reflective_words": 0.3 + 3 * share, "rl/trace/step_right": 0.92 + 0.04 * share,
             "rl/trace/gave_up": 0.66 * (1 - share), "rl/trace/yes_given_hit": 0.9,
-            **{f"rl/words/{word}": 2.0 * share / place if place < 9 else 0.0 for place, word in enumerate(WORDS, 1)},
+            **{f"rl/words/{word}": 2.0 * share / rank if rank < 9 else 0.0 for rank, word in enumerate(WORDS, 1)},
         }  # fmt: skip
         if late:
             values["rl/preference"] = 0.5 + 0.4 * late

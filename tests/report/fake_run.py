@@ -191,12 +191,12 @@ def _rollouts(folder: Path, rng: random.Random, hostile: bool) -> None:
 def _evaluation(folder: Path, models: list[tuple]) -> None:
     rows = []
     for language, shift in (("en", 0.0), ("zh", -0.03)):
-        for model, one, many, majority, length in models:
-            value = one + shift
+        for model, pass_at_1, pass_at_k, majority, length in models:
+            value = pass_at_1 + shift
             rows.append({
                 "model": model, "task": "countdown", "language": language, "n": 200, "samples": 8,
                 "by_problem": {f"p{n}": min(1.0, 2 * value * (n % 10) / 9) for n in range(200)},
-                "pass_at_1": value, "pass_at_1_interval": [value - 0.032, value + 0.034], "pass_at_k": many,
+                "pass_at_1": value, "pass_at_1_interval": [value - 0.032, value + 0.034], "pass_at_k": pass_at_k,
                 "maj_at_k": majority, "mean_length": length,
             })  # fmt: skip
     (folder / "results.json").write_text(json.dumps(rows))

@@ -48,10 +48,10 @@ def runs(tmp_path_factory):
 def test_runs_side_by_side(runs):
     """Each figure is in its run's column, and each curve has a line for every run that recorded it."""
     text = compare.write([runs / "one", runs / "less"]).read_text("utf-8")
-    shown = section(text, "results")
-    heads = re.findall(r'<th scope="col">([^<]+)<small>', shown)
+    results = section(text, "results")
+    heads = re.findall(r'<th scope="col">([^<]+)<small>', results)
     assert heads[:4] == ["one · pretrain", "less · pretrain", "one · zero", "less · zero"]
-    assert "18.1" in words(shown) and "9.0" in words(shown) and "<b>56.9</b>" in shown and "28.4" in shown
+    assert "18.1" in words(results) and "9.0" in words(results) and "<b>56.9</b>" in results and "28.4" in results
     better = words(section(text, "differences"))
     assert "Which is better" in better and "the first is better" in better and "the second is better" not in better
     rows = [words(row) for row in re.findall(r"<tr>.*?</tr>", section(text, "settings"))]
@@ -66,14 +66,14 @@ def test_runs_side_by_side(runs):
     assert len(ids) == len(set(ids)) > 10
 
 
-def test_what_one_run_lacks_is_left_out(runs):
+def test_parts_missing_from_one_run_are_left_out(runs):
     text = compare.render({name: compare.read(runs / name) for name in ("one", "less", "bare")})
     loss = next(c for c in re.findall(r"<figure.*?</figure>", text, re.DOTALL) if "next token" in c)
     accuracy = next(c for c in re.findall(r"<figure.*?</figure>", text, re.DOTALL) if "correct in training" in c)
     assert "<b>bare</b>" in loss and "<b>bare</b>" not in accuracy and "<b>less</b>" in accuracy
-    same = compare.render({name: compare.read(runs / name) for name in ("one", "bare")})
-    assert "no significant difference" in section(same, "differences")
-    assert 'id="settings"' not in same and "Nothing to compare for: what differs." in words(same)
+    html = compare.render({name: compare.read(runs / name) for name in ("one", "bare")})
+    assert "no significant difference" in section(html, "differences")
+    assert 'id="settings"' not in html and "Nothing to compare for: what" in words(html)
 
 
 def test_the_command_writes_one_file_and_leaves_the_reports_alone(runs, capsys, monkeypatch):

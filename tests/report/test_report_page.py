@@ -90,9 +90,9 @@ def drag(page, box, start, end):
 def test_a_drag_zooms_and_a_double_click_goes_back(opened, root):
     figure, box = chart(opened, "Length")
     line = figure.locator("[data-line='0'] path")
-    whole = line.get_attribute("d")
+    full = line.get_attribute("d")
     drag(opened, box, 0.3, 0.6)
-    assert line.get_attribute("d") != whole and figure.locator(".whole").is_visible()
+    assert line.get_attribute("d") != full and figure.locator(".whole").is_visible()
     ticks = [float(value) for value in figure.locator(".zoomed text").all_text_contents()]
     lengths = measured(root, "zero", "rl/length")
     heights, steps = ticks[:4], ticks[4:]
@@ -103,7 +103,7 @@ def test_a_drag_zooms_and_a_double_click_goes_back(opened, root):
     step = int(figure.locator(".tip .at").text_content())
     assert float(figure.locator(".tip small").text_content()) == pytest.approx(lengths[step], abs=0.06)
     opened.mouse.dblclick(box["x"] + 0.5 * box["width"], box["y"] + 60)
-    assert line.get_attribute("d") == whole and not figure.locator(".whole").is_visible()
+    assert line.get_attribute("d") == full and not figure.locator(".whole").is_visible()
 
 
 def test_no_zoom_into_fewer_than_two_points(opened):
@@ -125,7 +125,7 @@ def test_rollouts_open_where_answers_became_right(opened):
     marks = dots.all_text_contents()
     at = dots.evaluate_all("all => all.findIndex(dot => dot.getAttribute('aria-pressed') === 'true')")
     assert marks[at] == "✓" and marks[at - 1] == "✗" and set(marks[at:]) == {"✓"} and marks[0] == "✗"
-    assert "first the one whose answers changed most" in opened.locator("#rollouts h3").text_content()
+    assert "whose answers changed most" in opened.locator("#rollouts h3").text_content()
 
 
 def test_the_labels_of_every_chart_lie_within_it(opened):
@@ -160,7 +160,7 @@ XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1
 
 
 def linear(colour):
-    parts = np.array([int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
 
 
@@ -176,9 +176,13 @@ def test_lines_are_distinguishable(theme):
     css = Path(card.__file__).with_name("card.css").read_text("utf-8").split("prefers-color-scheme: dark")[theme]
     hues = [re.search(rf"--s{number}: (#\w+)", css)[1] for number in range(1, 7)]
     for kind, matrix in SEEN.items():
-        for one, other in combinations(hues, 2):
-            assert np.linalg.norm(lab(matrix @ linear(one)) - lab(matrix @ linear(other))) > 16, (kind, one, other)
-    back = float(XYZ[1] @ linear(re.search(r"--card: (#\w+)", css)[1]))
+        for first, second in combinations(hues, 2):
+            assert np.linalg.norm(lab(matrix @ linear(first)) - lab(matrix @ linear(second))) > 16, (
+                kind,
+                first,
+                second,
+            )
+    background = float(XYZ[1] @ linear(re.search(r"--card: (#\w+)", css)[1]))
     for hue in hues:
-        light, dark = sorted((float(XYZ[1] @ linear(hue)), back), reverse=True)
+        light, dark = sorted((float(XYZ[1] @ linear(hue)), background), reverse=True)
         assert (light + 0.05) / (dark + 0.05) > 3, hue

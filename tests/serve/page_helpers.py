@@ -85,17 +85,17 @@ def make_run(root: Path) -> Path:
     return root
 
 
-def wait_for(true, what: str, seconds: float = 15.0) -> None:
+def wait_for(true, description: str, seconds: float = 15.0) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, f"never: {what}"
+        assert time.monotonic() < end, f"never: {description}"
         time.sleep(0.02)
 
 
 class Chat:
     """What a person does with the page, and what they see. Any error or warning in the browser fails `check`."""
 
-    def __init__(self, browser, url: str, width: int = 1100, before: str = "", **options):
+    def __init__(self, browser, url: str, width: int = 1100, init_script: str = "", **options):
         self.url, self.expected = url, 0
         self.complaints: list[str] = []
         self.foreign: list[str] = []
@@ -107,8 +107,8 @@ class Chat:
         )
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: request.url.startswith(url + "/") or self.foreign.append(request.url))
-        if before:
-            self.page.add_init_script(before)
+        if init_script:
+            self.page.add_init_script(init_script)
         self.open()
 
     def open(self) -> None:
@@ -194,7 +194,7 @@ def chunk(finish: str | None = None, tokens: list[dict] | None = None, **delta: 
     return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs, **routing}]}
 
 
-def token(text: str, logprob: float = -0.5, others: tuple[str, ...] = ()) -> dict[str, Any]:
+def token(text: str, logprob: float = -0.5, alternatives: tuple[str, ...] = ()) -> dict[str, Any]:
     """One token of a chunk; its `bytes` may be replaced by part of a character's."""
-    top = [{"token": other, "logprob": logprob - 1, "bytes": None} for other in others]
+    top = [{"token": alternative, "logprob": logprob - 1, "bytes": None} for alternative in alternatives]
     return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": top}

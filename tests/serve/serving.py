@@ -50,15 +50,15 @@ class Thread(threading.Thread):
 
 def in_thread(folder, config):
     """A worker in another thread of this process: it behaves the same and starts at once."""
-    ours, theirs = Pipe()
+    parent_end, child_end = Pipe()
 
     def work():
-        with theirs:
-            worker.work(theirs, folder, config)
+        with child_end:
+            worker.work(child_end, folder, config)
 
-    thread = Thread(work, theirs)
+    thread = Thread(work, child_end)
     thread.start()
-    return ours, thread
+    return parent_end, thread
 
 
 class Running:

@@ -63,10 +63,10 @@ def test_an_answer_streams_and_its_thought_is_folded(chat, server):
     seen = chat.page.evaluate("window.seen")
     assert "thinking open" in seen and "thinking folded" not in seen and seen[-1] == "done folded"
     thought, seconds = re.fullmatch(r"Thought for (\d+) tokens?, ([\d.]+) m?s", chat.text(f"{BAR} summary")).groups()
-    told = server.chat(question, **sampling).json()  # the same request without a browser or a stream
-    assert chat.answer() == told["choices"][0]["message"]["content"] != ""
-    assert chat.answer(".thought") == told["choices"][0]["message"]["reasoning_content"]
-    assert int(thought) == told["usage"]["completion_tokens_details"]["reasoning_tokens"] and float(seconds) > 0
+    direct = server.chat(question, **sampling).json()  # the same request without a browser or a stream
+    assert chat.answer() == direct["choices"][0]["message"]["content"] != ""
+    assert chat.answer(".thought") == direct["choices"][0]["message"]["reasoning_content"]
+    assert int(thought) == direct["usage"]["completion_tokens_details"]["reasoning_tokens"] and float(seconds) > 0
     assert re.match(r"\d+ tokens · [\d.\u2009]+ tokens/s · first in [\d.]+ m?s", chat.text(f"{BAR} .figures"))
     chat.page.click(f"{BAR} summary")
     chat.page.reload()
@@ -122,7 +122,7 @@ def test_a_model_trained_on_single_questions_reads_each_alone(chat):
         "request",
         lambda request: (
             request.url.endswith("/completions")
-            and read.append([one["role"] for one in request.post_data_json["messages"]])
+            and read.append([message["role"] for message in request.post_data_json["messages"]])
         ),
     )
     for question, reads in (("one", "auto"), ("two", "auto"), ("three", "talk"), ("four", "alone")):
@@ -133,7 +133,7 @@ def test_a_model_trained_on_single_questions_reads_each_alone(chat):
     assert read == [["user"], ["user"], ["user", "assistant", "user", "assistant", "user"], ["user"]]
     chat.open()  # which answers read the question alone has been saved
     marked = chat.page.locator(".answer .figures").all_text_contents()
-    assert ["alone" in one for one in marked] == [False, True, False, True]
+    assert ["alone" in message for message in marked] == [False, True, False, True]
 
 
 def test_two_models_answer_side_by_side_at_once(browser, server):
@@ -178,7 +178,7 @@ def test_the_card_shows_probabilities_and_experts(chat):
 
 
 def test_hostile_output_stays_text(chat):
-    tokens = [token(HOSTILE, others=("<script>owned = 1</script>",))]
+    tokens = [token(HOSTILE, alternatives=("<script>owned = 1</script>",))]
     chat.feed(chunk(reasoning_content=HOSTILE), chunk(content=HOSTILE, tokens=tokens), chunk(finish="stop"))
     chat.page.click("#details")
     chat.ask(HOSTILE)
@@ -219,8 +219,8 @@ def test_tokens_find_their_text(chat):
             " b",
             "</think>",
         ]
-        said = chat.page.locator(f"{BAR} .text .token").all_text_contents()
-        assert said == ([] if how == "no answer" else ["held", " back"])
+        shown_tokens = chat.page.locator(f"{BAR} .text .token").all_text_contents()
+        assert shown_tokens == ([] if how == "no answer" else ["held", " back"])
 
 
 def test_a_text_painted_as_it_grows_is_the_text_painted_at_once(chat):
@@ -280,18 +280,18 @@ def test_failures_are_explained_and_recovered_from(chat):
 
 
 @pytest.mark.parametrize(
-    "kept",
+    "stored",
     [
         "{",
         "null",
         '[{"question": 1}, 7, null, {"question": "x", "answers": [{"model": [], "text": 5, "pieces": {"text": [0]}}]}]',
     ],
 )
-def test_broken_storage_costs_no_more_than_itself(browser, server, kept):
-    before = "".join(
-        f"localStorage.setItem('bessemer.{name}.1', {json.dumps(kept)});" for name in ("talk", "talks", "settings")
+def test_the_page_survives_broken_storage(browser, server, stored):
+    fill = "".join(
+        f"localStorage.setItem('bessemer.{name}.1', {json.dumps(stored)});" for name in ("talk", "talks", "settings")
     )
-    chat = Chat(browser, server.url, before=f"if (!sessionStorage.seen) {{ {before} sessionStorage.seen = 1; }}")
+    chat = Chat(browser, server.url, init_script=f"if (!sessionStorage.seen) {{ {fill} sessionStorage.seen = 1; }}")
     chat.set(thinking="never", max_tokens=4, seed=5)
     chat.ask("Still there?")
     answer = chat.answer()
@@ -335,17 +335,17 @@ def test_examples_come_from_the_run_and_answers_are_checked(chat):
     chat.page.click("text=/^zero$/")
     chat.page.wait_for_selector("text=Countdown · English")
     assert chat.page.locator("#start h3").all_text_contents() == ["Countdown · English", "Countdown · Chinese"]
-    told = chat.text(".answering dd")
-    assert "practised: Countdown (solves English 42 %, Chinese 39 % of held-out problems)" in told
-    assert "read about: Arithmetic" in told and "trained on texts of up to 1\u2009100 tokens" in told
-    assert "trained on single questions: reads each alone" in told
+    facts = chat.text(".answering dd")
+    assert "practised: Countdown (solves English 42 %, Chinese 39 % of held-out problems)" in facts
+    assert "read about: Arithmetic" in facts and "trained on texts of up to 1\u2009100 tokens" in facts
+    assert "single questions: reads each alone" in facts
     chat.page.click("text=/^r1$/")
     chat.page.wait_for_selector("text=Arithmetic · English")
     first = ".group >> nth=0 >> .example >> nth=0"
     value = eval(re.search(r"[-\d+*]+", chat.text(first))[0])
-    for given, verdict in ((value, "✓ Right"), (value + 1, "✗ Wrong: another value")):
-        chat.feed(chunk(reasoning_content="so"), chunk(content=f"<answer>{given}</answer>"), chunk(finish="stop"))
-        if given == value:
+    for attempt, verdict in ((value, "✓ Right"), (value + 1, "✗ Wrong: another value")):
+        chat.feed(chunk(reasoning_content="so"), chunk(content=f"<answer>{attempt}</answer>"), chunk(finish="stop"))
+        if attempt == value:
             chat.page.click(first)
         else:
             chat.page.click(f"{BAR} >> text=Retry")
@@ -420,8 +420,8 @@ def test_chinese_and_themes(chat):
     chat.ask("你好")
     assert chat.text(f"{BAR} .acts") == "复制继续重试"
     named = chat.page.locator("button:not(.example), label, h2, summary").all_text_contents()
-    known = {"r1", "zero", "Top-p", "Top-k", "Min-p"}  # Chinese uses the same words
-    assert {word for word in map(str.strip, named) if re.fullmatch(r"[ -~]+", word)} <= known
+    untranslated = {"r1", "zero", "Top-p", "Top-k", "Min-p"}  # Chinese uses the same words
+    assert {word for word in map(str.strip, named) if re.fullmatch(r"[ -~]+", word)} <= untranslated
 
 
 def test_every_word_of_the_page_has_a_translation():
@@ -430,14 +430,14 @@ def test_every_word_of_the_page_has_a_translation():
     scripts = {path.name: path.read_text("utf-8") for path in page.glob("*.js")}
     listed = set(re.findall(r'^\s+.*?"((?:[^"\\]|\\.)*)":', scripts["words.js"], re.M))
     listed |= set(re.findall(r'"((?:[^"\\]|\\.)*)":', scripts["words.js"]))
-    said = {
+    texts = {
         words
         for name, text in scripts.items()
         if name != "words.js"
         for call in re.findall(r"\bt\(([^()]*)", text)
         for words in re.findall(r'"([^"]+)"', call.split("{ ")[0])
     }
-    assert len(said) > 60 and said - listed - {"zero"} == set()
+    assert len(texts) > 60 and texts - listed - {"zero"} == set()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
@@ -453,7 +453,7 @@ def test_axe_finds_nothing(browser, server, scheme, width):
             chat.page.keyboard.press("Escape")
     assert violations(chat.page) == []
     chat.page.click("#details")
-    odds = [token(word, -place) for place, word in enumerate(("one ", "`two` ", "<answer>", "3", "</answer>"))]
+    odds = [token(word, -i) for i, word in enumerate(("one ", "`two` ", "<answer>", "3", "</answer>"))]
     thought = chunk(reasoning_content="one `two` ", tokens=odds[:2])
     chat.feed(thought, chunk(content="<answer>3</answer>", tokens=odds[2:]), chunk(finish="length"))
     chat.page.click(".example >> nth=0")
@@ -473,19 +473,19 @@ def test_colours_are_apart():
     named = re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\)", style)
     assert len(named) > 18
     shades = [f"shade{n}" for n in range(5)]
-    pairs = [("ink", back) for back in ("paper", "card", "soft", *shades)]
-    pairs += [(ink, back) for ink in ("muted", "accent") for back in ("paper", "card", "soft")]
-    pairs += [(ink, back) for ink in ("good", "bad") for back in ("paper", "card")]
-    pairs += [("accent-ink", back) for back in ("accent", "c1", "c2", "c3", "c4")]
+    pairs = [("ink", background) for background in ("paper", "card", "soft", *shades)]
+    pairs += [(ink, background) for ink in ("muted", "accent") for background in ("paper", "card", "soft")]
+    pairs += [(ink, background) for ink in ("good", "bad") for background in ("paper", "card")]
+    pairs += [("accent-ink", background) for background in ("accent", "c1", "c2", "c3", "c4")]
     for theme in (1, 2):
         colours = {name[0]: luminance(name[theme]) for name in named}
-        for ink, back in pairs:
-            light, dark = sorted((colours[ink], colours[back]), reverse=True)
-            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, back, theme)
+        for ink, background in pairs:
+            light, dark = sorted((colours[ink], colours[background]), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, background, theme)
 
 
 def luminance(colour: str) -> float:
     """Relative luminance as defined by WCAG 2."""
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

@@ -22,18 +22,20 @@ def facts(server):
 
 def test_a_model_lists_what_it_was_trained_on(run_server):
     """zero practised countdown and read about two tasks; r1 was trained from it. The evaluation at 0.6 counts."""
-    told = facts(run_server)
-    assert [(skill["task"], skill["practised"]) for skill in told["zero"]["skills"]] == [
+    practice = facts(run_server)
+    assert [(skill["task"], skill["practised"]) for skill in practice["zero"]["skills"]] == [
         ("countdown", True),
         ("arithmetic", False),
     ]
-    assert told["zero"]["skills"][0]["solved"] == {"en": 0.42, "zh": 0.39} and told["zero"]["temperature"] == 0.6
-    assert [skill["task"] for skill in told["r1"]["skills"]] == ["arithmetic", "countdown"]
-    assert told["zero"]["trained_length"] == told["r1"]["trained_length"] == 1100
-    assert told["zero"]["multi_turn"] is told["r1"]["multi_turn"] is False
+    assert (
+        practice["zero"]["skills"][0]["solved"] == {"en": 0.42, "zh": 0.39} and practice["zero"]["temperature"] == 0.6
+    )
+    assert [skill["task"] for skill in practice["r1"]["skills"]] == ["arithmetic", "countdown"]
+    assert practice["zero"]["trained_length"] == practice["r1"]["trained_length"] == 1100
+    assert practice["zero"]["multi_turn"] is practice["r1"]["multi_turn"] is False
 
 
-def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
+def test_practice_follows_all_inputs_of_a_stage(tmp_path):
     """All inputs of a stage are followed, not only its `from`. A reward model's tasks are not the policy's. How long an
     imported model's texts were is unknown."""
     (tmp_path / "recipe.toml").write_text(
@@ -62,7 +64,7 @@ def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("summary", "more", "told"),
+    ("summary", "more", "expected"),
     [
         ({"multi_turn": 0}, 'data = ["a.jsonl"]', False),
         ({"multi_turn": 3}, 'data = ["a.jsonl"]', True),
@@ -73,7 +75,7 @@ def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
         ({"multi_turn": 3}, '[[stage]]\nkind = "rl"\nname = "last"\nfrom = "base"\ntasks = ["countdown"]', False),
     ],
 )
-def test_a_model_says_whether_it_was_trained_on_several_turns(tmp_path, summary, more, told):
+def test_a_model_says_whether_it_was_trained_on_several_turns(tmp_path, summary, more, expected):
     (tmp_path / "recipe.toml").write_text(
         f'[[stage]]\nkind = "pretrain"\nname = "base"\n[[stage]]\nkind = "sft"\nfrom = "base"\n{more}\n'
     )
@@ -81,7 +83,7 @@ def test_a_model_says_whether_it_was_trained_on_several_turns(tmp_path, summary,
         (tmp_path / f"0{number}-{name}" / "model").mkdir(parents=True)
     (tmp_path / "02-sft" / "done.json").write_text(json.dumps({"summary": summary}))
     assert trained_on.of_model(tmp_path / "01-base" / "model").multi_turn is None
-    assert trained_on.of_model(tmp_path / ("03-last" if "last" in more else "02-sft") / "model").multi_turn is told
+    assert trained_on.of_model(tmp_path / ("03-last" if "last" in more else "02-sft") / "model").multi_turn is expected
 
 
 def test_a_score_with_examples_is_not_the_model_s_own(tmp_path):
@@ -112,17 +114,17 @@ def test_problems_are_held_out_and_judged_by_their_task(run_server):
         real = task.problem("test", problem["number"], language=problem["language"])
         assert real.prompt == problem["prompt"]
         if problem["task"] == "arithmetic":
-            asked = {key: problem[key] for key in ("task", "language", "number")}
+            request = {key: problem[key] for key in ("task", "language", "number")}
             value = eval(re.search(r"[-\d+*]+", problem["prompt"])[0])
-            for model, given, reason in (("r1", value, "correct"), ("zero", value + 1, "wrong-value")):
-                answer = f"<think>so</think> <answer>{given}</answer>"
-                verdict = run_server.post("/v1/verdict", model=model, **asked, answer=answer).json()
-                assert (verdict["correct"], verdict["reason"]) == (given == value, reason), problem
+            for model, attempt, reason in (("r1", value, "correct"), ("zero", value + 1, "wrong-value")):
+                answer = f"<think>so</think> <answer>{attempt}</answer>"
+                verdict = run_server.post("/v1/verdict", model=model, **request, answer=answer).json()
+                assert (verdict["correct"], verdict["reason"]) == (attempt == value, reason), problem
     assert httpx.get(run_server.url + "/v1/problems?model=nobody").status_code == 404
 
 
 @pytest.mark.parametrize(
-    ("changed", "what"),
+    ("changed", "words"),
     [
         ({"task": "jsonl:/etc/passwd"}, "was not trained on"),
         ({"task": "code"}, "was not trained on"),
@@ -131,16 +133,16 @@ def test_problems_are_held_out_and_judged_by_their_task(run_server):
         ({"answer": None}, "answer"),
     ],
 )
-def test_a_verdict_is_refused_by_name(run_server, changed, what):
+def test_a_verdict_is_refused_by_name(run_server, changed, words):
     body = {"model": "zero", "task": "countdown", "language": "en", "number": 0, "answer": "x"} | changed
     answer = run_server.post("/v1/verdict", **body)
-    assert answer.status_code == 400 and what in error_of(answer)["message"]
+    assert answer.status_code == 400 and words in error_of(answer)["message"]
 
 
 def test_a_run_from_elsewhere_names_no_file_of_ours(tmp_path):
     """Its recipe may name code and files; none of them is touched."""
-    evil, seen = tmp_path / "evil.py", tmp_path / "seen"
-    evil.write_text(f"open({str(seen)!r}, 'w')\nclass Task: pass\n")
+    evil, marker = tmp_path / "evil.py", tmp_path / "seen"
+    evil.write_text(f"open({str(marker)!r}, 'w')\nclass Task: pass\n")
     (tmp_path / "q.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
     names = [
         f"{evil}:Task",
@@ -155,11 +157,11 @@ def test_a_run_from_elsewhere_names_no_file_of_ours(tmp_path):
     (tmp_path / "recipe.toml").write_text(f'[[stage]]\nkind = "rl"\nname = "zero"\ntasks = {json.dumps(names)}\n')
     facts = SimpleNamespace(practice=trained_on.of_model(run))
     assert [skill.task for skill in facts.practice.skills] == names
-    assert problems.offered(facts) == [] and not seen.exists()
+    assert problems.offered(facts) == [] and not marker.exists()
     for name in names:
         with pytest.raises(ApiError, match="cannot be judged here"):
             problems._judge(AnswerToJudge(task=name, language="en", number=0, answer="4"))
-    assert not seen.exists()
+    assert not marker.exists()
 
 
 def test_hostile_answers_are_judged_in_time(run_server):
@@ -174,10 +176,10 @@ def test_hostile_answers_are_judged_in_time(run_server):
     with ThreadPoolExecutor(8) as pool:
         sent = [pool.submit(run_server.post, "/v1/verdict", **body, answer=answer) for answer in hostile * 2]
         assert httpx.get(run_server.url + "/health", timeout=5).status_code == 200
-        assert all(one.result().json()["correct"] is False for one in sent)
+        assert all(future.result().json()["correct"] is False for future in sent)
 
 
-def test_unasked_an_answer_stays_within_the_trained_length(run_server):
+def test_the_default_answer_length_is_the_trained_length(run_server):
     """1,100 positions of 4,096. A request that names a length gets it; a longer prompt has the rest of the context."""
     for words, total in ((510, 1100), (2015, 4096)):
         chat = [{"role": "user", "content": "a " * words}]

@@ -26,27 +26,27 @@ def expected(engine, messages, n=1, **options):
 
 
 def test_a_chat_answer_is_the_engines(server, engine):
-    ids, (one, two) = expected(engine, question("the fox"), n=2, seed=7, max_new_tokens=20)
+    ids, (first, second) = expected(engine, question("the fox"), n=2, seed=7, max_new_tokens=20)
     reply = client(server).chat.completions.create(
         model="r1", messages=question("the fox"), seed=7, max_completion_tokens=20, n=2
     )
-    for choice, sample in zip(reply.choices, (one, two), strict=True):
+    for choice, sample in zip(reply.choices, (first, second), strict=True):
         thought, _, content = sample.text.partition("</think>")
         assert choice.message.reasoning_content == choice.message.reasoning == thought.strip()
         assert choice.message.content == content.lstrip()
         assert choice.finish_reason == sample.finish_reason
     assert reply.usage.prompt_tokens == len(ids)
-    assert reply.usage.completion_tokens == len(one.tokens) + len(two.tokens)
+    assert reply.usage.completion_tokens == len(first.tokens) + len(second.tokens)
     assert reply.choices[0].message.reasoning != reply.choices[1].message.reasoning
 
 
 def test_a_stream_says_the_same_as_a_whole_answer(server):
-    asked = dict(model="r1", messages=question("the fox"), seed=5, max_tokens=30, n=2)
-    asked["extra_body"] = {"thinking_budget": 9}
+    request = dict(model="r1", messages=question("the fox"), seed=5, max_tokens=30, n=2)
+    request["extra_body"] = {"thinking_budget": 9}
     api = client(server)
-    whole = api.chat.completions.create(**asked)
+    whole = api.chat.completions.create(**request)
     thoughts, contents, ends = ["", ""], ["", ""], [None, None]
-    for chunk in api.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    for chunk in api.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}):
         for choice in chunk.choices:
             delta = choice.delta
             assert not (getattr(delta, "reasoning", None) and delta.content)
@@ -131,10 +131,10 @@ def test_parts_developers_and_earlier_thoughts(server, engine):
 
 
 def test_log_probabilities_and_routing_are_the_engines(server, engine):
-    asked = question("brown dog")
-    ids, (sample,) = expected(engine, asked, seed=2, max_new_tokens=14, record_routing=True)
+    turns = question("brown dog")
+    ids, (sample,) = expected(engine, turns, seed=2, max_new_tokens=14, record_routing=True)
     reply = client(server).chat.completions.create(
-        model="r1", messages=asked, seed=2, max_tokens=14, logprobs=True, top_logprobs=3,
+        model="r1", messages=turns, seed=2, max_tokens=14, logprobs=True, top_logprobs=3,
         extra_body={"return_routing": True, "return_token_ids": True},
     )  # fmt: skip
     choice = reply.choices[0]
@@ -155,30 +155,30 @@ def test_log_probabilities_and_routing_are_the_engines(server, engine):
 
 
 def test_completions_take_texts_and_ids(server, engine):
-    (one,), (two,) = engine.generate(["the fox", "lazy"], seed=4, max_new_tokens=8, **SAMPLING)
+    (first,), (second,) = engine.generate(["the fox", "lazy"], seed=4, max_new_tokens=8, **SAMPLING)
     api = client(server)
     reply = api.completions.create(model="r1", prompt=["the fox", "lazy"], seed=4, max_tokens=8)
-    assert [choice.text for choice in reply.choices] == [one.text, two.text]
+    assert [choice.text for choice in reply.choices] == [first.text, second.text]
     ids = [engine.tokenizer.bos_id, *engine.tokenizer.encode("lazy")]
-    assert api.completions.create(model="r1", prompt=ids, seed=4, max_tokens=8).choices[0].text == two.text
-    asked = dict(model="r1", prompt=["the fox", "lazy", "the fox"], seed=4, max_tokens=8, n=2)
-    again = [[choice.text for choice in api.completions.create(**asked).choices] for _ in range(2)]
-    groups = engine.generate(asked["prompt"], samples=2, seed=4, max_new_tokens=8, **SAMPLING)
-    assert again == [[sample.text for group in groups for sample in group]] * 2 and len(set(again[0])) == 6
+    assert api.completions.create(model="r1", prompt=ids, seed=4, max_tokens=8).choices[0].text == second.text
+    request = dict(model="r1", prompt=["the fox", "lazy", "the fox"], seed=4, max_tokens=8, n=2)
+    repeats = [[choice.text for choice in api.completions.create(**request).choices] for _ in range(2)]
+    groups = engine.generate(request["prompt"], samples=2, seed=4, max_new_tokens=8, **SAMPLING)
+    assert repeats == [[sample.text for group in groups for sample in group]] * 2 and len(set(repeats[0])) == 6
     stream = api.completions.create(model="r1", prompt=[ids], seed=4, max_tokens=8, echo=True, stream=True)
-    assert "".join(chunk.choices[0].text for chunk in stream) == "lazy" + two.text
-    whole = api.completions.create(model="r1", prompt="lazy", seed=4, max_tokens=8, echo=True, logprobs=2).choices[0]
-    assert whole.text == "lazy" + two.text
-    assert "".join(whole.logprobs.tokens).startswith("lazy"), "the BOS that was not sent is not listed"
-    for name, offset in zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True):
-        assert name.startswith("bytes:") or whole.text[offset:].startswith(name) or name.startswith("<｜")
+    assert "".join(chunk.choices[0].text for chunk in stream) == "lazy" + second.text
+    echoed = api.completions.create(model="r1", prompt="lazy", seed=4, max_tokens=8, echo=True, logprobs=2).choices[0]
+    assert echoed.text == "lazy" + second.text
+    assert "".join(echoed.logprobs.tokens).startswith("lazy"), "the BOS that was not sent is not listed"
+    for name, offset in zip(echoed.logprobs.tokens, echoed.logprobs.text_offset, strict=True):
+        assert name.startswith("bytes:") or echoed.text[offset:].startswith(name) or name.startswith("<｜")
 
 
 def test_a_stop_token_is_listed_if_its_text_is_shown(server, engine):
     (the,), eos = engine.tokenizer.encode("the")[:1], engine.tokenizer.eos_id
     for bias, listed in ((the, [the]), (eos, [])):
-        asked = dict(prompt="fox", stop_token_ids=[the], logit_bias={str(bias): 100}, max_tokens=5)
-        reply = server.post("/v1/completions", **asked, logprobs=0, return_token_ids=True).json()
+        request = dict(prompt="fox", stop_token_ids=[the], logit_bias={str(bias): 100}, max_tokens=5)
+        reply = server.post("/v1/completions", **request, logprobs=0, return_token_ids=True).json()
         (choice,) = reply["choices"]
         shown = [engine.tokenizer.decode(listed)] if listed else []
         assert (choice["token_ids"], choice["logprobs"]["tokens"], choice["text"]) == (listed, shown, "".join(shown))
@@ -187,34 +187,37 @@ def test_a_stop_token_is_listed_if_its_text_is_shown(server, engine):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_the_chunks_before_the_usage_say_that_it_follows(server, path):
-    asked = {"prompt": "the fox"} if path == "/v1/completions" else {"messages": question("the fox")}
-    *chunks, last = server.events(path, **asked, max_tokens=3, stream_options={"include_usage": True})
+    request = {"prompt": "the fox"} if path == "/v1/completions" else {"messages": question("the fox")}
+    *chunks, last = server.events(path, **request, max_tokens=3, stream_options={"include_usage": True})
     assert all(chunk["usage"] is None for chunk in chunks) and last["usage"] and not last["choices"]
-    assert not any("usage" in chunk for chunk in server.events(path, **asked, max_tokens=3))
+    assert not any("usage" in chunk for chunk in server.events(path, **request, max_tokens=3))
 
 
 def test_an_answer_that_only_repeats_its_prompts_ends_like_any_other(server):
-    asked = {"prompt": ["the fox", "lazy"], "max_tokens": 0, "echo": True, "logprobs": 1}
-    whole = server.post("/v1/completions", **asked).json()["choices"]
-    chunks = [chunk["choices"][0] for chunk in server.events("/v1/completions", **asked)]
-    for n, choice in enumerate(whole):
-        mine = [chunk for chunk in chunks if chunk["index"] == n]
-        assert "".join(chunk["text"] for chunk in mine) == choice["text"] and mine[0]["logprobs"] == choice["logprobs"]
-        assert [chunk["finish_reason"] for chunk in mine] == [None, choice["finish_reason"]] == [None, "length"]
+    request = {"prompt": ["the fox", "lazy"], "max_tokens": 0, "echo": True, "logprobs": 1}
+    choices = server.post("/v1/completions", **request).json()["choices"]
+    chunks = [chunk["choices"][0] for chunk in server.events("/v1/completions", **request)]
+    for n, choice in enumerate(choices):
+        own_chunks = [chunk for chunk in chunks if chunk["index"] == n]
+        assert (
+            "".join(chunk["text"] for chunk in own_chunks) == choice["text"]
+            and own_chunks[0]["logprobs"] == choice["logprobs"]
+        )
+        assert [chunk["finish_reason"] for chunk in own_chunks] == [None, choice["finish_reason"]] == [None, "length"]
 
 
 def test_replies_have_openai_s_types_and_our_fields(server):
     """`post` and `events` check the types."""
     extras = {"logprobs": True, "top_logprobs": 2, "return_routing": True, "return_token_ids": True, "n": 2}
-    asked = {"messages": question("the fox"), "max_tokens": 6, "seed": 1, **extras}
+    request = {"messages": question("the fox"), "max_tokens": 6, "seed": 1, **extras}
     options = {"include_usage": True, "continuous_usage_stats": True}
-    [first, _] = server.post("/v1/chat/completions", **asked).json()["choices"]
-    chunks = server.events("/v1/chat/completions", **asked, stream_options=options)
+    [first, _] = server.post("/v1/chat/completions", **request).json()["choices"]
+    chunks = server.events("/v1/chat/completions", **request, stream_options=options)
     assert len(first["routing"]) == len(first["token_ids"]) == 6 and all("usage" in chunk for chunk in chunks)
     del extras["top_logprobs"]
-    asked = {"prompt": "the fox", "max_tokens": 6, "seed": 1, **extras, "logprobs": 2, "echo": True}
-    [first, _] = server.post("/v1/completions", **asked).json()["choices"]
-    assert server.events("/v1/completions", **asked, stream_options=options) and len(first["token_ids"]) == 6
+    request = {"prompt": "the fox", "max_tokens": 6, "seed": 1, **extras, "logprobs": 2, "echo": True}
+    [first, _] = server.post("/v1/completions", **request).json()["choices"]
+    assert server.events("/v1/completions", **request, stream_options=options) and len(first["token_ids"]) == 6
 
 
 def test_each_of_fifty_concurrent_streams_equals_its_solo_run(server, engine):
@@ -234,8 +237,8 @@ def test_each_of_fifty_concurrent_streams_equals_its_solo_run(server, engine):
         async with client(server, openai.AsyncOpenAI) as api:
             return await asyncio.gather(*(one(api, text) for text in texts))
 
-    got = asyncio.run(all_())
-    assert got == ["<think>\n" + sample.text for sample in alone] and len(set(got)) == 50
+    streams = asyncio.run(all_())
+    assert streams == ["<think>\n" + sample.text for sample in alone] and len(set(streams)) == 50
     assert server.settles()
 
 
@@ -248,8 +251,8 @@ def test_models_and_tokens(server, engine):
     assert facts["dtype"] == "float32" and server.models.rounding is None
     assert facts["parameters"] == sum(p.numel() for p in engine.model.parameters()) + 2 * facts["experts"]  # biases
     for text in ("the fox 盛", "<｜User｜>hi<｜Assistant｜><think>\n"):
-        found = server.post("/tokenize", prompt=text).json()
-        assert found["tokens"][0] == engine.tokenizer.bos_id and found["count"] == len(found["tokens"])
-        assert server.post("/detokenize", tokens=found["tokens"][1:]).json()["prompt"] == text
+        tokenized = server.post("/tokenize", prompt=text).json()
+        assert tokenized["tokens"][0] == engine.tokenizer.bos_id and tokenized["count"] == len(tokenized["tokens"])
+        assert server.post("/detokenize", tokens=tokenized["tokens"][1:]).json()["prompt"] == text
     user = engine.tokenizer.special_id("<｜User｜>")
     assert server.post("/tokenize", prompt="<｜User｜>", add_special_tokens=False).json()["tokens"] == [user]

@@ -27,16 +27,16 @@ def test_content_obeys_a_schema_behind_free_thoughts(server, zero_server):
     chunks = server.events("/v1/chat/completions", messages=[{"role": "user", "content": "the fox"}],
                            response_format=FORMAT, thinking_budget=12, seed=3)  # fmt: skip
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == choice["message"]["content"]
-    two = zero_server.chat("the fox", response_format=FORMAT, n=2, temperature=0.8).json()["choices"]
-    for choice in two:  # this model opens its thoughts itself, so these have none
+    choices = zero_server.chat("the fox", response_format=FORMAT, n=2, temperature=0.8).json()["choices"]
+    for choice in choices:  # this model opens its thoughts itself, so these have none
         jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
-    asked = dict(response_format=FORMAT, thinking=True, thinking_budget=12, temperature=0.8)
-    message = zero_server.chat("the fox", **asked).json()["choices"][0]["message"]
+    options = dict(response_format=FORMAT, thinking=True, thinking_budget=12, temperature=0.8)
+    message = zero_server.chat("the fox", **options).json()["choices"][0]["message"]
     assert message["reasoning_content"] and jsonschema.validate(json.loads(message["content"]), SCHEMA) is None
-    found = server.chat("x", response_format={"type": "json_object"}, thinking=False, seed=4).json()["choices"][0]
-    assert found["message"]["content"].startswith("{")
-    if found["finish_reason"] == "stop":
-        assert isinstance(json.loads(found["message"]["content"]), dict)
+    plain = server.chat("x", response_format={"type": "json_object"}, thinking=False, seed=4).json()["choices"][0]
+    assert plain["message"]["content"].startswith("{")
+    if plain["finish_reason"] == "stop":
+        assert isinstance(json.loads(plain["message"]["content"]), dict)
     assert server.settles()
 
 
@@ -50,11 +50,11 @@ def test_biased_tokens_and_tools_that_are_not_called(server):
 
 def test_responses_are_the_chat_in_another_form(server):
     api = openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
-    asked = {"max_output_tokens": 30, "temperature": 0.9, "extra_body": {"seed": 5}}
+    options = {"max_output_tokens": 30, "temperature": 0.9, "extra_body": {"seed": 5}}
     turns = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "the fox"}]
     chat = server.post("/v1/chat/completions", messages=turns, max_tokens=30, temperature=0.9, seed=5).json()
     message = chat["choices"][0]["message"]
-    whole = api.responses.create(model="r1", instructions="Brief.", input="the fox", metadata={"a": "b"}, **asked)
+    whole = api.responses.create(model="r1", instructions="Brief.", input="the fox", metadata={"a": "b"}, **options)
     thoughts = "".join(part.text for item in whole.output if item.type == "reasoning" for part in item.content)
     assert thoughts == message["reasoning_content"] and whole.output_text == message["content"]
     assert whole.status == "incomplete" and whole.incomplete_details.reason == "max_output_tokens"
@@ -63,7 +63,7 @@ def test_responses_are_the_chat_in_another_form(server):
 
     items = [{"role": "system", "content": [{"type": "input_text", "text": "Brief."}]}, turns[1]]
     check_reply("/v1/responses", whole.model_dump(exclude_unset=True))
-    events = list(api.responses.create(model="r1", input=items, stream=True, **asked))
+    events = list(api.responses.create(model="r1", input=items, stream=True, **options))
     assert all(check_event("/v1/responses", event.model_dump(exclude_unset=True)) for event in events)
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
@@ -77,26 +77,26 @@ def test_responses_are_the_chat_in_another_form(server):
 
     more = [*items, *(item.model_dump(exclude_none=True) for item in whole.output if item.content[0].text),
             {"role": "user", "content": "and?"}]  # fmt: skip
-    wanted = {"format": {"type": "json_schema", "name": "found", "schema": SCHEMA}}
-    found = api.responses.create(model="r1", input=more, text=wanted, reasoning={"effort": "none"})
-    assert found.status == "completed" and [item.type for item in found.output] == ["message"]
-    jsonschema.validate(json.loads(found.output_text), SCHEMA)
+    text_format = {"format": {"type": "json_schema", "name": "found", "schema": SCHEMA}}
+    formatted = api.responses.create(model="r1", input=more, text=text_format, reasoning={"effort": "none"})
+    assert formatted.status == "completed" and [item.type for item in formatted.output] == ["message"]
+    jsonschema.validate(json.loads(formatted.output_text), SCHEMA)
     with pytest.raises(openai.BadRequestError, match="none are stored"):
         api.responses.create(model="r1", input="a", previous_response_id="resp-1")
-    with pytest.raises(openai.BadRequestError, match=r"background needs stored responses .*; leave it out"):
+    with pytest.raises(openai.BadRequestError, match=r"background .*; leave it out"):
         api.responses.create(model="r1", input="a", background=True)
     assert server.settles()
 
 
 def test_responses_keep_the_tags_in_the_text_like_a_chat(r1):
     with running(r1, config=ServeConfig(reasoning_format="none")) as server:
-        wanted = server.chat(max_tokens=9, seed=3).json()["choices"][0]["message"]["content"]
-        asked = {"model": "r1", "input": "the fox", "max_output_tokens": 9, "extra_body": {"seed": 3}}
+        expected = server.chat(max_tokens=9, seed=3).json()["choices"][0]["message"]["content"]
+        request = {"model": "r1", "input": "the fox", "max_output_tokens": 9, "extra_body": {"seed": 3}}
         api = openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
-        assert api.responses.create(**asked).output_text == wanted and wanted.startswith("<think>\n")
-        events = list(api.responses.create(**asked, stream=True))
-        assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == wanted
-        assert events[-1].response.output_text == wanted
+        assert api.responses.create(**request).output_text == expected and expected.startswith("<think>\n")
+        events = list(api.responses.create(**request, stream=True))
+        assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == expected
+        assert events[-1].response.output_text == expected
 
 
 def test_a_response_that_breaks_off_ends_with_an_error_event(server, monkeypatch):
@@ -111,12 +111,12 @@ def test_a_response_that_breaks_off_ends_with_an_error_event(server, monkeypatch
 
     monkeypatch.setattr(ChoiceBuilder, "take", broken)
     api = openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
-    seen = []
-    with pytest.raises(openai.APIError, match="rest of the answer is lost"):
+    types = []
+    with pytest.raises(openai.APIError, match="answer is lost"):
         for event in api.responses.create(model="r1", input="the fox", stream=True):
-            seen.append(event.type)
+            types.append(event.type)
             if event.type == "error":
                 raise openai.APIError(event.message, request=None, body=None)
-    assert "response.created" in seen
+    assert "response.created" in types
     monkeypatch.undo()
     assert server.settles()

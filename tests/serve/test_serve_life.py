@@ -138,17 +138,17 @@ def test_a_thousand_half_open_connections(r1):
             plugs.append(plug)
         assert server.chat(max_tokens=2).status_code == 200
         wait_for(lambda: len(server.server.server_state.connections) < 600)
-        seen = set()
+        statuses = set()
         for plug in plugs:
             plug.settimeout(10)
             try:
-                said = plug.recv(4096)
+                reply = plug.recv(4096)
             except ConnectionResetError:
-                said = b""
-            assert said == b"" or b"request_timeout" in said or b"too_many_connections" in said, said
-            seen.add(said[:12])
+                reply = b""
+            assert reply == b"" or b"request_timeout" in reply or b"too_many_connections" in reply, reply
+            statuses.add(reply[:12])
             plug.close()
-        assert seen - {b""} == {b"HTTP/1.1 408", b"HTTP/1.1 503"}
+        assert statuses - {b""} == {b"HTTP/1.1 408", b"HTTP/1.1 503"}
         assert server.chat(max_tokens=2).status_code == 200
         wait_for(lambda: len(server.server.server_state.connections) == 0)
 
@@ -222,13 +222,13 @@ def test_a_client_that_does_not_read_the_end_is_dropped_too(r1, monkeypatch):
         plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         plug.connect(("127.0.0.1", server.port))
         plug.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        said = plug.recv(1024)
+        received = plug.recv(1024)
         wait_for(lambda: server.server.limiter.open == 0)
         plug.settimeout(10)
         with suppress(ConnectionResetError):
             while part := plug.recv(1024):
-                said += part
-        assert len(said.split(b"\r\n\r\n", 1)[1]) < length(said) and not paused
+                received += part
+        assert len(received.split(b"\r\n\r\n", 1)[1]) < length(received) and not paused
 
 
 def test_a_failed_step_ends_only_the_requests_in_it(r1, steps, monkeypatch):
@@ -274,10 +274,10 @@ def test_a_killed_model_is_replaced(server):
     plug = raw_request(server.port, LONG | {"stream": False, "n": 64})  # its model is fast: see the fixture `server`
     wait_for(lambda: first.stats.generated > before)
     first.process.kill()
-    said = b""
-    while not said.endswith(b"}}"):
-        said += plug.recv(65536)
-    assert said.startswith(b"HTTP/1.1 500") and b"its process has ended" in said
+    received = b""
+    while not received.endswith(b"}}"):
+        received += plug.recv(65536)
+    assert received.startswith(b"HTTP/1.1 500") and b"its process has ended" in received
     plug.close()
     assert not first.alive and httpx.get(server.url + "/health").json()["running"] == 0
     assert server.chat(max_tokens=3).status_code == 200
@@ -363,8 +363,8 @@ def test_models_requested_at_once_keep_to_the_limit(run_folder):
 
     async def all_at_once():
         models = find_models(run_folder, ServeConfig(loaded=1), launch=slow)
-        found = await asyncio.gather(*(use(models, name) for name in models.offers), return_exceptions=True)
-        assert found[0] == "base" and [getattr(error, "code", error) for error in found[1:]] == ["models_busy"] * 2
+        results = await asyncio.gather(*(use(models, name) for name in models.offers), return_exceptions=True)
+        assert results[0] == "base" and [getattr(error, "code", error) for error in results[1:]] == ["models_busy"] * 2
         fail.set()
         with pytest.raises(ApiError, match="cannot be loaded"):
             await use(models, "zero")
@@ -386,7 +386,7 @@ def test_answers_keep_to_a_small_cache(r1, drafts):
         assert error_of(answer)["code"] == "context_length_exceeded" and f"context of {64 - drafts}" in answer.text
         text = server.post("/v1/completions", prompt=[5] * 65, max_tokens=0, echo=True, logprobs=1)
         for refused in (answer, text):
-            assert "give the server more --cache-tokens: the model itself has 160" in refused.text
+            assert "more --cache-tokens: the model itself has 160" in refused.text
         assert server.post("/v1/completions", prompt=[5] * (63 - drafts), max_tokens=9).status_code == 200
 
 
@@ -406,11 +406,11 @@ serve({str(r1)!r}, port=0, launch=serving.in_thread)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **pipes)
     try:
-        said = process.stdout.readline()
-        assert said.startswith("bessemer: http://127.0.0.1:") and "models: r1 (default r1)" in said
-        url = said.split()[1]
-        asked = (LONG | {"n": 40}, LONG | {"max_tokens": 9})
-        one, two = (httpx.stream("POST", url + CHAT, json=body, timeout=60) for body in asked)
+        banner = process.stdout.readline()
+        assert banner.startswith("bessemer: http://127.0.0.1:") and "models: r1 (default r1)" in banner
+        url = banner.split()[1]
+        bodies = (LONG | {"n": 40}, LONG | {"max_tokens": 9})
+        one, two = (httpx.stream("POST", url + CHAT, json=body, timeout=60) for body in bodies)
         with one as many, two as few:
             cut, whole = many.iter_lines(), few.iter_lines()
             next(cut), next(whole)

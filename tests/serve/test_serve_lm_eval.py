@@ -25,15 +25,15 @@ def remote(server, folder, **options):
 @pytest.fixture(scope="module")
 def direct(engine):
     """Log-probabilities after BOS; the questions include the model's own greedy continuations."""
-    asked, begun = list(PAIRS), ["the", "fox", "over the lazy", "two", "4 4"]
-    said = engine.generate(begun, temperature=0, max_new_tokens=1)
-    for prompt, (answer,) in zip(begun, said, strict=True):
+    pairs, begun = list(PAIRS), ["the", "fox", "over the lazy", "two", "4 4"]
+    completions = engine.generate(begun, temperature=0, max_new_tokens=1)
+    for prompt, (answer,) in zip(begun, completions, strict=True):
         ids = engine.tokenizer.encode(prompt)
         if engine.tokenizer.encode(prompt + answer.text) == [*ids, *answer.tokens]:
-            asked.append((prompt, answer.text))
-    scores = BessemerLM(engine).loglikelihood(requests("loglikelihood", asked))
+            pairs.append((prompt, answer.text))
+    scores = BessemerLM(engine).loglikelihood(requests("loglikelihood", pairs))
     assert {greedy for _, greedy in scores} == {True, False}
-    return asked, scores
+    return pairs, scores
 
 
 WAYS = {
@@ -46,18 +46,18 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_log_probabilities_match_those_of_the_model(server, r1, engine, direct, way):
-    asked, scores = direct
-    api = remote(server, r1, **WAYS[way])
-    if way == "ids with BOS":  # exactly the ids sent are scored, so BOS must be among them
+@pytest.mark.parametrize("options", WAYS)
+def test_log_probabilities_match_those_of_the_model(server, r1, engine, direct, options):
+    pairs, scores = direct
+    api = remote(server, r1, **WAYS[options])
+    if options == "ids with BOS":  # exactly the ids sent are scored, so BOS must be among them
         bos = [engine.tokenizer.bos_id]
         split = api._encode_pair
         api._encode_pair = lambda *pair: (bos + (ids := split(*pair))[0], ids[1])
     if api.tokenizer_backend == "remote":  # takes id 0 to mean no BOS, and starts a question without context with EOS
-        asked, scores = zip(*(both for both in zip(asked, scores, strict=True) if both[0][0]), strict=True)
-    got = api.loglikelihood(requests("loglikelihood", asked))
-    for pair, (logp, greedy), (expected, as_greedy) in zip(asked, got, scores, strict=True):
+        pairs, scores = zip(*(item for item in zip(pairs, scores, strict=True) if item[0][0]), strict=True)
+    actual = api.loglikelihood(requests("loglikelihood", pairs))
+    for pair, (logp, greedy), (expected, as_greedy) in zip(pairs, actual, scores, strict=True):
         assert logp == pytest.approx(expected, abs=1e-3), pair
         assert greedy == as_greedy, pair
 
@@ -65,11 +65,11 @@ def test_log_probabilities_match_those_of_the_model(server, r1, engine, direct, 
 def test_generations_are_the_engines(server, r1, engine):
     settings = {"until": ["w", "\n\n"], "max_gen_toks": 10, "temperature": 0.0}
     contexts = ["the quick", "two and", "盛钢"]
-    asked = requests("generate_until", [(context, dict(settings)) for context in contexts])
+    instances = requests("generate_until", [(context, dict(settings)) for context in contexts])
     expected = engine.generate(contexts, temperature=0, max_new_tokens=10, stop_strings=["w", "\n\n"])
     for options in (dict(tokenizer_backend="None"), dict(tokenizer_backend="huggingface", tokenized_requests=False)):
-        got = remote(server, r1, **options).generate_until(asked)
-        assert got == [samples[0].text for samples in expected]
+        actual = remote(server, r1, **options).generate_until(instances)
+        assert actual == [samples[0].text for samples in expected]
 
 
 def test_chats_are_the_engines(server, engine):
@@ -85,5 +85,5 @@ def test_chats_are_the_engines(server, engine):
     ids += [*thought, engine.tokenizer.think_end_id]
     expected = engine.generate([ids], temperature=0, max_new_tokens=15)[0][0].text
     settings = {"until": ["zzz"], "max_gen_toks": 20, "thinking_budget": 4}
-    got = api.generate_until(requests("generate_until", [(api.apply_chat_template(turns), settings)]))
-    assert got == [expected.lstrip()] and not marks & set(thought)
+    actual = api.generate_until(requests("generate_until", [(api.apply_chat_template(turns), settings)]))
+    assert actual == [expected.lstrip()] and not marks & set(thought)

@@ -25,11 +25,11 @@ class Gpu:
     def __init__(self, monkeypatch):
         self.memory, self.fail = 8 << 20, None
         self.alive, self.beside = weakref.WeakSet(), []
-        made, step = Scheduler.__init__, Scheduler.step
+        init, step = Scheduler.__init__, Scheduler.step
 
         def noted(scheduler, *args, **options):
             self.beside.append(len(self.alive))
-            made(scheduler, *args, **options)
+            init(scheduler, *args, **options)
             self.alive.add(scheduler)
 
         def broken(scheduler):
@@ -58,18 +58,18 @@ def model(engine):
 def played(gpu, model, requests, memory):
     """Runs a worker whose first step fails and leaves this much memory: (its scheduler's sizes and the advertised
     context, tokens of each sample, how each ended, whether the worker has ended by itself)."""
-    ours, theirs = Pipe()
-    served = ModelWorker(theirs, model, ServeConfig(rows=ROWS))
+    parent_end, child_end = Pipe()
+    served = ModelWorker(child_end, model, ServeConfig(rows=ROWS))
     context, gpu.fail = served.context, memory
     thread = threading.Thread(target=served.run, daemon=True)
-    ours.send((worker.ADD, 1, list(enumerate(requests))))
+    parent_end.send((worker.ADD, 1, list(enumerate(requests))))
     thread.start()
     tokens, ends, sizes = [0] * len(requests), {}, set()
     while len(ends) < len(requests):
-        assert ours.poll(60)
-        kind, *rest = ours.recv()
+        assert parent_end.poll(60)
+        kind, *arguments = parent_end.recv()
         if kind == worker.EVENTS:
-            records, figures = rest
+            records, figures = arguments
             sizes |= {figures["cache_tokens"]} if figures else set()
             for number, *fields in records:
                 if isinstance(fields[0], str):
@@ -78,7 +78,7 @@ def played(gpu, model, requests, memory):
                     tokens[number] += 1
     thread.join(0.5)
     ended = not thread.is_alive()
-    ours.close()
+    parent_end.close()
     thread.join(30)
     gc.unfreeze()
     assert not thread.is_alive()
@@ -105,7 +105,7 @@ def test_the_new_scheduler_is_as_large_as_the_old_one(gpu, model):
     assert gpu.beside == [0, 0], "the old cache was gone before the new one came"
 
 
-def test_only_what_no_longer_fits_is_lost(gpu, model):
+def test_recovery_drops_only_requests_that_no_longer_fit(gpu, model):
     context = context_of(gpu, model)
     requests = [whole(context), Request((5,), 1, 4, stop_ids=())]
     _, _, tokens, ends, ended = played(gpu, model, requests, gpu.memory // 2)
@@ -113,6 +113,6 @@ def test_only_what_no_longer_fits_is_lost(gpu, model):
     assert tokens[1] == 4 and ends[1][0] == "length" and not ended
 
 
-def test_without_memory_the_answers_end_and_so_does_the_process(gpu, model):
+def test_out_of_memory_ends_the_answers_and_the_process(gpu, model):
     _, _, tokens, ends, ended = played(gpu, model, [Request((5,), 0, 4), Request((5,), 1, 4)], 1000)
     assert {reason for reason, _ in ends.values()} == {"error"} and tokens == [0, 0] and ended

@@ -23,11 +23,11 @@ def shortened(body):
 
 def test_schemathesis_finds_nothing(server):
     checks.load_all_checks()
-    wanted = checks.CHECKS.get_by_names(CHECKS)
+    selected = checks.CHECKS.get_by_names(CHECKS)
     warnings.simplefilter("ignore")
-    seen = set()
-    for found in schemathesis.openapi.from_url(server.url + "/openapi.json").get_all_operations():
-        operation = found.ok()
+    tested = set()
+    for result in schemathesis.openapi.from_url(server.url + "/openapi.json").get_all_operations():
+        operation = result.ok()
 
         @hypothesis.settings(
             max_examples=30, deadline=None, derandomize=True, database=None,
@@ -37,15 +37,15 @@ def test_schemathesis_finds_nothing(server):
         def tried(case):
             if isinstance(case.body, dict) and case.path.startswith("/v1/"):
                 case.body = shortened(case.body)
-            case.call_and_validate(checks=wanted, timeout=60)
+            case.call_and_validate(checks=selected, timeout=60)
 
         tried()
-        seen.add(operation.label)
+        tested.add(operation.label)
     assert {
         "POST /v1/chat/completions",
         "POST /v1/completions",
         "POST /v1/responses",
         "GET /v1/models",
         "POST /tokenize",
-    } <= seen
+    } <= tested
     assert server.settles()

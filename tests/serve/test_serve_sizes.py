@@ -43,11 +43,13 @@ def test_a_prompt_is_read_once_for_all_of_its_samples(server):
     ids = CountedIds(range(3, 40))
     body = CompletionRequest(prompt=list(ids), n=128, seed=5)
     CountedIds.reads = 0
-    made = requests(body, loaded(server), [ids], client="", max_tokens=2, param="prompt", top=0)
-    assert len({one.key for one in made}) == 128 and all(one.prompt is ids for one in made)
+    served = requests(body, loaded(server), [ids], client="", max_tokens=2, param="prompt", top=0)
+    assert len({request.key for request in served}) == 128 and all(request.prompt is ids for request in served)
     assert CountedIds.reads <= 4
-    again = requests(body, loaded(server), [ids, ids], client="", max_tokens=2, param="prompt", top=0)
-    assert len({one.key for one in again}) == 256 and [one.key for one in again][:128] == [one.key for one in made]
+    doubled = requests(body, loaded(server), [ids, ids], client="", max_tokens=2, param="prompt", top=0)
+    assert len({request.key for request in doubled}) == 256 and [request.key for request in doubled][:128] == [
+        request.key for request in served
+    ]
 
 
 def test_a_cache_takes_at_most_half_of_what_is_free():
@@ -62,8 +64,8 @@ def test_a_cache_takes_at_most_half_of_what_is_free():
     for free in (8 << 30, 64 << 30):
         tokens = worker.cache_room(model, 64, free)
         assert 0.49 * free < tokens * per_token <= free / 2
-    whole = 64 * model.cfg.max_seq_len
-    assert worker.cache_room(model, 64, 1 << 62) == whole and whole * per_token > 320e9
+    full = 64 * model.cfg.max_seq_len
+    assert worker.cache_room(model, 64, 1 << 62) == full and full * per_token > 320e9
     with pytest.raises(UserError, match="no room for a cache"):
         worker.cache_room(model, 64, 1 << 20)
 

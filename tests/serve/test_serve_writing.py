@@ -26,11 +26,11 @@ def generated(ids, stops):
 
 def hits(stop, ids):
     """The places of the tokens that complete a stop string."""
-    tail, found = b"", []
-    for place, token in enumerate(ids):
+    tail, positions = b"", []
+    for i, token in enumerate(ids):
         tail, hit = stop.after(tail, token)
-        found += [place] * hit
-    return found
+        positions += [i] * hit
+    return positions
 
 
 def written(ids, tokenizer=TOKENIZER, stops=(), **options):
@@ -43,7 +43,7 @@ def written(ids, tokenizer=TOKENIZER, stops=(), **options):
 
 @settings(max_examples=300, deadline=None)
 @given(IDS, STOPS)
-def test_what_is_shown_is_the_text_up_to_the_first_stop_string(ids, stops):
+def test_output_ends_before_the_first_stop_string(ids, stops):
     ids = generated(ids, stops)
     _, content, _ = written(ids, stops=stops, split=False)
     assert content == cut_at_stop(TOKENIZER.decode(ids), stops)
@@ -76,8 +76,8 @@ def test_thought_and_content_are_separated(thought, content, stops):
         ids = TOKENIZER.encode(("" if opened else "<think>") + thought + "</think>" + content)
         ids = generated(ids, stops)
         shown, _, rest = cut_at_stop(TOKENIZER.decode(ids), stops).removeprefix("<think>").partition("</think>")
-        got = written(ids, stops=stops, thinking=opened)
-        assert got[:2] == (shown.strip(), rest.lstrip())
+        actual = written(ids, stops=stops, thinking=opened)
+        assert actual[:2] == (shown.strip(), rest.lstrip())
     assert written(TOKENIZER.encode("two</think>4"), stops=["</think>"], thinking=True)[:2] == ("two", "")
 
 
@@ -109,7 +109,7 @@ def test_tags_that_are_text(thought, content, stops, opened):
         assert written([LETTERS[bytes([byte])] for byte in beginning.encode()], Plain())[1] == beginning.lstrip()
 
 
-def test_text_is_delayed_no_longer_than_needed():
+def test_text_is_delayed_no_longer_than_necessary():
     parser = ReasoningParser(TOKENIZER, ["fox jumps"], split=False)
     out = [[delta.text for delta in parser.push(i)] for c in "a fox jumped" for i in TOKENIZER.encode(c)]
     assert out[:3] == [["a"], [" "], []] and out[10] == ["fox jumpe"] and out[11] == ["d"]

@@ -118,10 +118,10 @@ def test_a_long_file_is_being_read_until_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr("bessemer.addons.watch.following.PIECE", 64)
     parsed, seen, tail = LineTail._parsed, [], LineTail(tmp_path / "lines.jsonl")
     monkeypatch.setattr(LineTail, "_parsed", lambda self, raw: (seen.append(self.more), parsed(self, raw))[1])
-    found = tail.read()[1]
+    lines = tail.read()[1]
     while tail.more:
-        found += tail.read()[1]
-    assert len(found) == 40 and len(seen) > 5 and all(seen[1:])
+        lines += tail.read()[1]
+    assert len(lines) == 40 and len(seen) > 5 and all(seen[1:])
 
 
 def test_the_end_of_a_long_file_is_enough_for_rollouts(tmp_path):
@@ -233,8 +233,8 @@ def test_a_long_run_with_bad_values_is_small_and_valid_json(tmp_path):
         assert httpx.get(f"{url}/api/curves", params=query).json()["lines"][0]["x"] == [1.0]
         assert httpx.get(f"{url}/api/curves", params=query | {"over": "years"}).status_code == 422
         state = httpx.get(f"{url}/api/state").json()["runs"][0]
-    told = [alarm["message"] for alarm in state["alarms"] if alarm["title"] == "not finite"]
-    assert told[0] == "train/loss was not finite once at step 20000" and len(told) == 3
+    messages = [alarm["message"] for alarm in state["alarms"] if alarm["title"] == "not finite"]
+    assert messages[0] == "train/loss was not finite once at step 20000" and len(messages) == 3
     assert "3 damaged lines" in state["trouble"][0]
 
 
@@ -244,21 +244,21 @@ def test_only_local_requests_are_answered(run):
         assert "script-src 'self'" in page.headers["content-security-policy"] and "<script type=" in page.text
         foreign = httpx.get(f"{url}/api/state", headers={"Host": "evil.example"})
         assert foreign.status_code == 403 and "evil.example" in error_of(foreign)["message"]
-        asked = httpx.get(f"{url}/api/state", headers={"Origin": "https://evil.example"})
-        assert "access-control-allow-origin" not in asked.headers
+        response = httpx.get(f"{url}/api/state", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in response.headers
         assert httpx.post(f"{url}/api/state").status_code == 405
         assert httpx.get(f"{url}/static/..%2fhttp.py").status_code == 404
 
 
 def test_wrong_arguments_are_one_line(run, tmp_path, call):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         for arguments, words in (
             ([tmp_path / "none"], "not a run directory"),
             ([tmp_path], "not a run directory (no recipe.toml in it)"),
             ([run, run], "a run is named twice"),
-            ([run, "--port", taken.getsockname()[1]], "in use; choose another one with --port"),
+            ([run, "--port", listener.getsockname()[1]], "in use; choose another one with --port"),
         ):
             status, out, err = call("watch", *arguments, "--no-browser")
             assert status == 2 and not out and err.startswith("error: ") and words in err and err.count("\n") == 1
@@ -353,10 +353,10 @@ def test_the_page_grows_with_its_runs(browser, run, tmp_path, width, scheme):
         assert paper == {"light": "rgb(251, 250, 248)", "dark": "rgb(22, 21, 20)"}[scheme]
         page.click("#language")
         check_chinese(page)
-        with opened(browser, url, width, scheme, "zh-TW") as again:  # the browser's own language, and back
-            check_chinese(again)
-            again.click("#language")
-            again.wait_for_selector("html[lang=en] #alarms >> text=/groups too hard/")
+        with opened(browser, url, width, scheme, "zh-TW") as chinese:  # the browser's own language, and back
+            check_chinese(chinese)
+            chinese.click("#language")
+            chinese.wait_for_selector("html[lang=en] #alarms >> text=/groups too hard/")
 
 
 def test_no_two_lines_of_a_plot_look_alike(browser, run):
@@ -384,8 +384,8 @@ def check_chinese(page):
     page.locator("#maps figure").first.scroll_into_view_if_needed()
     page.wait_for_selector("#maps .unit >> text=/4 个专家，第 10 至 \\d+ 步。最后专家/")
     named = page.locator("button, label, h2, summary, th, .title, .chart .unit, nav a").all_text_contents()
-    known = {"pretrain", "zero", "eval", "MTP 1", "English"}  # names, and the language to switch to
-    assert {word for word in map(str.strip, named) if re.fullmatch(r"[ -~]+", word)} <= known
+    untranslated = {"pretrain", "zero", "eval", "MTP 1", "English"}  # names, and the language to switch to
+    assert {word for word in map(str.strip, named) if re.fullmatch(r"[ -~]+", word)} <= untranslated
     assert violations(page) == []
 
 
