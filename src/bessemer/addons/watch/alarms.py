@@ -207,7 +207,7 @@ def _entropy_collapse(history: MetricHistory) -> Alarm | None:
         "entropy-collapse",
         f"entropy fell from {entropy.start:.2g} to {entropy.now:.2g} nats per token",
         "the policy has become certain, so the samples of a group are alike and nothing new is tried",
-        "raise clip_high, lower lr, or refresh the problems",
+        "raise loss.clip_high, lower lr, or refresh the problems",
     )
 
 
@@ -221,7 +221,7 @@ def _entropy_explosion(history: MetricHistory) -> Alarm | None:
         "entropy-explosion",
         f"entropy rose from {entropy.start:.2g} to {entropy.now:.2g} nats per token",
         "the policy dissolves into noise: steps too large, or a reward that does not depend on the answer",
-        "continue from an earlier checkpoint with a lower lr or a higher kl, and look at the rollouts",
+        "continue from an earlier checkpoint with a lower lr or a higher kl.weight, and look at the rollouts",
     )
 
 
@@ -304,7 +304,7 @@ def _reward_model_hacking(history: MetricHistory) -> Alarm | None:
         f"the reward model's score rose from {score.start:.2f} to {score.now:.2f} while {what} fell from {before:.1%} "
         f"to {now:.1%}",
         "the policy pleases the reward model instead of solving problems",
-        "end the preference reward earlier (R1: the last 400 of 1,700 steps) or lower preference_reward",
+        "raise general.start (R1: only the last 400 of 1,700 steps have such prompts), or lower general.prompts",
     )
 
 
@@ -335,7 +335,7 @@ def _language_mixing(history: MetricHistory) -> Alarm | None:
         "language-mixing",
         f"{now:.0%} of the words of a thought are in the problem's language, {before:.0%} at the start",
         "only the answer is rewarded, and mixing costs nothing",
-        "set language_reward (R1's first RL stage: 1)",
+        "add the term language to reward (R1's first RL stage: weight 1)",
     )
 
 

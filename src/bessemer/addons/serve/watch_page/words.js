@@ -100,12 +100,12 @@ const SERVER = {
   "entropy fell from {a} to {b} nats per token": "熵从 {a} 降到 {b} nat/词元",
   "the policy has become certain, so the samples of a group are alike and nothing new is tried":
     "策略过于确定，同组样本彼此雷同，不再探索",
-  "raise clip_high, lower lr, or refresh the problems": "提高 clip_high，降低 lr，或更换题目",
+  "raise loss.clip_high, lower lr, or refresh the problems": "提高 loss.clip_high，降低 lr，或更换题目",
   "entropy rose from {a} to {b} nats per token": "熵从 {a} 升到 {b} nat/词元",
   "the policy dissolves into noise: steps too large, or a reward that does not depend on the answer":
     "策略退化成噪声：更新步长过大，或奖励与回答无关",
-  "continue from an earlier checkpoint with a lower lr or a higher kl, and look at the rollouts":
-    "从较早的检查点继续，降低 lr 或提高 kl，并检查采样回答",
+  "continue from an earlier checkpoint with a lower lr or a higher kl.weight, and look at the rollouts":
+    "从较早的检查点继续，降低 lr 或提高 kl.weight，并检查采样回答",
   "{a} of the groups have no contrast, {b} of the answers are right": "{a} 的组内奖励没有差异，{b} 的回答正确",
   "the problems are too hard: nearly every group is all wrong": "题目太难：几乎每组全错",
   "choose easier problems, take more samples, or start from a better base": "改用更容易的题目，增加采样数，或换更好的基座模型",
@@ -128,11 +128,11 @@ const SERVER = {
   "the reward model's score rose from {a} to {b} while {what} fell from {c} to {d}": "奖励模型的分数从 {a} 升到 {b}，而{what}从 {c} 降到 {d}",
   "held-out accuracy": "留出题准确率", "accuracy": "准确率",
   "the policy pleases the reward model instead of solving problems": "策略在迎合奖励模型，而不是解题",
-  "end the preference reward earlier (R1: the last 400 of 1,700 steps) or lower preference_reward":
-    "提前结束偏好奖励（R1：1,700 步中的最后 400 步），或降低 preference_reward",
+  "raise general.start (R1: only the last 400 of 1,700 steps have such prompts), or lower general.prompts":
+    "提高 general.start（R1：只有 1,700 步中的最后 400 步有这类题），或降低 general.prompts",
   "{a} of the words of a thought are in the problem's language, {b} at the start": "思考过程中 {a} 的词与题目语言一致，开始时为 {b}",
   "only the answer is rewarded, and mixing costs nothing": "只奖励答案，混用语言没有代价",
-  "set language_reward (R1's first RL stage: 1)": "设置 language_reward（R1 的第一个 RL 阶段：1）",
+  "add the term language to reward (R1's first RL stage: weight 1)": "在 reward 中加入 language 一项（R1 的第一个 RL 阶段：权重 1）",
   "{name} was not finite once at step {n}": "{name} 在第 {n} 步出现一次非有限值",
   "{name} was not finite {k} times, last at step {n}": "{name} 出现 {k} 次非有限值，最近一次在第 {n} 步",
   // what is wrong with a directory
