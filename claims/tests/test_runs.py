@@ -369,9 +369,7 @@ def test_results_of_other_rules_and_settings_are_named_and_left_out(tmp_path):
     read = results.finished(tmp_path)
     assert read.results == [good]
     message = " ".join(read.left_out)
-    assert (
-        "ref seed 2 ran under other rules (000000000000" in message and "ref seed 3 ran with other settings" in message
-    )
+    assert "ref seed 2 ran under other rules" in message and "ref seed 3 ran with other settings" in message
     assert "GONE seed 1 no longer exist" in message
     [path] = results.save(read.results, tmp_path / "kept")
     assert [ArmResult(**entry) for entry in json.loads(path.read_text())] == [good]

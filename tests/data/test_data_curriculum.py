@@ -19,7 +19,7 @@ def test_stretches_change_with_the_length_and_keep_their_rows():
 
 
 def test_a_step_without_a_row_is_refused():
-    with pytest.raises(UserError, match="a step at 64 tokens has less than one row of 32 tokens; raise batch_rows"):
+    with pytest.raises(UserError, match=r"64 tokens.*32 tokens.*batch_rows"):
         sections(2000, lambda tokens: 32, lambda tokens: 1 if tokens < 64 else 0)
 
 

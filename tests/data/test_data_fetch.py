@@ -132,7 +132,7 @@ def test_npm_is_called_so_that_no_script_runs(wheel, tmp_path, monkeypatch):
 
 def test_a_missing_client_is_named(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "_command", lambda *_: ["no-such-client"])
-    with pytest.raises(UserError, match="there is no no-such-client"):
+    with pytest.raises(UserError, match="no-such-client"):
         fetch(wheel[1], tmp_path / "cache")
 
 

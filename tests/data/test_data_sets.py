@@ -37,10 +37,10 @@ def test_parquet(tmp_path):
     with pytest.raises(UserError, match=r"a\.parquet: row 2"):
         read(path)
     pq.write_table(pa.table({"body": ["one"]}), path)
-    with pytest.raises(UserError, match="no column text, messages or prompt and completion, only body"):
+    with pytest.raises(UserError, match=r"column.*messages.*only body"):
         read(path)
     path.write_bytes(b"PAR1 but not really")
-    with pytest.raises(UserError, match=r"a\.parquet is not a readable parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet .*parquet file"):
         read(path)
 
 
@@ -79,7 +79,7 @@ def test_hub_errors_are_explained(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nlong story")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match=r"hf://own/set cannot be read \(ConnectionError: Couldn't reach the Hub\)"):
+    with pytest.raises(UserError, match=r"hf://own/set.*ConnectionError"):
         read("hf://own/set")
     with pytest.raises(UserError, match="must be hf://owner/name"):
         read("hf://set")

@@ -230,7 +230,7 @@ def test_templates_that_write_an_empty_thought_before_an_answer_without_one(tmp_
     went_on = [*conversation, {"role": "user", "content": "why?"}]
     assert tok.decode(turns.following_ids(tok, went_on[-1:])).lstrip().startswith("user\nwhy?" * (end != "<|user|>"))
     if end == "<|user|>":
-        with pytest.raises(UserError, match="a control token after the last answer"):
+        with pytest.raises(UserError, match=r"control token.*last answer"):
             chat.render_answers(tok, conversation)
         return
     for answer in ("yes", "<think>\nsure\n</think>yes"):
@@ -327,7 +327,7 @@ def test_control_tokens_take_the_white_space_beside_them(tmp_path, variants):
 
 def test_a_template_that_drops_thoughts_is_noticed(tmp_path):
     tok = load_tokenizer(houses.llama3(tmp_path, houses.R1_DISTILLED))
-    with pytest.raises(UserError, match="leaves out part of the last answer"):
+    with pytest.raises(UserError, match="part of the last answer"):
         chat.render_answers(tok, [*QUESTION, {"role": "assistant", "content": "<think>\n36\n</think>40"}])
 
 
@@ -385,9 +385,7 @@ def test_what_continues_a_text_begins_with_no_blank(tmp_path, blank):
 
 def test_r1s_template_is_refused_where_its_tokens_are_missing(tmp_path):
     tokenizer = load_tokenizer(houses.byte_level(tmp_path / "chatml"))
-    with pytest.raises(
-        UserError, match=r'style "r1" needs the tokens <｜User｜> and <｜Assistant｜>.*or set it to "zero"'
-    ):
+    with pytest.raises(UserError, match=r'"r1".*<｜User｜> and <｜Assistant｜>.*"zero"'):
         tokenizer.chat_style = "r1"
     assert tokenizer.chat_style is None and tokenizer.chat_template == houses.CHATML  # the template is unchanged
     tokenizer.chat_style = "r1-zero"
@@ -429,7 +427,7 @@ def test_broken_directories_are_refused_by_name(tmp_path, make, message):
 
 def test_a_template_that_refuses_says_so(tmp_path):
     tok = load_tokenizer(houses.sentencepiece(tmp_path))
-    with pytest.raises(UserError, match="rejects the conversation: no system here"):
+    with pytest.raises(UserError, match=r"rejects.*no system here"):
         chat.render_ids(tok, [{"role": "system", "content": "be kind"}, *QUESTION])
 
 

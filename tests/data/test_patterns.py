@@ -24,7 +24,7 @@ def with_pattern(directory, pattern):
 
 @pytest.mark.parametrize("pattern", [r"(x+x+)+y", r"(a|a)*b", r"(?=(\s+)+b)", "("])
 def test_patterns_that_explode_are_refused(tmp_path, pattern):
-    with pytest.raises(UserError, match=r"tokenizer.json: its normalizer or pre-tokenizer does not work"):
+    with pytest.raises(UserError, match=r"tokenizer.json.*pre-tokenizer"):
         load_tokenizer(with_pattern(tmp_path / "model", pattern))
 
 
@@ -41,7 +41,7 @@ def test_usual_patterns_pass_and_our_own_need_no_trial(tmp_path, monkeypatch):
 def test_a_pattern_that_waits_for_its_text_is_an_error_when_that_comes(tmp_path, capfd):
     tok = load_tokenizer(with_pattern(tmp_path / "model", "(Q|Q)*Z"))
     assert tok.encode("a quiet text")
-    with pytest.raises(UserError, match="this tokenizer fails on this text"):
+    with pytest.raises(UserError, match="tokenizer fails"):
         tok.encode("Q" * 48 + "! Z")
     capfd.readouterr()  # the library's own stack
 

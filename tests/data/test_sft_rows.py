@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_left_out_and_counted(tokenizer, tmp_path):
     long = conversation(1, rounds=9)
     facts = sft_rows.build([*CONVERSATIONS, long], tokenizer, ROW, tmp_path / "a", "zero")
     assert (facts["samples"], facts["too_long"]) == (40, 1)
-    with pytest.raises(UserError, match="all 1 conversations are longer than a row of 160 tokens; raise row_length"):
+    with pytest.raises(UserError, match=r"conversations.*160 tokens.*row_length"):
         sft_rows.build([long], tokenizer, ROW, tmp_path / "b", "zero")
     with pytest.raises(UserError, match="not a single conversation"):
         sft_rows.build([], tokenizer, ROW, tmp_path / "c", "zero")
@@ -134,7 +134,7 @@ def test_a_damaged_directory_is_named(tokenizer, tmp_path):
     sft_rows.build(CONVERSATIONS, tokenizer, ROW, tmp_path, "zero")
     facts = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps(facts | {"rows": facts["rows"] + 1}))
-    with pytest.raises(UserError, match=r"has no packed conversations .*delete it"):
+    with pytest.raises(UserError, match=r"packed conversations .*delete it"):
         sft_rows.load(tmp_path, 0)
 
 

@@ -174,14 +174,12 @@ def test_preferences_that_cannot_be_read(tmp_path, record, fault):
 
 def test_labels_and_files_that_cannot_be_read(tmp_path):
     path = write(tmp_path / "labels.jsonl", {"prompt": "q", "response": "a", "safe": 1})
-    with pytest.raises(UserError, match=r"labels\.jsonl:1: safe is int; write true or false"):
+    with pytest.raises(UserError, match=r"labels\.jsonl:1: safe.*true or false"):
         list(preference_rows.read(path, formats.label))
     write(path, {"prompt": "q", "response": "a"})
-    with pytest.raises(UserError, match=r'each record must be .*"safe": bool.*; this one has prompt, response'):
+    with pytest.raises(UserError, match=r'"safe": bool.*prompt, response'):
         list(preference_rows.read(path, formats.label))
-    with pytest.raises(
-        UserError, match=r"there is no file or directory .*none\.jsonl; name a \.jsonl or \.parquet file"
-    ):
+    with pytest.raises(UserError, match=r"none\.jsonl.*\.parquet"):
         list(preference_rows.read(tmp_path / "none.jsonl", formats.label))
     path.write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="not UTF-8"):

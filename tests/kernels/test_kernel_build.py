@@ -169,7 +169,7 @@ def test_no_compiler(cache_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert refused() == "no C++ compiler; install g++"
     monkeypatch.setenv("CXX", "icpx-of-the-future")
-    assert refused() == "CXX names icpx-of-the-future, which is not found; install g++"
+    assert "icpx-of-the-future" in refused()
 
 
 def test_without_a_compiler_another_machine_s_library_serves(tmp_path, monkeypatch):

@@ -216,7 +216,7 @@ def test_a_config_chooses_no_code(directory, monkeypatch, key, value):
 def test_logits_that_are_more_than_a_product_are_refused(tmp_path):
     config = transformers.Gemma2Config(**KINDS["llama"][1], head_dim=8)  # caps its logits
     transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="gemma2 does more to its logits"):
+    with pytest.raises(UserError, match=r"gemma2.*logits"):
         causal_lm.load(tmp_path)
 
 

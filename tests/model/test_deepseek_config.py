@@ -60,7 +60,7 @@ def test_either_rope_spelling_is_enough_and_two_must_agree():
     old = {k: v for k, v in values.items() if k != "rope_parameters"}
     assert mapping.from_hf(new, "here") == mapping.from_hf(old, "here") == cfg
     for change in ({"rope_theta": 7.0}, {"rope_scaling": {**values["rope_scaling"], "factor": 2.0}}):
-        with pytest.raises(UserError, match="here: rope_theta and rope_scaling say"):
+        with pytest.raises(UserError, match="rope_theta and rope_scaling"):
             mapping.from_hf({**values, **change}, "here")
 
 
@@ -132,7 +132,7 @@ def test_kimi_and_v2_defaults():
 def test_a_rule_that_transformers_ignores_is_announced():
     with pytest.warns(UserWarning, match="ignores norm_topk_prob"):
         mapping.to_hf(tiny(**{**V2, "norm_topk_prob": True}), torch.float32)
-    with pytest.warns(UserWarning, match=r"by its two best experts, but this model by its best 1 \(K/M\)"):
+    with pytest.warns(UserWarning, match=r"two best experts.*best 1 \(K/M\)"):
         mapping.to_hf(tiny(n_activated_experts=2), torch.float32)
 
 

@@ -85,9 +85,7 @@ def test_missing_and_misshapen_scales(quantised):
     scale = load_file(directory / "model.safetensors")[KV_A + "_scale_inv"]
     assert scale.shape == (2, 2)
     change(directory, KV_A + "_scale_inv", scale[:1].contiguous())
-    with pytest.raises(
-        UserError, match=rf"{KV_A}_scale_inv is \[1, 2\], but \[144, 160\] in tiles of 128 needs \[2, 2\]"
-    ):
+    with pytest.raises(UserError, match=rf"{KV_A}_scale_inv.*\[1, 2\].*\[144, 160\].*\[2, 2\]"):
         deepseek.load(directory)
     change(directory, KV_A + "_scale_inv", None)
     with pytest.raises(UserError, match=f"{KV_A} is FP8, but {KV_A}_scale_inv is missing"):
@@ -105,7 +103,7 @@ def test_other_quantisations_are_refused(tmp_path, change):
     random_model(tiny()).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": change}))
-    with pytest.raises(UserError, match=r"config.json: quantisation .* is not supported; only fp8 e4m3 in square"):
+    with pytest.raises(UserError, match=r"config.json: quantisation .*e4m3"):
         deepseek.load(tmp_path)
 
 

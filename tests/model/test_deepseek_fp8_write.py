@@ -177,7 +177,7 @@ def test_transformers_computes_the_same_logits(scales, tmp_path):
 
 def test_what_transformers_would_misread_is_reported(model, tmp_path):
     """192 rows are 128 + 64 in the release but 96 + 96 to transformers 5.24."""
-    with pytest.warns(UserWarning, match=r"self_attn\.q_a_proj\.weight \[24, 160\] does not divide into tiles of 128"):
+    with pytest.warns(UserWarning, match=r"self_attn\.q_a_proj\.weight \[24, 160\].*tiles of 128"):
         model.save(tmp_path, form=BlockFp8("float32"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -337,10 +337,10 @@ def test_what_is_no_number_is_refused(value, key, tmp_path):
     source.save(tmp_path / "old")
     [slot] = [slot for slot in slots(CFG) if slot.key == key]
     slot.of(source.state_dict()).view(-1)[5] = value
-    with pytest.raises(UserError, match=rf"tensor {re.escape(key)} holds NaN or infinite values as .*; export a"):
+    with pytest.raises(UserError, match=rf"tensor {re.escape(key)}.*NaN or infinite.*export"):
         source.save(tmp_path / "old", form=BlockFp8("float32"))
     source.save(tmp_path / "plain")
-    with pytest.raises(UserError, match=rf"tensor {re.escape(key)} holds NaN or infinite values as .*; export a"):
+    with pytest.raises(UserError, match=rf"tensor {re.escape(key)}.*NaN or infinite.*export"):
         conversion.convert(tmp_path / "plain", tmp_path / "fp8", fp8="ue8m0")
     assert all(tensor.isfinite().all() for tensor in stored(tmp_path / "old").values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "plain"]
@@ -390,14 +390,14 @@ def test_an_export_that_is_not_the_model_is_never_put_in_place(mistake, scales, 
         lambda: model.save(tmp_path / "m", form=BlockFp8(scales)),
         lambda: conversion.convert(tmp_path / "m", tmp_path / "n", fp8=scales),
     ):
-        with pytest.raises(UserError, match="does not represent its source matrix"):
+        with pytest.raises(UserError, match="source matrix"):
             write()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert torch.equal(deepseek.load(tmp_path / "m").head.weight, model.head.weight)
 
 
 def test_unknown_scales(model, tmp_path):
-    with pytest.raises(UserError, match="FP8 scales 'float' are not one of float32, ue8m0"):
+    with pytest.raises(UserError, match=r"'float'.*float32, ue8m0"):
         model.save(tmp_path / "m", form=BlockFp8("float"))
     assert not list(tmp_path.iterdir())
 

@@ -256,7 +256,7 @@ TOKENIZERS = {
 def test_another_tokenizer_is_refused(source, tmp_path, change):
     directory = source()
     changed(directory / "tokenizer.json", change)
-    with pytest.raises(UserError, match=r"not byte-level BPE with DeepSeek-V3's pre-split.*convert_hf_to_gguf"):
+    with pytest.raises(UserError, match=r"byte-level BPE.*convert_hf_to_gguf"):
         gguf_file.write(directory, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
@@ -299,10 +299,10 @@ def test_directories_that_are_refused(source, words, tmp_path):
     with pytest.raises(UserError, match=r"is a directory.*model\.gguf"):
         (tmp_path / "folder").mkdir()
         gguf_file.write(directory, tmp_path / "folder")
-    with pytest.raises(UserError, match="dtype 'int8' is not one of float32, bfloat16, float16"):
+    with pytest.raises(UserError, match=r"'int8'.*float32, bfloat16, float16"):
         gguf_file.write(directory, out, "int8")
     CausalLM(made("llama")).save(tmp_path / "foreign")
-    with pytest.raises(UserError, match=r"'llama' is not in the DeepSeek family.*llama\.cpp's convert_hf_to_gguf"):
+    with pytest.raises(UserError, match=r"'llama'.*convert_hf_to_gguf"):
         gguf_file.write(tmp_path / "foreign", out)
     scorer = Scorer(tiny(vocab_size=words.vocab_size, n_mtp=0)).initialise(0)
     scorer.save(tmp_path / "scorer", tokenizer_dir=tmp_path / "words")

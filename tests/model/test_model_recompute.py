@@ -103,7 +103,7 @@ def test_in_eval_mode_and_without_gradients_nothing_is_kept_or_repeated():
 
 def test_what_cannot_be_is_refused():
     model = in_training(())
-    with pytest.raises(UserError, match='phase "combine" cannot be recomputed in backward; choose from attend, exp'):
+    with pytest.raises(UserError, match=r'"combine".*choose from attend, exp'):
         model.set_recompute(["attend", "combine"])
     with pytest.raises(UserError, match="already recomputes"):
         set_fp8(in_training(()), PAPER).set_recompute(["attend"])

@@ -93,7 +93,7 @@ def test_it_comes_back_bit_by_bit_with_strict_keys(tmp_path):
 def test_neither_kind_is_taken_for_the_other(tmp_path):
     scorer().save(tmp_path / "reward")
     random_model(CFG).save(tmp_path / "language")
-    with pytest.raises(UserError, match="holds a reward model, but a language model is needed"):
+    with pytest.raises(UserError, match="reward model, but a language model"):
         deepseek.load(tmp_path / "reward")
-    with pytest.raises(UserError, match="holds a language model, but a reward model is needed"):
+    with pytest.raises(UserError, match="language model, but a reward model"):
         deepseek.load(tmp_path / "language", kind=Scorer)

@@ -84,5 +84,5 @@ def test_result_dtype_is_rounded_once(dtype):
 
 @pytest.mark.parametrize("wrong", [(4, 1), (5,), (5, 2), (1, 5)])
 def test_scales_of_the_wrong_shape(wrong):
-    with pytest.raises(UserError, match=r"do not fit an FP8 weight \[576, 64\] in tiles of 128: expected \[5, 1\]"):
+    with pytest.raises(UserError, match=r"\[576, 64\] in tiles of 128: expected \[5, 1\]"):
         dequantise_blocks(torch.zeros(576, 64).to(torch.float8_e4m3fn), torch.ones(wrong))

@@ -68,7 +68,7 @@ def test_only_what_the_same_cards_did_well_is_done_and_without_one_only_the_mach
     monkeypatch.setattr(command, "one", one)
     verdicts |= {"machine": "bad"}
     for cards in (command.NONE, "1 x V100"):
-        with pytest.raises(SystemExit, match=f"1 bad: machine; what it printed is in {tmp_path}/machine.log"):
+        with pytest.raises(SystemExit, match=f"1 bad: machine.*{tmp_path}/machine.log"):
             start(cards)
         assert ran == ["machine"], "the rest would compare this CPU with itself"
     verdicts |= {"machine": "good", "layer": "left out", "decode": "no bound"}

@@ -469,7 +469,7 @@ def check_swiglu_of_experts():
 
 
 def check_tensor_groups_are_refused():
-    with pytest.raises(UserError, match=r"BESSEMER_FP8_BACKEND=triton cannot serve quantise: .* use one of: emulation"):
+    with pytest.raises(UserError, match=r"BESSEMER_FP8_BACKEND=triton.*quantise.*: emulation"):
         backends.quantise(normal(4, 4), "tensor")
 
 
@@ -774,7 +774,7 @@ def test_which_products_load_by_pointers_and_why(monkeypatch, device, change, wh
 
 def test_a_way_of_loading_that_there_is_not(monkeypatch):
     monkeypatch.setenv(adapters.LOADS, "tma")
-    with pytest.raises(UserError, match="BESSEMER_FP8_LOADS=tma is not a way of loading; unset it, or set it to"):
+    with pytest.raises(UserError, match=r"BESSEMER_FP8_LOADS=tma.*unset it"):
         adapters.by_pointers(torch.device("cuda"))
 
 
@@ -782,11 +782,11 @@ def test_the_table_tells_of_a_forced_backend(monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, "torch")
     rows = {name: (backend, why) for name, backend, why in backends.table("cpu")}
     backend, why = rows["retile"]
-    assert backend == "torch" and "forced by BESSEMER_FP8_BACKEND, but refuses: it has block" in why
+    assert backend == "torch" and "BESSEMER_FP8_BACKEND" in why and "block" in why
     monkeypatch.setenv(backends.VARIABLE, "emulation")
     assert backends.table("cpu")[0] == ("quantise", "emulation", "forced by BESSEMER_FP8_BACKEND")
     monkeypatch.setenv(backends.VARIABLE, "tritn")
-    with pytest.raises(UserError, match="BESSEMER_FP8_BACKEND=tritn is not a backend; unset it, or use one of: deep"):
+    with pytest.raises(UserError, match=r"BESSEMER_FP8_BACKEND=tritn.*unset it.*: deep"):
         backends.table("cpu")
 
 
