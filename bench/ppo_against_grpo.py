@@ -128,8 +128,8 @@ def arm(args: argparse.Namespace) -> dict:
         "policy": held_bytes(loop.trainer),
         "reference": sum(nbytes(t) for t in loop.policy.model.state_dict().values()),
     }
-    if loop.critic is not None:
-        held_sizes["critic"] = held_bytes(loop.critic.trainer)
+    if isinstance(loop.advantage, Critic):
+        held_sizes["critic"] = held_bytes(loop.advantage.trainer)
     return {
         "seconds": {part: clock.seconds.get(part, 0.0) / args.rollouts for part in parts},
         "curve": curve,

@@ -24,19 +24,16 @@ import tempfile
 import time
 from pathlib import Path
 
+from bessemer.workers import Workers
+
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-class Timed:
+class Timed(Workers):
     """`Workers` of one process that record the CPU seconds of each item."""
-
-    n = 1
 
     def __init__(self) -> None:
         self.pieces: list[list[float]] = []
-
-    def share(self, tensors) -> None:
-        pass
 
     def map(self, work, items):
         self.pieces.append([])
@@ -89,8 +86,8 @@ def main() -> None:
         ctx = StageContext("zero", Path(folder), {}, args.base, recipe, Path(folder), metrics,
                            RunProgress({}).begin("zero"), StopFlag())  # fmt: skip
         run = loop.Loop(recipe.stage("zero"), ctx, {})
-        run.trainer.start()
-        run.reference = loop.Reference(run.trainer, ctx.runtime, run.base, recipe.stage("zero").kl.reference_every, 1.0)
+        run.sampler.open()
+        run._start()
         ahead = next(component for component in run.components if component.ahead)
         take = ahead.take
         for number in range(args.rollouts):
