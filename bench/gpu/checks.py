@@ -411,6 +411,24 @@ def _vllm(model: Any, tokenizer: Any, new: int) -> float:
         return 64 * new / (time.perf_counter() - began)
 
 
+def samplers(site: Site) -> Finding:
+    """vLLM as a sampler: weights mapped into it, sleep, routed experts (R3), sampling masks, against our engine."""
+    if not site.gpu or importlib.util.find_spec("vllm") is None:
+        return Finding(LEFT, "needs a GPU and vLLM: pip install 'bessemer[vllm]'")
+    import vllm_checks
+
+    from bessemer.data.tokenizer import Tokenizer
+    from bessemer.model.transformer import Transformer
+
+    tokenizer = Tokenizer.train(["Compute 3*7+6."] * 8, 300)
+    model = Transformer(site.network(n_mtp=0)).initialise(0).to(site.device).to_compute(torch.bfloat16).eval()
+    figures = vllm_checks.figures(model, tokenizer)
+    gap, routed = max(v for k, v in figures.items() if k.startswith("gap")), figures[vllm_checks.MISROUTED]
+    good = gap < 0.05 and routed < 0.1 and figures[vllm_checks.OUTSIDE] == 0
+    says = f"log-probabilities differ by {gap:.2g} nats, {routed:.1%} of the experts do, no mask lacks its token"
+    return Finding(GOOD if good else BAD, says, figures)
+
+
 def save(site: Site) -> Finding:
     """A checkpoint while training goes on: how long training waits, and how long its steps take."""
     import fp8_step
@@ -568,7 +586,8 @@ def streams(site: Site) -> Finding:
 
 CHECKS: dict[str, tuple[Callable[[Site], Finding], float]] = {
     "machine": (machine, 60), "compiler": (compiler, 300), "values": (values, 300), "layer": (layer, 180),
-    "fp8": (fp8, 900), "step": (step, 600), "decode": (decode, 420), "save": (save, 180), "repeat": (repeat, 180),
+    "fp8": (fp8, 900), "step": (step, 600), "decode": (decode, 420),
+    "samplers": (samplers, 600), "save": (save, 180), "repeat": (repeat, 180),
     "streams": (streams, 240), "recipe": (recipe, 420), "layouts": (layouts, 600), "exchange": (exchange, 240),
 }  # fmt: skip
 """Function and longest time in seconds, in the order in which a first run would meet what they check."""

@@ -92,7 +92,6 @@ def test_killed_and_resumed_it_ends_the_same_bit_for_bit(whole, base, changes, t
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ('rollout.engine="vllm"', "vLLM generates single answers"),
         ('hooks=["export-samples"]', "export-samples writes questions with one answer"),
     ],
 )

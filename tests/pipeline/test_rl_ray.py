@@ -350,8 +350,10 @@ def test_a_killed_and_stopped_run_ends_the_same_and_leaves_no_process(undisturbe
     ("changes", "complaint"),
     [
         (["rollout.workers=2"], 'sampler local: unknown key "workers"'),
-        (["rollout.engine=vllm", 'hooks=["routing-replay"]'], "routing-replay needs what vLLM rollouts do not report"),
-        (["rollout.engine=vllm", "top_p=0.9"], "neither the tokens that top_p leaves"),
+        (["rollout.engine=vllm", "top_p=0.9", "keep_sampling_mask=false"], "keep_sampling_mask = true"),
+        (["rollout.engine=vllm-server", "rollout.url=http://x", 'hooks=["sample-ahead"]'], "sample-ahead samples of"),
+        (["rollout.engine=vllm-server", "rollout.url=http://x", 'hooks=["routing-replay"]'], "does not reach a vLLM"),
+        (["rollout.engine=vllm-server"], "url"),
         (["rollout.engine=vllm", "rollout.precision=bfloat16"], "rollout.precision has no effect with vLLM"),
         (["rollout.engine=rays"], "no sampler 'rays'; did you mean 'ray'"),
         (["rollout.engine=ray", "rollout.worker=2"], 'unknown key "worker"; did you mean "workers"'),

@@ -3,14 +3,18 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from bessemer.addons.distributed import ray_cluster, ray_sampler, vllm_engine, vllm_weights
-from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLMSettings
+from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLMOptions, VLLMSettings
 from bessemer.addons.distributed.ray_worker import RolloutWorker, pack_weights, unpack_weights
+from bessemer.addons.distributed.server_sampler import ServerSampler
+from bessemer.config.rl import RLConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -45,24 +49,99 @@ def test_a_request_becomes_vllm_sampling_params(engine):
     calls = [vllm_engine.sampling_params(sample.request) for sample in plan.batches[0].samples]
     assert len({params["seed"] for params in calls}) == 3 and all(0 <= params["seed"] < 2**63 for params in calls)
     assert calls[0] | {"seed": 0} == dict(
-        temperature=0.7, seed=0, max_tokens=11, stop_token_ids=list(engine.tokenizer.stop_ids), ignore_eos=True,
-        logprobs=0, detokenize=False,
+        temperature=0.7, top_p=1.0, top_k=0, min_p=0.0, seed=0, max_tokens=11, ignore_eos=True, logprobs=0,
+        stop_token_ids=list(engine.tokenizer.stop_ids), detokenize=False,
     )  # fmt: skip
-    with pytest.raises(UserError, match="leave stop strings"):
-        vllm_engine.sampling_params(engine.plan([[0, 5]], stop_strings=["x"]).batches[0].samples[0].request)
-    for cut in (dict(top_p=0.9), dict(top_k=9), dict(min_p=0.1)):
-        with pytest.raises(UserError, match="samples by temperature alone"):
-            vllm_engine.sampling_params(engine.plan([[0, 5]], **cut).batches[0].samples[0].request)
+    stopped = vllm_engine.sampling_params(engine.plan([[0, 5]], stop_strings=["x"]).batches[0].samples[0].request)
+    assert stopped["stop"] == ["x"] and stopped["detokenize"]
+    cut = engine.plan([[0, 5]], top_p=0.9, top_k=9, min_p=0.1).batches[0].samples[0].request
+    assert {"top_p": 0.9, "top_k": 9, "min_p": 0.1}.items() <= vllm_engine.sampling_params(cut).items()
+
+
+def test_sampling_masks_want_a_bound_and_no_greedy_request(engine):
+    def chosen(**options):
+        request = engine.plan([[0, 5]], **options).batches[0].samples[0].request
+        params = vllm_engine.sampling_params(request, most_kept=1024)
+        return params["temperature"], params["top_k"]
+
+    assert chosen(temperature=0.7, top_p=0.9) == (0.7, 1024) and chosen(top_k=9) == (1.0, 9)
+    assert chosen(top_k=5000) == (1.0, 1024) and chosen(temperature=0.0) == (1.0, 1)
+
+
+def test_a_batch_longer_than_the_engines_context_is_refused(engine):
+    plan = engine.plan([[0, 5, 6]], samples=3, temperature=0.7, max_new_tokens=11, seeds=[4])
     with pytest.raises(UserError, match=r"rollout.max_model_len is 13, .* may have 14 tokens"):
         vllm_engine.check_length(plan.batches[0], 13)
     vllm_engine.check_length(plan.batches[0], 14)
+
+
+def output(**fields):
+    """What a `vllm.outputs.CompletionOutput` holds; test_vllm_runs.py makes real ones."""
+    return SimpleNamespace(token_ids=[7, 8, 9], **fields)
+
+
+def test_routed_experts_are_those_of_the_sparse_layers(engine):
+    cfg = preset("tiny", **{**engine.model.cfg.model_dump(), "n_layers": 4, "n_dense_layers": 1})
+    experts = np.random.default_rng(0).integers(0, 8, (5 + 3 - 1, 4, 2)).astype(np.uint8)
+    routing = vllm_engine.routing_of(output(routed_experts=experts), cfg, 5)
+    assert routing.dtype == torch.uint8 and torch.equal(routing, torch.from_numpy(experts[:, 1:]))
+    many = cfg.model_copy(update={"n_routed_experts": 300})
+    assert vllm_engine.routing_of(output(routed_experts=experts.astype(np.uint16)), many, 5).dtype == torch.int16
+    for bad in (experts[:-1], experts[:, 1:], experts[..., :1]):
+        with pytest.raises(UserError, match="routed_experts of shape"):
+            vllm_engine.routing_of(output(routed_experts=bad), cfg, 5)
+    for lacking in (output(), output(routed_experts=None)):
+        with pytest.raises(UserError, match="no routed_experts"):
+            vllm_engine.routing_of(lacking, cfg, 5)
+
+
+def test_sampling_masks_become_kept_tokens():
+    kept = vllm_engine.kept_of(output(sampling_mask=SimpleNamespace(token_ids=[[9, 7], [8], [9, 3, 4]])))
+    assert kept.id_M.tolist() == [7, 9, 8, 3, 4, 9] and kept.count_T.tolist() == [2, 1, 3]
+    for lacking in (output(), output(sampling_mask=None), output(sampling_mask=SimpleNamespace(token_ids=[[7]]))):
+        with pytest.raises(UserError, match="no sampling_mask"):
+            vllm_engine.kept_of(lacking)
+
+
+def stage(**settings):
+    table = {"kind": "rl", "name": "zero", "tasks": ["arithmetic"], "lr": 1e-4, "rollout": "vllm"}
+    return RLConfig(**table | settings)
+
+
+def test_what_a_stage_needs_of_vllm():
+    needs = ray_sampler.VLLMSampler.needs
+    assert needs(stage()) == {"records_routing": False, "records_kept": False, "lora_rank": 0}
+    more = stage(hooks=["routing-replay"], top_p=0.9, lora={"rank": 12})
+    assert needs(more) == {"records_routing": True, "records_kept": True, "lora_rank": 12}
+    arguments = vllm_engine.llm_arguments(1, VLLMOptions(**needs(more)))
+    assert arguments["enable_return_routed_experts"] and arguments["return_sampling_mask"]
+    assert arguments["enable_lora"] and arguments["max_lora_rank"] == 16
+    with pytest.raises(UserError, match="keep_sampling_mask = true"):
+        ray_sampler.VLLMSampler.check_stage(stage(top_p=0.9, keep_sampling_mask=False))
+    for key, settings in {"lora": {"lora": {}}, "top_p": {"top_p": 0.9}}.items():
+        server = stage(rollout={"engine": "vllm-server", "url": "http://127.0.0.1:1"}, **settings)
+        with pytest.raises(UserError, match=f"{key} does not reach"):
+            ServerSampler.facts(server)
+
+
+def test_adapters_are_files_of_their_own(tmp_path):
+    files = vllm_weights.AdapterFiles()
+    weights = {"a.lora_A.weight": torch.randn(2, 3), "a.lora_B.weight": torch.randn(4, 2).t().contiguous().t()}
+    assert files.request() is None
+    files.write(weights, '{"r": 2}')
+    first = files.folder
+    loaded = load_file(first / "adapter_model.safetensors")
+    assert all(torch.equal(loaded[name], w) for name, w in weights.items())
+    assert (first / "adapter_config.json").read_text() == '{"r": 2}'
+    files.write(weights, "{}")
+    assert not first.exists() and files.folder.is_dir() and files.number == 2
 
 
 def test_engine_arguments_and_mla_by_shape():
     plain = vllm_engine.llm_arguments(1, DEFAULTS)
     assert plain["gpu_memory_utilization"] == 0.9
     assert not plain.keys() & {"max_model_len", "enable_sleep_mode", "distributed_executor_backend"}
-    more = vllm_engine.llm_arguments(4, VLLMSettings(gpu_memory_utilization=0.4, max_model_len=2048, sleep=True))
+    more = vllm_engine.llm_arguments(4, VLLMOptions(gpu_memory_utilization=0.4, max_model_len=2048, sleep=True))
     added = {"max_model_len": 2048, "enable_sleep_mode": True, "distributed_executor_backend": "mp"}
     assert more == plain | added | {"gpu_memory_utilization": 0.4, "tensor_parallel_size": 4}
     assert not vllm_engine.mla_off({"kv_lora_rank": 512, "qk_rope_head_dim": 64})
@@ -147,10 +226,12 @@ def test_workers_get_the_gpus_that_the_trainer_leaves(monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         monkeypatch.setattr(ray_sampler.setup, "device", lambda: torch.device("cuda" if visible else "cpu"))
         form = VLLMSettings if rollout.pop("engine") == "vllm" else RaySettings
-        return ray_sampler.gpus_of_workers(form(**rollout))
+        trains = rollout.pop("trains", True)
+        return ray_sampler.gpus_of_workers(form(**rollout), trains)
 
     assert offered("4,5,6,7", 2, engine="vllm", workers=1, gpus=2) == ["6", "7"]
     assert offered("4,5,6,7", 1, engine="ray", workers=3) == ["5", "6", "7"]
+    assert offered("4,5,6,7", 4, engine="vllm", workers=2, gpus=2, trains=False) == ["4", "5", "6", "7"]
     assert offered("0,1", 1, engine="ray", workers=4, gpus=0) == [], "workers on the CPU see none"
     assert offered("0", 1, engine="vllm", sleep=True) is None
     assert offered("", 1, engine="ray") is None

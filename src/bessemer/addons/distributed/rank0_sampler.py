@@ -20,6 +20,7 @@ class Rank0Sampler:
         self.sampler, self.tokenizer, self.refresh, self.runtime = sampler, tokenizer, refresh, runtime
 
     def open(self) -> None:
+        self.refresh()  # rank 0 compares its sampler with the whole network
         if self.sampler is not None:
             self.sampler.open()
 

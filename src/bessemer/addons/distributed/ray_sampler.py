@@ -13,21 +13,21 @@ switch between them, and to any number of workers, at any point.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from torch import Tensor
 
-from bessemer import tasks
 from bessemer.addons.accelerate.helpers import Helpers
 from bessemer.addons.distributed import ray_cluster
 from bessemer.addons.distributed.folder_sampling import FolderEngine
 from bessemer.addons.distributed.rank0_sampler import Rank0Sampler
-from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLMSettings, settings_of
+from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLMOptions, VLLMSettings, settings_of
 from bessemer.addons.distributed.ray_worker import LOADED, NewWeights, pack_weights
 from bessemer.addons.distributed.sampler_check import Probe, check, dtype_of, logprobs, short_answer
 from bessemer.addons.distributed.worker_pool import RolloutJob, WorkerPool
@@ -54,15 +54,16 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 
-def gpus_of_workers(settings: RaySettings) -> list[str] | None:
-    """The GPUs of this machine that the run's own Ray may give to workers: those without a trainer rank. None means no
-    limit: vLLM takes turns with the trainer, or there is no GPU. UserError if there are too few."""
+def gpus_of_workers(settings: RaySettings, trains: bool = True) -> list[str] | None:
+    """The GPUs of this machine that the run's own Ray may give to workers: all, or if the stage `trains` those without
+    a trainer rank. None means no limit: vLLM takes turns with the trainer, or there is no GPU. UserError if there are
+    too few."""
     visible = os.environ.get(ray_cluster.VISIBLE)
     names = [str(gpu) for gpu in range(torch.cuda.device_count())] if visible is None else visible.split(",")
     names = names[: torch.cuda.device_count()]
     if settings.shares_gpus or not names:
         return None
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if setup.device().type == "cuda" else 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if trains and setup.device().type == "cuda" else 0
     workers, gpus_each = settings.workers, 1 if settings.gpus is None else settings.gpus
     if workers * gpus_each > len(names) - ranks:
         vllm = isinstance(settings, VLLMSettings)
@@ -76,18 +77,34 @@ def gpus_of_workers(settings: RaySettings) -> list[str] | None:
 
 
 def _start_pool(
-    name: str, settings: RaySettings, folder: Path, say: Callable[[str], None], exchanged: int = 0
+    name: str,
+    settings: RaySettings,
+    folder: Path,
+    say: Callable[[str], None],
+    exchanged: int | None = None,
+    **needs: Any,
 ) -> WorkerPool:
     """The workers of the sampler `name`, for the model in `folder`; `exchanged`: bytes of the weights that are handed
-    over."""
-    cluster = ray_cluster.RayCluster(exchanged, gpus_of_workers(settings) if ray_cluster.starts_own() else None)
+    over, None if they stay; `needs`: further `VLLMOptions`."""
+    gpus_here = gpus_of_workers(settings, exchanged is not None) if ray_cluster.starts_own() else None
+    cluster = ray_cluster.RayCluster(exchanged or 0, gpus_here)
     try:
         gpus = min(1, cluster.gpus()) if settings.gpus is None else settings.gpus
-        vllm = settings if isinstance(settings, VLLMSettings) else DEFAULTS
+        vllm = DEFAULTS
+        if isinstance(settings, VLLMSettings):
+            vllm = VLLMOptions(**settings.model_dump(), **needs)
         return WorkerPool(cluster, name, str(folder.resolve()), settings.workers, gpus, say, vllm)
     except BaseException:
         cluster.close()
         raise
+
+
+ROUTING = "record_routing"
+
+
+def adapters_of(model: Any) -> Mapping[str, Tensor]:
+    """The adapters of a model with LoRA, under peft's names."""
+    return model.adapters()
 
 
 class RaySampler:
@@ -111,6 +128,8 @@ class RaySampler:
         self._moment: Hashable = None
         self._weights: ObjectRef | None = None
         """Number, moment and reference of the newest weights in Ray's store."""
+        self.lora, self._adapter_config = False, ""
+        """Whether adapters alone are exchanged, and their settings in peft's words."""
         self._probe: list[int] | None = None
         """The ids with which workers check the weights that they load."""
         self.waited = 0.0
@@ -161,13 +180,21 @@ class RaySampler:
 
         def state() -> Mapping[str, Tensor]:
             refresh()
-            return engine.model.state_dict()
+            return engine.model.state_dict() if config.lora is None else adapters_of(engine.model)
 
         assert ctx.source is not None
-        size = sum(tensor.numel() * tensor.element_size() for tensor in engine.model.state_dict().values())
-        start = partial(_start_pool, config.rollout.engine, settings, ctx.source / "model", ctx.say, size)
+        size = sum(tensor.nbytes for tensor in engine.model.state_dict().values()) if config.lora is None else 0
+        folder, needs = ctx.source / "model", cls.needs(config)
+        start = partial(_start_pool, config.rollout.engine, settings, folder, ctx.say, size, **needs)
         # every update adds to `trainer.rows`, even one after which the guard goes back to an earlier step
-        return cls(engine, state, lambda: trainer.rows, start, workers)
+        sampler = cls(engine, state, lambda: trainer.rows, start, workers)
+        sampler.lora = config.lora is not None
+        return sampler
+
+    @classmethod
+    def needs(cls, config: RLConfig) -> dict[str, Any]:
+        """What the stage needs of an engine of vLLM, as `VLLMOptions`."""
+        return {}
 
     @classmethod
     def of_folder(cls, rollout: RolloutConfig, folder: Path, say: Callable[[str], None], where: str) -> RaySampler:
@@ -175,6 +202,8 @@ class RaySampler:
         if not ray_cluster.is_installed():
             raise ray_cluster.not_installed(rollout.engine)
         settings = validate(cls.Settings, rollout.settings, where, ": rollout")
+        if isinstance(settings, VLLMSettings) and settings.sleep_level == 2:
+            raise UserError(f"{where}: rollout.sleep = 2 drops the weights, and this stage exchanges none; set it to 1")
         start = partial(_start_pool, rollout.engine, settings, folder, say)
         sampler = cls(FolderEngine(folder), dict, lambda: 0, start, settings.workers)
         sampler.open()
@@ -215,10 +244,18 @@ class RaySampler:
         if self._weights is None or self._moment != moment:
             began = time.monotonic()
             packed = pack_weights(self.state())
-            self._weights = pool.ray.put(NewWeights(packed, self._expected()))
+            self._weights = pool.ray.put(NewWeights(packed, self._expected(), self._adapter()))
             self._version, self._moment = self._version + 1, moment
             self.handover += time.monotonic() - began
         return partial(self._submit, self._version, self._weights)
+
+    def _adapter(self) -> str:
+        """The adapters' adapter_config.json; "" for a whole model."""
+        if self.lora and not self._adapter_config:
+            with tempfile.TemporaryDirectory() as folder:
+                cast(Any, self.engine.model).save_adapter(Path(folder) / "adapter")
+                self._adapter_config = (Path(folder) / "adapter" / "adapter_config.json").read_text(encoding="utf-8")
+        return self._adapter_config
 
     def _expected(self) -> Probe | None:
         """What a worker should compute from the weights of this moment; None before the check at the start."""
@@ -269,31 +306,36 @@ class VLLMSampler(RaySampler):
     def check_stage(cls, config: RLConfig) -> None:
         """UserError for a stage that vLLM cannot sample for."""
         where = f'stage "{config.name}"'
-        if episodic := [name for name in (*config.tasks, *config.general_tasks) if tasks.get(name).episodic]:
-            raise UserError(
-                f"{where}: {episodic[0]} has episodes of several turns, and vLLM generates single answers here; set "
-                'rollout.engine = "local" or "ray"'
-            )
         if is_changed(config.rollout, "precision"):
             raise UserError(
                 f"{where}: rollout.precision has no effect with vLLM, which computes in BF16, on CPUs in float32"
             )
-        kinds = {hook.name: kind for hook, (kind, _) in zip(config.hooks, hooks_of(config), strict=True)}
-        if hook_name := next((name for name, kind in kinds.items() if kind.options), ""):
+        for hook, (kind, _) in zip(config.hooks, hooks_of(config), strict=True):
+            if unknown := kind.options.keys() - {ROUTING}:
+                raise UserError(
+                    f"{where}: the hook {hook.name} needs {min(unknown)}, which vLLM rollouts do not report; set "
+                    'rollout.engine to "ray", or leave the hook out'
+                )
+        if config.top_p < 1 and not config.keeps_mask:
             raise UserError(
-                f'{where}: the hook {hook_name} needs what vLLM rollouts do not report; set rollout.engine to "ray", '
-                "or leave the hook out"
-            )
-        if config.top_p < 1:
-            raise UserError(
-                f"{where}: vLLM rollouts report neither the tokens that top_p leaves nor their log-probabilities; set "
-                'rollout.engine to "ray", or top_p to 1'
+                f"{where}: with top_p = {config.top_p:g} vLLM's log-probabilities are of what truncation left; train "
+                "on that too (keep_sampling_mask = true), or set top_p to 1"
             )
 
     @classmethod
     def facts(cls, config: RLConfig) -> dict[str, Any]:
         cls.check_stage(config)
-        return {"sampler": "vllm"} | super().facts(config)
+        if not ray_cluster.is_installed():
+            raise ray_cluster.not_installed(config.rollout.engine)
+        return {"sampler": "vllm"} | rounding_facts(config.rollout)
+
+    @classmethod
+    def needs(cls, config: RLConfig) -> dict[str, Any]:
+        return {
+            "records_routing": any(kind.options.get(ROUTING) for kind, _ in hooks_of(config)),
+            "records_kept": config.top_p < 1,
+            "lora_rank": 0 if config.lora is None else config.lora.rank,
+        }
 
     @classmethod
     def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> RaySampler:

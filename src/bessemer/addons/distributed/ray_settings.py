@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from bessemer.config.rl import RLConfig
@@ -28,16 +30,32 @@ class VLLMSettings(RaySettings):
     """Share of a GPU's memory for a worker's weights, cache and workspace together."""
     max_model_len: int | None = Field(None, ge=1)
     """Maximum tokens of prompt and answer. Default: the model's context. Less leaves room for more samples."""
-    sleep: bool = False
-    """Release the GPU's memory between batches (the weights wait in the node's memory) and share GPUs with the trainer,
-    which needs memory too: lower gpu_memory_utilization. Without it, vLLM has GPUs of its own."""
+    sleep: bool | Literal[1, 2] = False
+    """Release the GPU's memory between batches and share GPUs with the trainer, which needs memory too: lower
+    gpu_memory_utilization. 1 or true: the weights wait in the node's memory; 2: they are dropped, and the trainer's are
+    handed over again before the next batch. Without it, vLLM has GPUs of its own."""
 
     @property
     def shares_gpus(self) -> bool:
-        return self.sleep
+        return bool(self.sleep)
+
+    @property
+    def sleep_level(self) -> int:
+        return int(self.sleep)
 
 
-DEFAULTS = VLLMSettings()
+class VLLMOptions(VLLMSettings):
+    """How a worker's engine is made: the user's settings, and what the stage needs of it."""
+
+    records_routing: bool = False
+    """Samples come with their experts."""
+    records_kept: bool = False
+    """Samples come with the tokens that truncation left."""
+    lora_rank: int = 0
+    """Rank of the adapters that are exchanged; 0: whole models are."""
+
+
+DEFAULTS = VLLMOptions()
 
 
 class ServerSettings(ConfigTable):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import bessemer
-from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMSettings
+from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMOptions
 from bessemer.addons.distributed.sampler_check import Probe, check, dtype_of, logprobs
 from bessemer.addons.distributed.vllm_engine import VLLMEngine
 from bessemer.engine.engine import Engine
@@ -84,6 +84,8 @@ class NewWeights(NamedTuple):
     tensors: dict[str, PackedTensor]
     probe: Probe | None = None
     """With which a worker checks what it loaded."""
+    adapter: str = ""
+    """If these are adapters: their adapter_config.json."""
 
 
 class JobResult(NamedTuple):
@@ -100,7 +102,13 @@ class WorkerEngine(Protocol):
         """In which it computes: "float32" or "bfloat16"."""
         ...
 
-    def load(self, weights: Mapping[str, Tensor]) -> None: ...
+    def load(self, weights: Mapping[str, Tensor], adapter: str = "") -> None:
+        """New weights; with `adapter` they are adapters."""
+        ...
+
+    def sleeps_empty(self) -> bool:
+        """Whether it has dropped its weights since the last batch."""
+        ...
 
     def score(self, ids: Sequence[int]) -> list[float]:
         """The log-probability of every id after the first."""
@@ -117,8 +125,12 @@ class BessemerEngine:
         self.model = load(directory, dtype=torch.float32, device=device)
         self.engine = Engine(self.model, load_tokenizer(directory))
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
+    def load(self, weights: Mapping[str, Tensor], adapter: str = "") -> None:
+        assert not adapter, "whole models alone"
         load_weights(self.model, weights)
+
+    def sleeps_empty(self) -> bool:
+        return False
 
     @property
     def dtype(self) -> str:
@@ -134,7 +146,7 @@ class BessemerEngine:
 class RolloutWorker:
     """The Ray actor. Its methods are called one at a time."""
 
-    def __init__(self, kind: Kind, directory: str, gpus: int, vllm: VLLMSettings = DEFAULTS) -> None:
+    def __init__(self, kind: Kind, directory: str, gpus: int, vllm: VLLMOptions = DEFAULTS) -> None:
         self.kind, self.directory, self.gpus, self.vllm = kind, Path(directory), gpus, vllm
         self.engine: WorkerEngine | None = None
         self.version = LOADED
@@ -151,9 +163,9 @@ class RolloutWorker:
         """The samples of one batch, from the weights of this version. UserError if the engine did not take them."""
         self.open()
         assert self.engine is not None
-        if version != self.version:
-            assert weights is not None
-            self.engine.load(unpack_weights(weights.tensors))
+        if version != self.version or self.engine.sleeps_empty():
+            assert weights is not None, "an engine whose weights stay does not drop them"
+            self.engine.load(unpack_weights(weights.tensors), weights.adapter)
             if weights.probe is not None:
                 name = f"the rollout worker on {socket.gethostname()} ({self.kind})"
                 check(

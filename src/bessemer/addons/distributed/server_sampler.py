@@ -66,10 +66,15 @@ class ServerSampler:
     def facts(cls, config: RLConfig) -> dict[str, Any]:
         """As those of `LocalSampler`."""
         VLLMSampler.check_stage(config)
+        where = f'stage "{config.name}"'
+        needs = {"lora": config.lora is not None, "top_p": config.top_p < 1, "routing-replay": False}
+        needs["routing-replay"] = VLLMSampler.needs(config)["records_routing"]
+        if key := next((key for key, needed in needs.items() if needed), ""):
+            raise UserError(f'{where}: {key} does not reach a vLLM server here; set rollout.engine = "vllm"')
         hooks = zip(config.hooks, hooks_of(config), strict=True)
         if ahead := next((hook.name for hook, (kind, _) in hooks if kind.ahead), ""):
             raise UserError(
-                f'stage "{config.name}": a vLLM server has one set of weights, and the hook {ahead} samples of several '
+                f"{where}: a vLLM server has one set of weights, and the hook {ahead} samples of several "
                 'policies at once; leave it out, or set rollout.engine = "vllm"'
             )
         return {"sampler": "vllm"}

@@ -6,8 +6,11 @@ is dropped. vLLM computes in BF16, on CPUs in float32, and has its own random st
 and the weights, but differs from our Engine's, and its log-probabilities differ from the trainer's by rounding, which
 `correction` corrects.
 
-Its log-probabilities ("processed") are of the distribution that it samples from. That is the trained one only if
-nothing but the temperature changes the logits, so truncation and penalties are refused.
+Its log-probabilities ("processed") are of the distribution that it samples from. With top_p that is the truncated one,
+so RL needs the tokens that truncation left (`kept_of`), on which the trainer renormalises.
+
+Routed experts and sampling masks need the runner for GPUs: they are read from the classes of 0.32 and 0.33, and not yet
+run. Adapters are exchanged as files, one folder for each set (`AdapterFiles`).
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from bessemer import system
-from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMSettings
+from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMOptions
 from bessemer.addons.distributed.vllm_weights import (
+    AdapterFiles,
     FileWeights,
     MappedWeights,
     ReopenedWeights,
@@ -33,7 +39,8 @@ from bessemer.addons.distributed.vllm_weights import (
     transfers,
 )
 from bessemer.engine.generation import Completion, GenerationBatch
-from bessemer.engine.sequence import Request
+from bessemer.engine.kept_tokens import KeptTokens
+from bessemer.engine.sequence import Request, cut_at_stop
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.mapping import slots
@@ -43,6 +50,9 @@ from bessemer.model.config import ModelConfig
 MLA_WIDTHS = (512, 64)
 """Latent and rotary width that vLLM's fast MLA kernels are written for."""
 MLA_OFF = "VLLM_MLA_DISABLE"
+MOST_KEPT = 1024
+"""Most tokens that a sampling mask may keep at a position: with masks, the likeliest of them are drawn from."""
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 KEY_BITS = (1 << 63) - 1
 """vLLM's seeds must not be negative."""
 CPU_ENVIRONMENT = {
@@ -56,7 +66,7 @@ CPU_ENVIRONMENT = {
 class VLLMEngine:
     """One vLLM engine over `gpus` GPUs."""
 
-    def __init__(self, directory: Path, gpus: int, options: VLLMSettings = DEFAULTS) -> None:
+    def __init__(self, directory: Path, gpus: int, options: VLLMOptions = DEFAULTS) -> None:
         if mla_off(json.loads((directory / "config.json").read_text(encoding="utf-8"))):
             os.environ.setdefault(MLA_OFF, "1")  # read when the engine is created
         system.without_segments()  # its memory pool, if it sleeps, refuses them
@@ -73,9 +83,14 @@ class VLLMEngine:
         self.params = SamplingParams
         self.tokenizer = load_tokenizer(directory)
         self.cfg = own_config(directory)
-        mapped = bool(gpus) and transfers(LLM)
-        self.kind, self.arguments = LLM, {**llm_arguments(gpus, options), **settings(mapped)}
-        self.llm = self.kind(model=str(directory), **self.arguments)
+        mapped = bool(gpus) and not options.lora_rank and transfers(LLM)
+        self.kind = LLM
+        self.arguments = {**llm_arguments(gpus, options), **settings(mapped), "tokenizer": str(directory)}
+        try:
+            self.llm = self.kind(model=str(directory), **self.arguments)
+        except (TypeError, ValueError) as error:
+            raise unable(options, error) from error
+        self.adapters = AdapterFiles() if options.lora_rank else None
         self.weights: WeightLoader
         if not gpus:
             self.weights = ReopenedWeights(self._reopen, directory / "config.json")
@@ -86,15 +101,23 @@ class VLLMEngine:
         self.options, self.asleep = options, False
         self.dtype = self.arguments["dtype"]
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
+    def load(self, weights: Mapping[str, Tensor], adapter: str = "") -> None:
+        """New weights of the whole model, or of adapters on it with the text of their adapter_config.json."""
         self._wake()
-        self.weights.load(hub_state(weights, self.cfg))
+        if self.adapters is None:
+            self.weights.load(hub_state(weights, self.cfg))
+        else:
+            self.adapters.write(weights, adapter)
         self.llm.reset_prefix_cache()
+
+    def sleeps_empty(self) -> bool:
+        """Whether the weights are gone, and must be loaded before the next batch."""
+        return self.asleep and self.options.sleep_level == 2
 
     def score(self, ids: Sequence[int]) -> list[float]:
         self._wake()
-        params = self.params(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        (output,) = self.llm.generate([{"prompt_token_ids": list(ids)}], params, use_tqdm=False)
+        params = self.params(max_tokens=1, temperature=1.0, top_k=1, seed=0, prompt_logprobs=0, detokenize=False)
+        (output,) = self._ask([{"prompt_token_ids": list(ids)}], params)
         return [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
 
     def _reopen(self, folder: Path) -> None:
@@ -111,7 +134,7 @@ class VLLMEngine:
             return self._generate(batch)
         finally:
             if self.options.sleep:
-                self.llm.sleep(level=1)
+                self.llm.sleep(level=self.options.sleep_level)
                 self.asleep = True
 
     def _wake(self) -> None:
@@ -121,21 +144,72 @@ class VLLMEngine:
 
     def _generate(self, batch: GenerationBatch) -> list[Completion]:
         prompts = [{"prompt_token_ids": list(sample.request.prompt)} for sample in batch.samples]
-        params = [self.params(**sampling_params(sample.request)) for sample in batch.samples]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        most_kept = MOST_KEPT if self.options.records_kept else 0
+        params = [self.params(**sampling_params(sample.request, most_kept)) for sample in batch.samples]
+        outputs = self._ask(prompts, params)
         pairs = zip(batch.samples, outputs, strict=True)
-        return [self._completion(sample.request, output.outputs[0]) for sample, output in pairs]
+        return [self._completion(sample.request, output.outputs[0], batch) for sample, output in pairs]
 
-    def _completion(self, request: Request, output: Any) -> Completion:
+    def _ask(self, prompts: Sequence[Any], params: Any) -> Any:
+        request = None if self.adapters is None else self.adapters.request()
+        return self.llm.generate(prompts, params, use_tqdm=False, lora_request=request)
+
+    def _completion(self, request: Request, output: Any, batch: GenerationBatch) -> Completion:
         tokens = array("i", output.token_ids)
         logprobs = array("f", (step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)))
         return Completion(
             tokens=tokens,
-            text=self.tokenizer.decode(tokens),
+            text=cut_at_stop(self.tokenizer.decode(tokens), request.stop_strings),
             logprobs=logprobs,
             finish_reason="stop" if output.finish_reason == "stop" else "length",
             prompt_tokens=len(request.prompt),
+            routing=routing_of(output, self.cfg, len(request.prompt)) if batch.record_routing else None,
+            kept=kept_of(output) if batch.record_kept else None,
         )
+
+
+def routing_of(output: Any, cfg: ModelConfig | None, prompt_tokens: int) -> Tensor:
+    """`Completion.routing` of a `vllm.outputs.CompletionOutput`, which has the experts [T, L, K] of all tokens but the
+    last, in every layer, with zeros in dense ones. UserError if they are not there."""
+    experts = getattr(output, "routed_experts", None)
+    if experts is None:
+        raise missing("routed_experts", "routing-replay")
+    experts = np.asarray(experts)
+    fed = prompt_tokens + len(output.token_ids) - 1
+    if cfg is None or experts.shape != (fed, cfg.n_layers, cfg.n_activated_experts):
+        expected = "a model of another family" if cfg is None else (fed, cfg.n_layers, cfg.n_activated_experts)
+        raise UserError(f"vLLM returned routed_experts of shape {experts.shape}, where {expected} was expected")
+    dtype = np.uint8 if cfg.n_routed_experts <= 256 else np.int16
+    return torch.from_numpy(experts[:, cfg.n_dense_layers :].astype(dtype))
+
+
+def kept_of(output: Any) -> KeptTokens:
+    """`Completion.kept` of a `vllm.outputs.CompletionOutput`. UserError if it has no sampling mask."""
+    mask = getattr(output, "sampling_mask", None)
+    if mask is None or len(mask.token_ids) != len(output.token_ids):
+        raise missing("sampling_mask", "top_p below 1")
+    ids = [sorted(kept) for kept in mask.token_ids]
+    return KeptTokens.of(array("i", (token for kept in ids for token in kept)), array("i", map(len, ids)))
+
+
+def missing(field: str, needs: str) -> UserError:
+    return UserError(
+        f"vLLM returned no {field}, which {needs} needs: install vLLM 0.33 with its runner for GPUs (V2), or set "
+        'rollout.engine = "ray"'
+    )
+
+
+def unable(options: VLLMOptions, error: Exception) -> UserError:
+    """Why an engine could not be made with what the stage needs."""
+    needs = {
+        "routed experts (routing-replay)": options.records_routing,
+        "sampling masks (top_p)": options.records_kept,
+        "adapters (lora)": bool(options.lora_rank),
+        "sleep": bool(options.sleep),
+    }
+    named = ", ".join(name for name, needed in needs.items() if needed)
+    reason = " ".join(str(error).split()).partition(" [type=")[0][:300]
+    return UserError(f"this vLLM cannot be started{f' with {named}' if named else ''}: {reason}")
 
 
 def mla_off(config: Mapping[str, Any]) -> bool:
@@ -145,10 +219,9 @@ def mla_off(config: Mapping[str, Any]) -> bool:
     return widths[0] is not None and widths != MLA_WIDTHS
 
 
-def llm_arguments(gpus: int, options: VLLMSettings) -> dict[str, Any]:
+def llm_arguments(gpus: int, options: VLLMOptions) -> dict[str, Any]:
     """Arguments of `vllm.LLM` beside the model. gpus 0: a build of vLLM for CPUs."""
     arguments: dict[str, Any] = dict(
-        skip_tokenizer_init=True,
         logprobs_mode="processed_logprobs",  # under softmax(logits / temperature), as the trainer computes them
     )
     if gpus:
@@ -168,7 +241,18 @@ def llm_arguments(gpus: int, options: VLLMSettings) -> dict[str, Any]:
         arguments["max_model_len"] = options.max_model_len
     if options.sleep:
         arguments["enable_sleep_mode"] = True
+    if options.records_routing:
+        arguments["enable_return_routed_experts"] = True
+    if options.records_kept:
+        arguments["return_sampling_mask"] = True
+    if options.lora_rank:
+        arguments |= dict(enable_lora=True, max_loras=1, max_lora_rank=lora_ranks(options.lora_rank))
     return arguments
+
+
+def lora_ranks(rank: int) -> int:
+    """The smallest of the ranks that vLLM has memory layouts for."""
+    return next((known for known in LORA_RANKS if known >= rank), rank)
 
 
 def check_length(batch: GenerationBatch, most: int | None) -> None:
@@ -181,28 +265,26 @@ def check_length(batch: GenerationBatch, most: int | None) -> None:
         )
 
 
-def sampling_params(request: Request) -> dict[str, Any]:
-    """A request as arguments of vLLM's SamplingParams; UserError for an unsupported one."""
-    if request.stop_strings:
-        raise UserError(
-            'rollout.engine = "vllm" ends answers at token ids only; leave stop strings to "ray" or "local"'
-        )
+def sampling_params(request: Request, most_kept: int = 0) -> dict[str, Any]:
+    """A request as arguments of vLLM's SamplingParams. `most_kept`: of an engine that reports sampling masks, which
+    takes no greedy request and wants a bound on the mask's size."""
     sampling = request.sampling
-    if (sampling.top_p, sampling.top_k, sampling.min_p) != (1.0, 0, 0.0):
-        raise UserError(
-            'rollout.engine = "vllm" samples by temperature alone: with top_p, top_k or min_p its '
-            "log-probabilities would not be the trained distribution's; leave them at their defaults, or set "
-            'rollout.engine to "ray" or "local"'
-        )
-    return dict(
-        temperature=sampling.temperature,
+    temperature, top_k = sampling.temperature, sampling.top_k
+    if most_kept:
+        temperature, top_k = (temperature, min(top_k or most_kept, most_kept)) if temperature else (1.0, 1)
+    params: dict[str, Any] = dict(
+        temperature=temperature,
+        top_p=sampling.top_p,
+        top_k=top_k,
+        min_p=sampling.min_p,
         seed=request.key & KEY_BITS,
         max_tokens=request.max_new_tokens,
         stop_token_ids=list(request.stop_ids),
         ignore_eos=True,
         logprobs=0,
-        detokenize=False,
+        detokenize=bool(request.stop_strings),
     )
+    return params | ({"stop": list(request.stop_strings)} if request.stop_strings else {})
 
 
 def hub_state(state: Mapping[str, Tensor], cfg: ModelConfig | None) -> dict[str, Tensor]:

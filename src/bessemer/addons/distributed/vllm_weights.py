@@ -163,6 +163,35 @@ class WeightFile:
             (self.folder / FILE).unlink(missing_ok=True)
 
 
+class AdapterFiles:
+    """Adapters in peft's format, in this node's memory. vLLM reads a set from its folder when it is first needed."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.folder: Path | None = None
+
+    def write(self, weights: Mapping[str, Tensor], config: str) -> None:
+        """A new set with the text of its adapter_config.json; the last one's folder goes."""
+        from safetensors.torch import save_file
+
+        before, self.number = self.folder, self.number + 1
+        self.folder = Path(tempfile.mkdtemp(prefix="bessemer-adapter-", dir=SHARED if Path(SHARED).is_dir() else None))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        (self.folder / "adapter_config.json").write_text(config, encoding="utf-8")
+        alone = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(alone, self.folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
+
+    def request(self) -> Any:
+        """What a call of vLLM samples with; None before the first set: the model without adapters."""
+        if self.folder is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(f"policy-{self.number}", self.number, str(self.folder))
+
+
 class FileWeights:
     def __init__(self, llm: Any, config: Path) -> None:
         self.llm, self.file = llm, WeightFile(config)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bessemer import heartbeat
 from bessemer.addons.distributed import ray_cluster
-from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMSettings
+from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMOptions
 from bessemer.addons.distributed.ray_worker import JobResult, RolloutWorker, versions
 from bessemer.engine.generation import Completion, GenerationBatch
 from bessemer.errors import UserError
@@ -58,7 +58,7 @@ class WorkerPool:
 
     def __init__(
         self, cluster: ray_cluster.RayCluster, kind: str, directory: str, n: int, gpus: int,
-        say: Callable[[str], None], vllm: VLLMSettings = DEFAULTS,
+        say: Callable[[str], None], vllm: VLLMOptions = DEFAULTS,
     ) -> None:  # fmt: skip
         self.cluster, self.ray, self.say = cluster, cluster.ray, say
         cluster.check(n, gpus)
