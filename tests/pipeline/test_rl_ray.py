@@ -28,7 +28,10 @@ from bessemer.workers import side_by_side
 COIN = rl_stage.COIN
 ALL = (COIN, "rollouts=4", "top_p=0.9",
        rl_stage.AHEAD_CORRECTED, "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
-TIMES = ("rl/trainer_waited", "rl/workers_waited", "rl/handover_seconds", "rl/worker_restarts")
+TIMES = (
+    "rl/trainer_waited", "rl/workers_waited", "rl/trainer_waited_seconds", "rl/workers_waited_seconds",
+    "rl/handover_seconds", "rl/worker_restarts",
+)  # fmt: skip
 MINUTE = 60
 
 

@@ -55,7 +55,8 @@ class HookTable(PluginTable):
     name: str
     """correction: importance weights from the sampler to the policy, for off-policy samples, or samples generated in
     another number format (`form`, `cap`); routing-replay: train with the experts that the sampler chose for each token;
-    sample-ahead: sample each rollout one rollout before its updates, so that separate workers are never idle (R1: no);
+    sample-ahead: sample each rollout up to `max_off_policy_rollouts` (1 to 8) rollouts before its updates, so that
+    separate workers are never idle (R1: no), with `segment` in parts of so many tokens, each by the newest weights;
     export-samples: write samples as conversations for an SFT stage (`which`); or a component of your own
     (docs/plugins.md)."""
 

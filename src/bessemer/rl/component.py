@@ -85,7 +85,7 @@ class Component:
         """The step is done; not called if the guard went back to a checkpoint, which `restore` follows."""
 
     def before_save(self, number: int) -> None:
-        """A checkpoint may be written now, and rollout `number` comes next."""
+        """A checkpoint is written now, and rollout `number` comes next."""
 
     def metrics(self) -> Metrics:
         """After the last update of a rollout."""

@@ -148,7 +148,6 @@ class Loop:
             ctx.progress.advance(1, f"reward {reward:.3f}, accuracy {accuracy:.3f}{score}, length {length:.0f}")
             if (number + 1) % settings.heldout.every == 0 or number + 1 == settings.rollouts:
                 self.evaluator.evaluate(self.cap())
-            self._before_save(number + 1)
             self._keep_if_due(number + 1)
             if trainer.stop():
                 trainer.save()
@@ -179,8 +178,8 @@ class Loop:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
         trainer.start()
         self._restore()
-        # The cursor counts rows, as in pre-training: it does not move when the guard goes back to older weights.
-        first = -(-trainer.rows // (settings.prompts_per_rollout * settings.samples))
+        first = self._next()
+        trainer.before_write = self._before_write
         ctx.rewind(trainer.step or -1)  # at step 0 the gate writes its lines again
         self.evaluator.begin()
         ctx.progress.total(settings.rollouts, "rollouts", done=first)
@@ -202,7 +201,6 @@ class Loop:
                     self.trainer.save()
                     self.trainer.finish()
                 result = self._rollout(n)
-                self._before_save(n + 1)
                 self.ctx.progress.advance(1)
                 if n >= number:
                     yield result
@@ -286,9 +284,14 @@ class Loop:
                 component.after_step()
         return values
 
-    def _before_save(self, number: int) -> None:
+    def _before_write(self) -> None:
         for component in self.components:
-            component.before_save(number)
+            component.before_save(self._next())
+
+    def _next(self) -> int:
+        """The number of the next rollout. The cursor counts rows, as in pre-training: it does not move when the guard
+        goes back to older weights."""
+        return -(-self.trainer.rows // (self.settings.prompts_per_rollout * self.settings.samples))
 
     def _restore(self) -> None:
         """Restores all components to the checkpoint that the trainer resumed from."""

@@ -105,6 +105,8 @@ class Checkpointed:
         self.companions: dict[str, Checkpointed] = {}
         """Trainers by name whose weights and moments are saved in this one's checkpoints, so that after a kill all
         resume from the same step. Fill it before `start`."""
+        self.before_write: Callable[[], None] = lambda: None
+        """Called before a checkpoint is written, to complete `extras` and `extra_tensors`."""
         self._saved_at, self._saved_step = time.monotonic(), -1
         self._save_cost = 0.0
         """Seconds that training waited for the last checkpoint."""
@@ -181,6 +183,7 @@ class Checkpointed:
     def _write(self) -> Path:
         assert self.store is not None, "save() has checked it"
         start = time.monotonic()
+        self.before_write()
         path = self.store.write(self)
         self._saved_at, self._saved_step = time.monotonic(), self.step
         self._save_cost = self._saved_at - start

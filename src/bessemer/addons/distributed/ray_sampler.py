@@ -282,7 +282,9 @@ class RaySampler:
         self._since = now
         return {
             "rl/trainer_waited": waited / wall,
+            "rl/trainer_waited_seconds": waited,
             "rl/workers_waited": max(0.0, 1.0 - busy / (wall * len(pool.workers))),
+            "rl/workers_waited_seconds": max(0.0, wall - busy / len(pool.workers)),
             "rl/handover_seconds": handover,
             "rl/worker_restarts": float(deaths),
         }

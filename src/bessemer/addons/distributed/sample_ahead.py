@@ -1,12 +1,20 @@
-"""The hook "sample-ahead": each rollout is sampled one rollout before its updates.
+"""The hook "sample-ahead": each rollout is sampled up to `max_off_policy_rollouts` rollouts before its updates.
 
-Rollout n + 1 is sampled by the policy before the updates of rollout n, so its sampling does not depend on those updates
-and may overlap them. It is `updates_per_rollout` steps old when its own updates begin (`rl/staleness`). A run depends
-only on this order, never on timing. Ray workers sample while the trainer computes. In the trainer's process, sampling
-and updates take turns, each on all cores, which is faster there than one core for each (bench/rl_overlap.py).
+With k = `max_off_policy_rollouts`, rollout n + k is sampled by the policy before the updates of rollout n, so its
+sampling does not depend on those updates and may overlap them; k rollouts are in flight. It is
+k * `updates_per_rollout` steps old when its own updates begin (`rl/staleness`). A run depends only on this order, never
+on timing. Ray workers sample while the trainer computes. In the trainer's process, sampling and updates take turns,
+each on all cores, which is faster there than one core for each (bench/rl_overlap.py).
 
-A finished rollout of an older policy that no update has used yet is saved in the trainer's checkpoint. A rollout of the
-checkpoint's own policy is not: it is sampled again.
+With `segment`, an answer that is not finished after so many tokens goes on with the weights of the next rollout's
+updates, and so forth until its rollout is due (`partial_rollout`).
+
+A checkpoint holds every rollout in flight of an older policy, finished or in part: the policy that drew it is gone.
+A rollout of the checkpoint's own policy is not saved: it is sampled again, the same.
+
+    [[stage.hooks]]
+    name = "sample-ahead"
+    max_off_policy_rollouts = 4
 """
 
 from __future__ import annotations
@@ -14,15 +22,20 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from bessemer import tasks
+from bessemer.addons.distributed.partial_rollout import VERSION, PartialRollout
+from bessemer.config.rl import RLConfig
 from bessemer.engine.answers import Spoken
 from bessemer.engine.generation import Completion
 from bessemer.engine.kept_tokens import KeptTokens
-from bessemer.rl.component import Component
+from bessemer.errors import UserError
+from bessemer.rl.component import Component, Metrics
 from bessemer.rl.generator import RolloutGenerator
 from bessemer.rl.parts import LoopParts
 from bessemer.rl.rollout import Group, Rollout, ScoredSample, values_of
@@ -62,21 +75,62 @@ class PendingRollout:
 
 
 class SampleAhead(Component):
+    """`max_off_policy_rollouts`: rollouts in flight beside the one that is trained on. `segment`: tokens that a policy
+    writes of an answer that is not due yet; 0: it writes the whole answer."""
+
     ahead = True
 
-    def __init__(self, loop: LoopParts) -> None:
-        self.loop, self.trainer = loop, loop.trainer
+    def __init__(
+        self, loop: LoopParts, *, max_off_policy_rollouts: Annotated[int, Field(ge=1, le=8)] = 1,
+        segment: Annotated[int, Field(ge=0)] = 0,
+    ) -> None:  # fmt: skip
+        self.loop, self.trainer, self.most, self.segment = loop, loop.trainer, max_off_policy_rollouts, segment
         self.finished: dict[int, Rollout] = {}
         """Finished and not yet taken, by number."""
         self.pending: dict[int, PendingRollout] = {}
+        self.partial: dict[int, PartialRollout] = {}
+        """Those written in segments."""
+
+    @staticmethod
+    def check(config: RLConfig, **settings: Any) -> None:
+        segment = settings.get("segment", 0)
+        where = f'stage "{config.name}": hook sample-ahead: segment = {segment}'
+        if segment and config.max_resamples > 1:
+            raise UserError(f"{where} needs max_resamples = 1: which problems follow depends on finished answers")
+        episodic = [name for name in (*config.tasks, *config.general_tasks) if tasks.get(name).episodic]
+        if segment and episodic:
+            raise UserError(f"{where} cuts single answers, but {episodic[0]} has episodes; leave segment out")
 
     def take(self, number: int) -> Rollout:
-        """Rollout `number`. Also starts the next one with the current policy."""
+        """Rollout `number`. Also starts those that may be in flight beside it, with the current policy."""
+        if self.segment:
+            return self._take_partial(number)
         self._start(number)
         taken = self._finish(number)
         # lower numbers are from before the guard went back, which does not move the cursor
         self.finished = {n: rollout for n, rollout in self.finished.items() if n > number}
         return taken
+
+    def _take_partial(self, number: int) -> Rollout:
+        """The same in segments: everything in flight goes on with the current policy, and what is due is finished."""
+        self.partial = {n: partial for n, partial in self.partial.items() if n >= number}
+        step = self.trainer.step
+        for n in range(number, min(number + self.most + 1, self.loop.settings.rollouts)):
+            if n not in self.partial:
+                cap = self.loop.cap()
+                self.partial[n] = PartialRollout(self.loop.generator, n, cap, step, self.segment)
+            self.partial[n].submit(step)
+        return self.partial.pop(number).finish(step)
+
+    def sampled(self, number: int, rollout: Rollout) -> Metrics:
+        """How many optimizer steps old the tokens of a sample are in the mean, over the samples; and the oldest."""
+        ages = [
+            self.trainer.step - torch.tensor(sample.per_token.get(VERSION) or [float(rollout.step)])
+            for group in rollout.groups
+            for sample in group
+        ]
+        means = torch.stack([age.mean() for age in ages])
+        return {"rl/staleness_mean": float(means.mean()), "rl/staleness_max": float(max(age.max() for age in ages))}
 
     def after_step(self) -> None:
         """Scores the samples that have arrived."""
@@ -85,6 +139,8 @@ class SampleAhead(Component):
     def before_save(self, number: int) -> None:
         """Waits for the samples of older policies. Later rollouts are started first, so that no worker waits for the
         checkpoint; `take(number)` finds the same policy."""
+        for partial in self.partial.values():
+            partial.collect()
         if older := [n for n, pending in self.pending.items() if pending.step < self.trainer.step]:
             self._start(number)
             for n in older:
@@ -92,7 +148,7 @@ class SampleAhead(Component):
         self._store()  # also what `_poll` finished: a rollout that was ready early is as old as one that was waited for
 
     def restore(self) -> None:
-        self.finished, self.pending = {}, {}
+        self.finished, self.pending, self.partial = {}, {}, {}
         for name, stored in self.trainer.extras.get(KEY, {}).items():
             number, prefix = int(name), f"{KEY}/{name}/"
             tensors = {
@@ -107,11 +163,15 @@ class SampleAhead(Component):
                     "problems now; it is sampled again"
                 )
                 continue
-            groups = unpack(stored["groups"], tensors, problems)
-            self.finished[number] = Rollout(groups, stored["asked"], stored["cap"], stored["step"])
+            groups, cap, step = unpack(stored["groups"], tensors, problems), stored["cap"], stored["step"]
+            if self.segment:
+                partial = PartialRollout(self.loop.generator, number, cap, step, self.segment)
+                self.partial[number] = partial.restored(groups)
+            else:
+                self.finished[number] = Rollout(groups, stored["asked"], cap, step)
 
     def _start(self, number: int) -> None:
-        for n in range(number, min(number + 2, self.loop.settings.rollouts)):
+        for n in range(number, min(number + self.most + 1, self.loop.settings.rollouts)):
             if n not in self.finished and n not in self.pending:
                 self.pending[n] = PendingRollout(self.loop.generator, n, self.loop.cap(), self.trainer.step)
         self._poll()
@@ -120,6 +180,8 @@ class SampleAhead(Component):
         for number, pending in list(self.pending.items()):
             if pending.poll():
                 self._finish(number)
+        for partial in self.partial.values():
+            partial.poll()
 
     def _finish(self, number: int) -> Rollout:
         if number not in self.finished:
@@ -131,7 +193,8 @@ class SampleAhead(Component):
         trainer = self.trainer
         tensors = {key: value for key, value in trainer.extra_tensors.items() if not key.startswith(f"{KEY}/")}
         stored = {}
-        for number, waiting in self.finished.items():
+        parts = {n: Rollout(p.groups, len(p.groups), p.cap, p.step) for n, p in self.partial.items()}
+        for number, waiting in (self.finished | parts).items():
             if waiting.step >= trainer.step:
                 continue
             groups, packed = pack(waiting.groups)

@@ -97,6 +97,12 @@ def _scales_by_std(stage: RLConfig) -> bool:
     return bool(stage.advantage.settings.get("scale_by_std", True))
 
 
+def _behind(stage: RLConfig) -> int:
+    """Rollouts between sampling and updates."""
+    ahead = [hook.settings for hook in stage.hooks if hook.name == "sample-ahead"]
+    return sum(settings.get("max_off_policy_rollouts", 1) for settings in ahead)
+
+
 def _own_hooks(stage: RLConfig) -> str:
     return ", ".join(hook.name for hook in stage.hooks if ":" in hook.name)
 
@@ -304,7 +310,7 @@ ITEMS: tuple[Item, ...] = (
     Item("On policy, every sample used", "R1-Nature B",
          "{behind} rollouts behind, {max_resamples} round, {filter}",
          _rl, "rl/generator.py", "pipeline/test_rl_reference.py",
-         dict(behind=Read(0, lambda f, s: sum(x.name == "sample-ahead" for x in s.hooks)), max_resamples=1,
+         dict(behind=Read(0, lambda f, s: _behind(s)), max_resamples=1,
               filter=Read("no filter", lambda f, s: _own_hooks(s) or "no filter"))),
     Item("Learning rate of RL", "R1-Nature B", "{lr}", _rl, "train/trainer.py", "pipeline/test_rl_reference.py",
          sizes=dict(lr=Read(3e-6, lambda f, s: max(s.lr.values)))),
