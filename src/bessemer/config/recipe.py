@@ -153,7 +153,9 @@ class Recipe(Head):
         head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where, set_by=arguments)
         if not NAME.fullmatch(head.name):
             label = arguments.get("name", where)
-            raise UserError(f'{label}: name is "{head.name}"; use letters, digits, ".", "-" and "_" (it names a folder)')
+            raise UserError(
+                f'{label}: name is "{head.name}"; use letters, digits, ".", "-" and "_", because it names a folder'
+            )
         writers = [stage.name for stage in stages if stage.makes_model]
         if head.main is not None and head.main not in writers:
             label = arguments.get("main", where)
