@@ -26,7 +26,7 @@ def test_every_claim_of_the_account_is_there():
     assert list(registry.claims()) == [f"{letter}{n + 1}" for letter, most in numbers.items() for n in range(most)]
 
 
-def test_both_languages_say_the_same():
+def test_both_languages_have_the_same_placeholders():
     for name, claim in registry.claims().items():
         texts = [claim.text, *filter(None, (claim.found, claim.limit))]
         for english, chinese in texts:

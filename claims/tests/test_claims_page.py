@@ -40,7 +40,7 @@ def opened(browser, file, request):
     assert set(complaints) == {f"file://{file}"}
 
 
-def test_the_page_in_docs_is_what_the_committed_results_give():
+def test_docs_page_matches_committed_results():
     root = Path(__file__).parents[2]
     due = "run: python claims/tools/page.py"
     all_cards = page.committed()

@@ -66,7 +66,7 @@ def test_noise_is_in_training_rows_alone(feed_of):
     assert torch.equal(held, held_too)
 
 
-def test_targets_of_another_row_are_no_row_s_own_whatever_the_micro_batch(feed_of):
+def test_shuffled_targets_never_match_their_row_in_any_micro_batch(feed_of):
     feed = feed_of()
     whole_step, alone = feed.batch(3, 4), [feed.batch(row, 1) for row in range(3, 7)]
     targets = [batch.extras["mtp_tokens_BT"] for batch in alone]

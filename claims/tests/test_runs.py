@@ -269,7 +269,7 @@ def test_the_arms_of_a_seed_come_from_one_source():
         ({1: "ref MHA"}, {1: "ref DACT DTOT", 2: "ref"}, {1: "DACT DTOT", 2: "ref"}),  # neither has all arms
     ],
 )
-def test_saved_seeds_are_whole(held, own, saved):
+def test_saved_seeds_are_complete(held, own, saved):
     """`saved`: the arms that come from `own`."""
 
     def made(seeds: dict[int, str], bpb: float) -> list[ArmResult]:
@@ -358,7 +358,7 @@ def test_the_worst_part_is_chosen_by_other_seeds():
     assert abs(sum(chosen) / len(chosen)) < 0.2 and sum(own) / len(own) > 1.5
 
 
-def test_results_of_other_rules_and_settings_are_named_and_left_out(tmp_path):
+def test_results_of_other_rules_and_settings_are_excluded_by_name(tmp_path):
     good = result("ref", 1, bpb=2.0)
     other_rules = ArmResult(**{**vars(good), "seed": 2, "rules": "0" * 64})
     other_arm = ArmResult(**{**vars(good), "seed": 3, "settings": "0" * 16})

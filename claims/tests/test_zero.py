@@ -65,7 +65,7 @@ def test_controls_differ_from_r1_zero_in_one_thing():
         assert sum(mix[kind] for kind in ("systematic", "sloppy", "average", "careful")) == pytest.approx(1)
 
 
-def test_settings_of_stages_that_an_arm_does_not_run_do_not_matter():
+def test_settings_of_unused_stages_do_not_change_an_arm():
     jobs = {job.arm: job for job in zero.jobs("full")}
     assert set(jobs["coin"].settings["recipe"]) == {"model", "corpus", "base", "coin", "right", "eval"}
     assert "student" in jobs["distilled"].settings["recipe"] and "student" not in jobs["right"].settings["recipe"]
@@ -73,7 +73,7 @@ def test_settings_of_stages_that_an_arm_does_not_run_do_not_matter():
 
 
 @pytest.mark.parametrize("part", [zero, machine])
-def test_every_metric_is_one_of_the_rules_and_its_controls_are_too(part):
+def test_metrics_and_controls_match_the_rules(part):
     known_arms = set(zero.arms()) if part is zero else set(machine.MEASURED)
     for (claim, metric), how in part.METRICS.items():
         rule = next(rule_part for rule_part in registry.rules().claim[claim].parts if rule_part.metric == metric)
@@ -88,7 +88,7 @@ ROW = {
 }  # fmt: skip
 
 
-def test_numbers_are_means_over_languages_by_what_was_asked():
+def test_numbers_are_means_over_languages_per_task():
     other = ROW | {"pass_at_1": 0.75, "unreadable": {}, "readable": 0.7}
     result = zero.numbers(
         [ROW, other, ROW | {"temperature": 0.6}, ROW | {"shots": 3, "shot_kind": "direct"}], "countdown"
@@ -134,7 +134,7 @@ class Asked(dict):
         return self.setdefault(key, 1.0)
 
 
-def test_a_control_that_asks_other_questions_than_its_part_says_so():
+def test_controls_that_use_other_questions_are_labelled():
     """A control that asks models again has words of its own unless it repeats its part's numbers."""
     other = set()
     for (claim, metric), how in zero.METRICS.items():

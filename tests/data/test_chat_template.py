@@ -57,7 +57,7 @@ def test_texts_match_those_of_transformers(name, ask):
         ("x" * (chat_template.LONGEST_TEMPLATE + 1), "characters; the limit is"),
     ],
 )
-def test_what_goes_too_far_is_an_error_and_the_next_one_works(text, message):
+def test_unsafe_or_endless_templates_fail_without_breaking_the_next(text, message):
     begun = time.process_time()
     with pytest.raises(UserError, match=message):
         ChatTemplate(text, {})(TALK, True)

@@ -44,7 +44,7 @@ def test_boundary_tokens_split_into_mark_and_line_breaks(tokenizer):
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
-def test_no_blank_appears_inside_a_text_with_tokenizers_that_begin_texts_with_one(tmp_path, scheme):
+def test_leading_blank_tokenizers_add_no_blank_inside_a_text(tmp_path, scheme):
     vocabulary = {piece: n for n, piece in enumerate(("<unk>", "</s>", *"▁hi.\n", ".\n"))}
     tok = Tokenizer(models.BPE(vocab=vocabulary, merges=[(".", "\n")], unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)

@@ -105,7 +105,7 @@ def test_r1_drops_the_thinking_of_earlier_turns_and_opens_a_new_one():
     )
 
 
-def test_a_last_assistant_turn_is_kept_whole_and_not_prompted_after():
+def test_final_assistant_turn_is_kept_without_generation_prompt():
     assert chat.render(TALK[:3], "r1").endswith(f"<｜Assistant｜>{TALK[2]['content']}{chat.EOS}")
     assert chat.render(TALK[:3], "zero").endswith(f"Assistant:{TALK[2]['content']}{chat.EOS}")
 

@@ -22,7 +22,7 @@ def pack(lengths, row_length):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(2, 16))
-def test_packing_keeps_every_token_once_and_cuts_only_what_is_too_long(lengths, row_length):
+def test_packing_keeps_every_token_and_splits_only_overlong_documents(lengths, row_length):
     rows = pack(lengths, row_length)
     tokens = sorted(token for row in rows for piece in row for token in piece)
     assert tokens == list(range(sum(lengths)))
@@ -105,7 +105,7 @@ def test_rows_hold_exactly_the_documents(built, documents, tokenizer):
     assert built.train.waste < 0.05
 
 
-def test_the_heldout_share_is_about_what_was_asked_and_is_decided_by_the_text():
+def test_heldout_share_is_close_to_the_request_and_depends_on_text_alone():
     texts = [f"text {n}" for n in range(4000)]
     held_out = {text for text in texts if is_heldout(text, 0.02)}
     assert 40 < len(held_out) < 130  # 80 expected, standard deviation 9
@@ -122,7 +122,7 @@ def test_a_batch_counts_neither_padding_nor_first_tokens(built):
     assert (batch.loss_BT == expected).all() and batch.segments_BT is None
 
 
-def test_a_segment_holds_tokens_of_one_document_though_its_piece_has_no_bos(built, tokenizer):
+def test_segments_never_mix_documents_even_without_bos(built, tokenizer):
     rows = built.train
     batch = rows.batch(range(rows.n_rows), masked=True)
     documents_read = [document.tobytes() for document in rows.documents()]
@@ -139,7 +139,7 @@ def test_a_segment_holds_tokens_of_one_document_though_its_piece_has_no_bos(buil
     assert rows.batch(order).segments_BT is None
 
 
-def test_the_same_build_gives_the_same_bytes_and_replaces_the_old(built, documents, tokenizer, tmp_path):
+def test_rebuilding_gives_the_same_bytes_and_replaces_the_old(built, documents, tokenizer, tmp_path):
     first = corpus.build(documents[:100], tokenizer, 64, tmp_path / "c")
     again = corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0.1)
     assert first.train.n_rows < again.train.n_rows

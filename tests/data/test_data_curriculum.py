@@ -11,7 +11,7 @@ from bessemer.data.rows import open_rows
 from bessemer.errors import UserError
 
 
-def test_stretches_change_with_the_length_and_keep_their_rows():
+def test_curriculum_sections_follow_length_and_keep_their_rows():
     lengths = lambda tokens: 32 if tokens < 1000 else 64  # noqa: E731 (a schedule)
     stretches = sections(2000, lengths, lambda tokens: 256 // lengths(tokens))
     # steps of 256 tokens: four up to 1,024, then four more
@@ -31,7 +31,7 @@ def parts_of(documents, tokenizer, tmp_path_factory):
     return lambda length: {name: open_rows(folder / name, "train", length) for name in ("a", "b")}
 
 
-def test_a_stretch_reads_on_where_the_one_before_ended(parts_of):
+def test_curriculum_sections_continue_reading(parts_of):
     plan = [CurriculumSection(32, 0, 0, 40), CurriculumSection(64, 40 * 32, 40, 20)]
     curriculum = Curriculum(plan, parts_of, {"a": 0.25, "b": 0.75}, seed=1, caps={"a": 50})
     first, second = curriculum.mixtures
@@ -47,7 +47,7 @@ def test_a_stretch_reads_on_where_the_one_before_ended(parts_of):
     assert shares["a"] == pytest.approx(expected) and sum(shares.values()) == pytest.approx(1)
 
 
-def test_weights_that_are_no_shares_are_reported_once_and_not_during_training(parts_of):
+def test_weights_that_are_not_shares_are_reported_once_before_training(parts_of):
     plan = [CurriculumSection(32, 0, 0, 40), CurriculumSection(64, 40 * 32, 40, 20)]
     with pytest.warns(UserWarning, match="sum to 4, not 1"):
         curriculum = Curriculum(plan, parts_of, {"a": 1.0, "b": 3.0}, seed=1)

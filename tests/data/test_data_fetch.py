@@ -95,7 +95,7 @@ def test_offline_the_error_names_file_and_folder(wheel, tmp_path, monkeypatch):
         assert word in str(error.value)
 
 
-def test_two_processes_that_want_one_package_fetch_it_once(wheel, tmp_path, monkeypatch):
+def test_concurrent_fetches_download_once(wheel, tmp_path, monkeypatch):
     path, package = wheel
     calls = []
     monkeypatch.setattr(fetching, "_command", copies(path, calls))

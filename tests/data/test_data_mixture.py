@@ -171,7 +171,7 @@ def test_data_that_ends_is_refused_and_says_when():
         Mixture(PARTS, WEIGHTS, span=Span(ROWS, caps={"a": 1, "b": 1, "c": 2}))
 
 
-def test_a_stretch_continues_where_the_one_before_it_ended():
+def test_spans_continue_where_the_previous_one_ended():
     uninterrupted = Mixture(PARTS, WEIGHTS, seed=3, span=Span(ROWS, caps={"c": 4}))
     read = {"a": 2.0, "b": 0.0, "c": 3.9}
     later = Mixture(PARTS, WEIGHTS, seed=3, span=Span(ROWS, first_token=99, caps={"c": 4}, read=read))
@@ -194,7 +194,7 @@ def test_bad_schedules(weights, caps, word):
         Mixture(PARTS, weights, span=Span(ROWS, caps=caps))
 
 
-def test_scheduled_weights_that_do_not_sum_to_one_are_reported_with_their_position():
+def test_scheduled_weights_not_summing_to_one_are_reported_with_position():
     with pytest.warns(UserWarning, match=r"sum to 0\.\d+ at [\d,]+ tokens"):
         Mixture(PARTS, {**WEIGHTS, "a": ramp([(0, 0.1), (1, 0.1)])}, span=Span(ROWS))
 

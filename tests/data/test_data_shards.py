@@ -88,7 +88,7 @@ def test_a_shard_that_changes_under_a_running_job_is_named(documents, tokenizer,
     assert len(wrong) == 1 if damage == "flip" else len(wrong) > 1
 
 
-def test_a_large_corpus_is_compared_by_size_until_it_is_asked_for_more(documents, tokenizer, tmp_path, monkeypatch):
+def test_large_corpora_are_compared_by_size_unless_hashing_is_requested(documents, tokenizer, tmp_path, monkeypatch):
     corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0)
     path = tmp_path / "c" / "train-00000.tokens"
     content = bytearray(path.read_bytes())
@@ -102,7 +102,7 @@ def test_a_large_corpus_is_compared_by_size_until_it_is_asked_for_more(documents
         shards.check(tmp_path / "c", shards.read_meta(tmp_path / "c"))
 
 
-def test_a_plan_that_was_cut_short_by_a_kill_is_made_again(documents, tokenizer, tmp_path):
+def test_truncated_plans_are_rebuilt(documents, tokenizer, tmp_path):
     rows = corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0).train
     pieces, counts = plan_files(tmp_path / "c" / "rows-64", "train-00000")
     pieces.unlink()
@@ -162,7 +162,7 @@ def test_one_wrong_bit_in_any_file_is_a_message(documents, tokenizer, tmp_path):
     assert harmless < 5, "white space in a header"
 
 
-def test_metadata_of_version_0_2_has_no_checksum_and_its_values_are_still_looked_at(documents, tokenizer, tmp_path):
+def test_metadata_without_checksum_is_still_validated(documents, tokenizer, tmp_path):
     corpus.build(documents[:60], tokenizer, 32, tmp_path / "c", heldout=0.3)
     good, path = everything(tmp_path / "c"), tmp_path / "c" / "meta.json"
     facts = json.loads(path.read_text())

@@ -122,7 +122,7 @@ def test_a_tag_that_a_user_types_is_text(tmp_path, make):
     assert spoken.count(tok.think_id) == spoken.count(tok.think_end_id) == 1
 
 
-def test_answers_are_marked_with_their_end_and_nothing_else(directory):
+def test_only_answers_and_their_end_are_trained_on(directory):
     tok = load_tokenizer(directory)
     messages = [*TALK, {"role": "assistant", "content": "quite"}]
     ids, answers = chat.render_answers(tok, messages)
@@ -174,7 +174,7 @@ PUBLISHED_NAMES = {
 
 @pytest.mark.parametrize("row_length", [64, 32_768])
 @pytest.mark.parametrize("model", PUBLISHED_NAMES)
-def test_the_end_of_every_document_is_trained_on_where_it_is_also_the_padding(tmp_path, model, row_length):
+def test_document_ends_are_trained_on_when_eos_is_also_padding(tmp_path, model, row_length):
     template, bos, names, controls, answer_end = PUBLISHED_NAMES[model]
     begun = {"bos_token": bos} if bos else {}
     tok = load_tokenizer(houses.full_size(tmp_path / "model", controls, template, bos, **names, **begun))
@@ -208,7 +208,7 @@ def test_the_end_of_every_document_is_trained_on_where_it_is_also_the_padding(tm
         ("glm4moe", "", "<|user|>"),
     ],
 )
-def test_templates_that_write_an_empty_thought_before_an_answer_without_one(tmp_path, name, opening, end):
+def test_templates_that_add_an_empty_thought(tmp_path, name, opening, end):
     if not (PUBLISHED / f"{name}.jinja").exists():
         pytest.skip("this version of TRL lacks it")
     controls = (*houses.CONTROLS, *GLM)
@@ -266,7 +266,7 @@ FIXED = V3_1.replace("'<think>' if thinking else ", "").replace("|></think>' + m
         (houses.KEEPS_THOUGHTS, False, "<think>\n\n</think>\n\n"),
     ],
 )  # fmt: skip
-def test_the_thinking_switch_reaches_templates_that_have_one_and_is_added_to_others(tmp_path, template, thinking, end):
+def test_thinking_switch_works_with_and_without_template_support(tmp_path, template, thinking, end):
     folder = houses.llama3(tmp_path, template, tags=True)
     tok = load_tokenizer(folder)
     for messages in (QUESTION, TALK, [{"role": "user", "content": "say </think><think>"}]):
@@ -280,7 +280,7 @@ def test_the_thinking_switch_reaches_templates_that_have_one_and_is_added_to_oth
 
 @pytest.mark.parametrize("variants", [(), ("rstrip",), ("lstrip", "rstrip")])
 @pytest.mark.parametrize("blank", ["first", "always", "prepend", "never"])
-def test_a_raw_prompt_has_the_ids_of_the_library_where_it_spells_control_tokens(tmp_path, blank, variants):
+def test_raw_prompts_with_control_tokens_encode_as_in_the_library(tmp_path, blank, variants):
     folder = houses.sentencepiece(tmp_path, houses.ZEPHYR, blank)
     spec = json.loads((folder / "tokenizer.json").read_text())
     for token in spec["added_tokens"]:
@@ -293,7 +293,7 @@ def test_a_raw_prompt_has_the_ids_of_the_library_where_it_spells_control_tokens(
 
 
 @pytest.mark.parametrize("blank", ["first", "always", "prepend"])
-def test_a_tokenizer_that_begins_texts_with_a_blank_does_not_begin_answers_with_one(tmp_path, blank):
+def test_answers_get_no_leading_blank(tmp_path, blank):
     """Llama 2 and its descendants; only after a control token a text begins anew."""
     folder = houses.sentencepiece(tmp_path, houses.ZEPHYR, blank)
     tok = load_tokenizer(folder)
@@ -431,7 +431,7 @@ def test_a_template_that_refuses_says_so(tmp_path):
         chat.render_ids(tok, [{"role": "system", "content": "be kind"}, *QUESTION])
 
 
-def test_a_template_that_changes_earlier_turns_is_no_use_for_training_on_many_answers(tmp_path):
+def test_templates_that_rewrite_earlier_turns_are_refused_for_multi_turn_training(tmp_path):
     """Mistral's writes the system message before the last question; prompts need no answers located."""
     late = houses.MISTRAL.replace(
         "{{ '[INST] '", "{{ '[INST] ' + (messages[0]['content'] if loop.last and loop.index > 1 else '')"

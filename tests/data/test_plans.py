@@ -129,7 +129,7 @@ def test_processes_plan_a_shard_once_between_them(corpus, tmp_path):
             assert first.read_bytes() == second.read_bytes()
 
 
-def test_what_a_killed_process_was_planning_is_planned_again(corpus, tmp_path):
+def test_plans_of_a_killed_process_are_redone(corpus, tmp_path):
     def die(*arguments):
         raise SystemExit(9)
 

@@ -163,7 +163,7 @@ def test_steps_of_a_number_of_conversations(packed, examples):
         (4, {"batch_examples": 8}, (10, 4.0)),
     ],
 )  # fmt: skip
-def test_what_the_recipe_leaves_open_gives_twenty_steps_where_it_can(n_rows, set_by_hand, expected):
+def test_default_steps_are_twenty_where_possible(n_rows, set_by_hand, expected):
     config = SFTConfig(kind="sft", lr=1e-3, lr_final=1e-4, **set_by_hand)
     rows = sft_rows.SFTRows(np.zeros((n_rows, ROW), sft_rows.DTYPE), {"samples": 2 * n_rows}, 0)
     assert sft_rows.fitted(rows, config) == expected

@@ -145,7 +145,7 @@ def test_turns_continue_the_same_ids(tokenizer, marked, style):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(CONTENT, min_size=1, max_size=3), CONTENT, st.sampled_from(chat.STYLES), st.booleans())
-def test_nobody_forges_a_call_or_an_output(tokenizer, marked, outputs, question, style, with_tokens):
+def test_user_text_cannot_forge_calls_or_outputs(tokenizer, marked, outputs, question, style, with_tokens):
     tok = marked if with_tokens else tokenizer
     messages = [{"role": "user", "content": question}, TALK[1]]
     messages += [{"role": "tool", "content": output} for output in outputs]
@@ -159,7 +159,7 @@ def test_nobody_forges_a_call_or_an_output(tokenizer, marked, outputs, question,
     assert seen[0] == seen[1]
 
 
-def test_calls_come_back_as_they_went(marked):
+def test_calls_round_trip(marked):
     arguments = {"city": f"{CALL_END}<｜tool", "n": [1, {"x": None}]}
     text = "<think>a</think>Yes." + tools.calls_text([called("now", "{}"), called("get_weather", arguments)])
     content, (first, second) = parse_calls(text, TOOLS)
@@ -195,7 +195,7 @@ def one(name, arguments):
         (f"{CALLS}{CALL}no", "", "stopped there"),
     ],
 )
-def test_broken_calls_say_why(text, content, why):
+def test_malformed_calls_report_the_reason(text, content, why):
     remaining, calls = parse_calls(text, TOOLS)
     assert remaining == content and len(calls) == 1 and isinstance(calls[0], BrokenCall) and why in calls[0].why, calls
 
@@ -217,7 +217,7 @@ HOSTILE = st.lists(st.sampled_from([*chat.MARKS, *one("now", '{"a": 1}'), "<thin
 
 @settings(max_examples=300, deadline=None)
 @given(HOSTILE.map("".join), st.booleans(), st.integers(1, 30))
-def test_a_stream_says_the_same(text, thinking, size):
+def test_streamed_parsing_matches_whole_parsing(text, thinking, size):
     def read(parts):
         parser = CallParser(thinking)
         seen = [piece for part in parts for piece in parser.push(part)] + parser.end()

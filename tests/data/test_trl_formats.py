@@ -50,7 +50,7 @@ def test_conversations(tmp_path, kind, record, messages):
     assert sft_rows.count(read) == 2
 
 
-def test_of_a_prompt_no_answer_is_learnt(tokenizer):
+def test_prompts_are_not_trained_on(tokenizer):
     """With a prompt, only the completion is learnt; in a conversation, all answers are."""
     prompted = document({"prompt": EARLIER, "completion": say("It is blue.")}, "own", "here")
     full = document({"messages": list(prompted.messages)}, "own", "here")

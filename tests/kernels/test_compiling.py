@@ -30,7 +30,7 @@ def test_auto_compiles_where_it_pays(monkeypatch, setting, gpu, compiler, kernel
 
 
 @pytest.mark.parametrize("setting", ["auto", "on"])
-def test_a_gpu_without_a_compiler_runs_uncompiled_and_says_why(monkeypatch, setting):
+def test_gpu_without_compiler_runs_uncompiled_with_a_reason(monkeypatch, setting):
     """Without CUDA the trial fails like any other failure; the warning names the cause and the fix."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     compiling.gpu_compiler_trouble.cache_clear()

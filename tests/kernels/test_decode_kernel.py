@@ -89,7 +89,7 @@ def test_bfloat16_equals_float64_up_to_its_rounding(instructions, variant):
 
 
 @torch.inference_mode()
-def test_a_row_does_not_depend_on_the_others_on_threads_or_on_guesses(instructions):
+def test_rows_do_not_depend_on_batch_threads_or_drafts(instructions):
     for variant in ("v3", "odd widths"):
         model = network(**VARIANTS[variant])
         steps, rows = KernelSteps.of(model), texts(*range(1, 20), 64, 127, 66)
@@ -110,7 +110,7 @@ def test_a_row_does_not_depend_on_the_others_on_threads_or_on_guesses(instructio
 
 
 @torch.inference_mode()
-def test_prefill_equals_float64_and_does_not_depend_on_company_or_cuts(instructions, monkeypatch):
+def test_prefill_equals_float64_in_any_batch_and_chunking(instructions, monkeypatch):
     for variant in ("v3", "odd widths"):
         model, rows = network(**VARIANTS[variant]), texts(1, 64, 150, 33, 65, 2)
         steps = KernelSteps.of(model)
@@ -170,9 +170,7 @@ def short_blocks(monkeypatch):
 
 @pytest.mark.parametrize("variant", ["v3", "odd widths", "yarn, no shared expert"])
 @torch.inference_mode()
-def test_the_expanded_form_equals_float64_and_does_not_depend_on_company_cuts_or_threads(
-    instructions, short_blocks, variant
-):
+def test_expanded_prefill_equals_float64_in_any_batch_chunking_and_thread_count(instructions, short_blocks, variant):
     model, rows = network(**VARIANTS[variant] | {"max_seq_len": 700}), texts(330, 1, 129, 128, 65)
     steps = KernelSteps.of(model)
     actual = prefilled(model, rows, steps=steps)
@@ -210,7 +208,7 @@ def test_the_expanded_form_in_bfloat16(instructions, short_blocks):
 
 
 @torch.inference_mode()
-def test_tokens_that_a_sequence_made_before_it_was_preempted_get_the_same_bits_again(instructions, short_blocks):
+def test_preempted_sequences_recompute_the_same_bits(instructions, short_blocks):
     """They were computed in the absorbed form, by steps; a prefill of prompt and tokens must do the same."""
     model, row = network(max_seq_len=700), texts(200)[0]
     new = texts(150, vocab=77)[0]
@@ -229,7 +227,7 @@ def test_tokens_that_a_sequence_made_before_it_was_preempted_get_the_same_bits_a
 
 
 @torch.inference_mode()
-def test_a_long_prefill_multiplies_hardly_more_than_the_model_s_own_forward():
+def test_long_prefill_needs_hardly_more_products_than_forward():
     """16K tokens: multiplications of the attention, counted by the kernel. The last layer attends for one token."""
     T = 16_384
     model = network(n_layers=2, n_dense_layers=2, n_mtp=0, max_seq_len=T, inter_dim=32)

@@ -72,7 +72,7 @@ def test_equal_scores_take_the_first_experts_and_nan_stays_in_its_row(instructio
     assert torch.equal(routing.weight_NK.isnan().all(-1), torch.tensor([False, False, True, False, False]))
 
 
-def test_bits_do_not_depend_on_threads_and_rows_not_on_others(instructions):
+def test_bits_do_not_depend_on_threads_or_other_rows(instructions):
     gate, _ = gates("tiny", torch.float32)
     x = torch.randn(2000, gate.cfg.dim, requires_grad=True)
     results = []

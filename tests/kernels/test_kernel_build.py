@@ -426,7 +426,7 @@ def test_the_reason_is_reported(monkeypatch, compiler, tmp_path):
     assert status == ("off", f"off ({tmp_path}/compiler failed: error: broken)")
 
 
-def test_one_that_hangs_is_not_tried_for_every_instruction_set(monkeypatch, compiler, tmp_path):
+def test_a_hanging_compiler_is_not_retried_per_instruction_set(monkeypatch, compiler, tmp_path):
     monkeypatch.setattr(build, "SECONDS", 0.3)
     compiler("sleep 100")
     assert "did not finish" in state(monkeypatch, BESSEMER_KERNELS="auto").why

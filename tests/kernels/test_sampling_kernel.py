@@ -63,7 +63,7 @@ def test_rows_with_parameters_of_their_own_equal_the_reference(instructions, V, 
     torch.testing.assert_close(best.logp_B.double().flatten(), exact.squeeze(1), atol=1e-6, rtol=1e-6)
 
 
-def test_what_is_kept_ends_at_the_same_token(instructions):
+def test_kept_sets_end_at_the_same_token(instructions):
     """With tokens of nearly equal probability, one token too many or too few shows in many draws."""
     logits = torch.randn(30 * len(PARAMS), 300, generator=torch.Generator().manual_seed(5)) * 0.05
     actual, (token, _, _) = together(logits, PARAMS, 300, 6)
@@ -92,7 +92,7 @@ def test_kept_tokens_and_their_logprobs_equal_the_reference(instructions, V, voc
 
 
 @pytest.mark.parametrize("ahead", [0.05, 1.0, 200.0])
-def test_likelier_spare_rows_count_in_logprobs_and_decide_nothing(instructions, ahead):
+def test_spare_rows_count_in_logprobs_but_never_win(instructions, ahead):
     """Every form draws and keeps what it would without the spare rows, also at temperatures that divide their lead to
     more than float32's exponentials hold."""
     logits = torch.randn(40, 70, generator=torch.Generator().manual_seed(3))
@@ -110,7 +110,7 @@ def test_likelier_spare_rows_count_in_logprobs_and_decide_nothing(instructions, 
                 torch.testing.assert_close(logp.double(), exact, atol=3e-6, rtol=1e-5)
 
 
-def test_after_a_refused_draft_what_is_left_is_sampled(instructions):
+def test_after_a_rejected_draft_the_residual_is_sampled(instructions):
     """If q is nowhere below p nothing is left, and p is sampled."""
     generator = torch.Generator().manual_seed(9)
     logits, other = (torch.randn(20 * len(PARAMS), 67, generator=generator) for _ in range(2))

@@ -47,7 +47,7 @@ def test_round_trip_through_torchs_own_reader(call, model, tmp_path):
     assert deepseek.load(tmp_path / "half").cfg.n_mtp == 0
 
 
-def test_the_source_s_own_ids_and_exact_routing_biases_are_written(call, tmp_path):
+def test_export_writes_source_ids_and_exact_routing_biases(call, tmp_path):
     model = random_model(tiny())
     model.save(tmp_path / "model")
     values = json.loads((tmp_path / "model" / "config.json").read_text()) | {"bos_token_id": 17, "eos_token_id": [18]}

@@ -71,7 +71,7 @@ def test_absent_mscale_means_what_the_released_code_takes():
     assert (cfg.mscale, cfg.mscale_all_dim) == (1.0, 0.0)
 
 
-def test_one_mscale_alone_is_stated_as_a_factor_that_transformers_reads():
+def test_a_single_mscale_is_written_as_attention_factor():
     """transformers takes 0.1 ln s + 1 where either is 0, the released code m(mscale) / m(mscale_all_dim)."""
     cfg = tiny(**YARN, mscale=0.707, mscale_all_dim=0.0)
     values = mapping.to_hf(cfg, torch.float32)

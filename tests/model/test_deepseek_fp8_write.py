@@ -332,7 +332,7 @@ def test_a_matrix_of_zeros_and_one_of_tiny_numbers(tmp_path):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("key", [KV_A, "model.layers.3.mlp.experts.2.up_proj.weight", "model.norm.weight"])
-def test_what_is_no_number_is_refused(value, key, tmp_path):
+def test_non_finite_weights_are_refused(value, key, tmp_path):
     source = random_model(CFG)
     source.save(tmp_path / "old")
     [slot] = [slot for slot in slots(CFG) if slot.key == key]
@@ -383,7 +383,7 @@ def not_a_power_of_two(weight, block, ue8m0):
     [(rounded_after, "ue8m0"), (barely_off, "float32"), (barely_off, "ue8m0"), (too_coarse, "float32"),
      (too_coarse, "ue8m0"), (not_a_power_of_two, "ue8m0")],
 )  # fmt: skip
-def test_an_export_that_is_not_the_model_is_never_put_in_place(mistake, scales, model, tmp_path, monkeypatch):
+def test_mismatched_exports_are_never_put_in_place(mistake, scales, model, tmp_path, monkeypatch):
     model.save(tmp_path / "m")
     monkeypatch.setattr(block_fp8_form, "quantise_blocks", mistake)
     for write in (

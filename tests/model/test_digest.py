@@ -26,7 +26,7 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_a_copy_has_the_same_digest_and_any_training_another(model, tmp_path):
+def test_digest_survives_copies_and_changes_with_training(model, tmp_path):
     first = digest(model)
     copied = shutil.copytree(model, tmp_path / "copy")
     assert digest(copied) == first and len(first) == 32
@@ -41,7 +41,7 @@ def test_a_copy_has_the_same_digest_and_any_training_another(model, tmp_path):
     assert digest(copied) != first
 
 
-def test_of_a_terabyte_little_is_read(tmp_path, monkeypatch):
+def test_digest_of_a_terabyte_reads_little(tmp_path, monkeypatch):
     """Sparse files of the size and with the number of tensors of V3: no byte of them exists."""
     tensors, shards, size = 90_000, 10, 15_000_000
     for shard in range(shards):

@@ -51,7 +51,7 @@ def test_grouped_products_are_the_reference_in_value_and_gradient(on_gpu, counts
         assert relative(actual, expected) < BOUNDS[dtype] if expected.norm() else not actual.any()
 
 
-def test_an_expert_without_rows_has_no_gradient_even_where_torch_leaves_it_unwritten(monkeypatch):
+def test_experts_without_rows_get_zero_gradients(monkeypatch):
     """As its grouped product does on Blackwell."""
     cuda, real = torch.device("cuda"), grouped.F.grouped_mm
     for capability, expected in (((9, 0), False), ((10, 0), True), ((12, 0), True)):
@@ -151,7 +151,7 @@ def layer_launches(n_experts):
     return launches.names
 
 
-def test_experts_launch_as_many_kernels_for_any_number_of_experts_and_wait_for_none(on_gpu, monkeypatch):
+def test_expert_launches_do_not_grow_with_experts_and_never_sync(on_gpu, monkeypatch):
     monkeypatch.setattr(moe.expert_order, "implementations", [])
     for name in ("forward", "backward"):  # one kernel each on a GPU
         monkeypatch.setattr(swiglu, name, fused(getattr(swiglu, f"{name}_reference")))
@@ -306,7 +306,7 @@ class DeepGEMM(Kernels):
 
 
 @pytest.mark.parametrize("package", ["triton", "deep_gemm"])
-def test_an_fp8_layer_waits_for_nothing_and_launches_as_much_for_any_number_of_experts(on_gpu, monkeypatch, package):
+def test_fp8_layer_never_syncs_and_its_launches_do_not_grow_with_experts(on_gpu, monkeypatch, package):
     """Forward and backward on the meta device, with the real launchers and kernels that only check their arguments."""
     pytest.importorskip("triton")
     from bessemer.addons.accelerate.precision import triton_e5m6, triton_gemm, triton_quantise, triton_rms_norm
@@ -435,7 +435,7 @@ HALF, CUDA = torch.bfloat16, torch.device("cuda")
         ((9, 0), HALF, (576, 512), True, ("efficient",), "math", "scores go through memory"),
     ],
 )
-def test_the_best_working_attention_is_chosen_and_a_slow_fallback_is_reported(
+def test_best_working_attention_is_chosen_and_slow_fallbacks_are_reported(
     monkeypatch, recwarn, capability, dtype, widths, packed, broken, kind, warning
 ):
     def trial(which, *_):
@@ -471,7 +471,7 @@ def test_a_layer_on_a_gpu_is_one_graph():
         assert y.shape == x.shape
 
 
-def test_a_shape_without_a_kernel_leaves_other_shapes_theirs(monkeypatch):
+def test_unsupported_shapes_do_not_disable_the_kernel_for_others(monkeypatch):
     """`small` has 36 experts, which the gate's kernel cannot sort; a missing compiler is another matter."""
     gate = Fused("triton_gate", "forward", lambda logit_NE, rule: "plain")
     on_gpu = SimpleNamespace(device=torch.device("cuda"), shape=(8, 36))

@@ -91,7 +91,7 @@ def test_without_gradients_there_before():
 
 
 @pytest.mark.parametrize("path", ["at once", "deferred"])
-def test_gradients_added_where_they_lie_have_the_bits_of_autograd(path, monkeypatch):
+def test_in_place_gradient_accumulation_has_the_bits_of_autograd(path, monkeypatch):
     """Two batches; FP8 products accumulate into their weights' gradients themselves."""
     cfg = tiny()
     (plain, _), (adding, store) = trained(cfg, *KINDS["fp8"]), trained(cfg, *KINDS["fp8"])

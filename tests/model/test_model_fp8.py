@@ -163,7 +163,7 @@ def test_attention_equals_the_plain_one(monkeypatch, changes, segmented, exactly
         assert relative(actual[name], plain[name]) < (2e-3 if exactly else 5e-2), name
 
 
-def test_what_attention_keeps_of_its_output_is_what_w_o_learns_from(monkeypatch):
+def test_w_o_learns_from_the_saved_attention_output(monkeypatch):
     """W_O's gradient is computed from the output in E5M6, quantised again along the tokens, by powers of two."""
     cfg = tiny()
     layer = in_training(cfg).layers[1]

@@ -94,7 +94,7 @@ def test_fewer_bytes_are_kept(dtype):
     assert saved[PHASES] < 0.36 * saved[()]
 
 
-def test_in_eval_mode_and_without_gradients_nothing_is_kept_or_repeated():
+def test_eval_mode_and_no_grad_save_and_recompute_nothing():
     model = in_training(PHASES)
     with torch.no_grad():
         training = model.hidden(batch(model.cfg).tokens_BT)

@@ -42,7 +42,7 @@ def test_yarn_follows_the_config_not_the_length():
     assert not torch.equal(mla.rope_table(LONG, 10), mla.rope_table(SHORT, 10))
 
 
-def test_decoding_a_long_text_computes_few_positions_more_than_once(monkeypatch):
+def test_streaming_decode_recomputes_few_positions(monkeypatch):
     """Token by token to 128K, and beyond the maximum by a few drafts."""
     computed = []
 

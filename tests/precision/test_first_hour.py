@@ -47,9 +47,7 @@ def test_a_rehearsal_resumes_and_reports_failing_checks(tmp_path):
     assert "a rehearsal with a small network" in page and page.count("<tr>") == 3 and "Content-Security-Policy" in page
 
 
-def test_only_what_the_same_cards_did_well_is_done_and_without_one_only_the_machine_is_checked(
-    bench, tmp_path, monkeypatch
-):
+def test_checks_that_passed_on_the_same_cards_are_skipped(bench, tmp_path, monkeypatch):
     command = bench[0]
     verdicts = dict.fromkeys(("machine", "values", "layer", "decode"), "good")
     ran: list[str] = []
@@ -79,7 +77,7 @@ def test_only_what_the_same_cards_did_well_is_done_and_without_one_only_the_mach
     assert start(command.NONE, "--rehearse") == list(verdicts)
 
 
-def test_a_check_that_crashes_or_hangs_is_bad_and_says_how(bench, tmp_path, monkeypatch):
+def test_crashing_or_hanging_checks_are_reported_bad(bench, tmp_path, monkeypatch):
     command = bench[0]
     monkeypatch.setitem(command.CHECKS, "none", (lambda site: None, 60))
     crashed = command.one("none", tmp_path, rehearse=True)
@@ -118,7 +116,7 @@ def gone(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("stop", ["its limit", "a crash", signal.SIGTERM, signal.SIGHUP])
-def test_nothing_that_a_check_started_outlives_it(tmp_path, stop):
+def test_processes_of_a_check_end_with_it(tmp_path, stop):
     """Neither its child nor one with a group of its own, as torchrun's ranks have."""
     (tmp_path / "checks.py").write_text(CRASHES if stop == "a crash" else STARTS)
     code = f"""import sys; sys.path[:0] = [{str(GPU)!r}, {str(GPU.parent)!r}]
@@ -153,7 +151,7 @@ def facts_of(monkeypatch, module, status=1, **facts):
     return module.fp8(module.Site(False, torch.device("cuda")))
 
 
-def test_the_check_of_fp8_says_what_failed_even_if_only_pointers_were_timed_or_time_ran_out(bench, monkeypatch):
+def test_fp8_check_reports_failures_when_timing_is_incomplete(bench, monkeypatch):
     checks = bench[1]
     line = {"call": "gemm", "shape": "s", "difference": 0.0}
     right, wrong = {"backend": checks.POINTERS, "good": True} | line, {"backend": "triton", "good": False} | line
@@ -168,7 +166,7 @@ def test_the_check_of_fp8_says_what_failed_even_if_only_pointers_were_timed_or_t
         assert facts.verdict == "bad" and facts.says == f"1 of 1 checks passed; {why}" and facts.figures["checks"]
 
 
-def test_fp8_writes_its_checks_before_it_times_and_continues_past_a_kernel_that_fails(bench, tmp_path, monkeypatch):
+def test_fp8_checks_are_written_before_timing_and_survive_a_failing_kernel(bench, tmp_path, monkeypatch):
     fp8, path, cpu = bench[2], tmp_path / "fp8.json", torch.device("cpu")
     right = {"call": "gemm", "backend": "torch", "shape": "s", "difference": 0.0, "good": True}
     monkeypatch.setattr(fp8, "place", lambda interpret: cpu)
@@ -208,7 +206,7 @@ def test_fp8_writes_its_checks_before_it_times_and_continues_past_a_kernel_that_
     ]
 
 
-def test_a_case_of_steps_begins_without_the_trainer_of_the_one_before(bench, monkeypatch):
+def test_each_step_case_frees_the_previous_trainer(bench, monkeypatch):
     """Else the second and the third case need, and report, the memory of two."""
     checks, trainers = bench[1], []
     import fp8_step

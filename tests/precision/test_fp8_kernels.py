@@ -600,7 +600,7 @@ def test_where_nothing_may_be_tuned_the_nearest_size_serves():
 
 @needs_triton
 @pytest.mark.parametrize("gradient", [False, True])
-def test_a_dense_product_is_tuned_for_few_numbers_of_tokens_and_the_nearest_serves_others(monkeypatch, gradient):
+def test_dense_products_tune_a_few_sizes_and_reuse_the_nearest(monkeypatch, gradient):
     """Also where they are the summed dimension, as for a weight gradient."""
     from bessemer.addons.accelerate.precision import triton_gemm, tuning
 
@@ -642,7 +642,7 @@ def test_what_is_tried_has_registers_enough():
 
 
 @needs_triton
-def test_no_kernel_is_compiled_anew_for_the_rows_that_routing_gives():
+def test_routed_row_counts_cause_no_recompilation():
     from bessemer.addons.accelerate.precision import triton_gemm, triton_quantise
 
     rows = {

@@ -35,6 +35,6 @@ def test_a_gpu_that_torch_cannot_use_stops_a_run(machine, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this machine's GPU")
-def test_a_host_s_gpu_that_this_container_may_not_open_is_none(machine):
+def test_gpus_the_container_cannot_open_do_not_count(machine):
     (machine / "nvidia0").unlink()
     assert probe.idle_gpu() is None and setup.device().type == "cpu"
