@@ -15,6 +15,7 @@ from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
+from bessemer.train.runtime import Whole
 from bessemer.workers import Workers
 
 PROMPTS, PAD = [[0, 9, 8], [0, 40], [0, *range(5, 30)]], 2
@@ -146,9 +147,7 @@ def test_the_objective_replays_and_its_gradient_reaches_the_router(make_model, s
 def test_a_rank_with_nothing_to_correct_has_no_weight_in_the_metrics(sampled, model):
     """Fillers count nowhere, but still need the objective's tensors."""
     (batch,) = rollout.to_batches(sampled(model), PAD, 10_000, "token")
-    loop = SimpleNamespace(
-        policy=SimpleNamespace(model=model), workers=Workers(), settings=SimpleNamespace(temperature=1.0)
-    )
+    loop = SimpleNamespace(policy=Whole(model), workers=Workers(), settings=SimpleNamespace(temperature=1.0))
     correction, filler = ImportanceCorrection(loop, form="token-truncate"), batch.as_filler()
     assert correction.before_updates([filler]) == {"rl/correction_weight": 0.0, "rl/correction_cut": 0.0}
     assert correction.before_updates([batch]) == {

@@ -17,6 +17,7 @@ from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import evaluating
 from bessemer.rl.component import Component
 from bessemer.train.loss import predicting
+from bessemer.train.runtime import Whole
 
 WEIGHT = 0.1
 """Weight of their loss if they are trained: V3's last, and that of SFT."""
@@ -42,11 +43,13 @@ def prepare(model: LanguageModel, settings: RLConfig, say: Callable[[str], None]
 class Drafts(Component):
     """Measures how well frozen modules predict the samples."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+    def __init__(self, policy: Whole) -> None:
+        self.policy = policy
 
     def before_updates(self, batches: list[Batch]) -> dict[str, float]:
-        return losses(self.model, batches[0])
+        if len(self.policy.model.mtp):
+            self.policy.refresh()
+        return losses(self.policy.model, batches[0])
 
 
 @torch.no_grad()

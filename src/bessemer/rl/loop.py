@@ -95,7 +95,7 @@ class Loop:
         self.components = self._components()
         self.generator = RolloutGenerator(
             settings, self.sampler, self._encode, ctx.seed, reward_models, self.components, ctx.once,
-            self.policy.model.cfg.max_seq_len, ctx.share, self.carrier,
+            self.trainer.model.cfg.max_seq_len, ctx.share, self.carrier,
         )  # fmt: skip
         self.evaluator = Evaluator(self.generator, self.trainer, ctx)
         self.advantage = advantage_of(settings)(self)
@@ -107,7 +107,7 @@ class Loop:
         if (text_metrics := plugins.hook("text-metrics")) is not None:
             components.append(text_metrics(self))
         if not self.objective.with_mtp():
-            components.append(drafting.Drafts(self.policy.model))
+            components.append(drafting.Drafts(self.policy))
         return components + [kind(self, **own) for kind, own in hooks_of(self.settings)]
 
     def _encode(self, problem: tasks.Problem) -> list[int]:
@@ -220,8 +220,9 @@ class Loop:
         sampled = _merged(component.sampled(number, rollout) for component in self.components)
         compared = self.advantage.assign(rollout.groups)
         mini_batches = self._mini_batches(rollout.groups, number)
-        self.policy.refresh()
         prepared = self._prepare([batch for batches in mini_batches for batch in batches])
+        for network in (self.policy, self.sampler_model):
+            network.release()  # nobody samples during the updates
         updates = [self._update(batches) for batches in mini_batches]
         contrasts = self.settings.samples > 1 and self.advantage.within_groups
         values = {

@@ -67,11 +67,12 @@ class ImportanceCorrection(Component):
     everywhere = False
 
     def __init__(self, loop: LoopParts, *, form: Form, cap: Annotated[float, Field(ge=1)] = 2.0) -> None:
-        self.model, self.workers, self.temperature = loop.policy.model, loop.workers, loop.settings.temperature
+        self.policy, self.workers, self.temperature = loop.policy, loop.workers, loop.settings.temperature
         self.form, self.cap = form, cap
 
     def before_updates(self, batches: list[Batch]) -> dict[str, float]:
         corrections = []
+        self.policy.refresh()
         for batch, logp_BT in zip(batches, self.workers.map(self._logprobs, batches), strict=True):
             sampler_BT, target_N = batch.extras["old_logp_BT"], batch.target_N
             log_ratio_N = (logp_BT - sampler_BT).flatten()[target_N]
@@ -84,4 +85,5 @@ class ImportanceCorrection(Component):
         return {f"rl/correction_{name}": x.mean().item() if len(x) else 0.0 for name, x in values.items()}
 
     def _logprobs(self, batch: Batch) -> Tensor:
-        return policy_logprobs(self.model, batch.to(self.model.embed.weight.device), self.temperature).cpu()
+        model = self.policy.model
+        return policy_logprobs(model, batch.to(model.embed.weight.device), self.temperature).cpu()

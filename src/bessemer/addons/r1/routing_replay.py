@@ -29,16 +29,16 @@ class RoutingReplay(Component):
     everywhere = False
 
     def __init__(self, loop: LoopParts) -> None:
-        model = loop.policy.model
+        self.policy, model = loop.policy, loop.policy.model
         if all(layer.dense for layer in model.layers):
             raise UserError(
                 f'stage "{loop.settings.name}": routing-replay has nothing to replay: no layer of this model has '
                 "routed experts; leave the hook out"
             )
-        self.model = model
 
     def before_updates(self, batches: list[Batch]) -> dict[str, float]:
-        return {"rl/routing_disagreement": routing_disagreement(self.model, batches[0])}
+        self.policy.refresh()
+        return {"rl/routing_disagreement": routing_disagreement(self.policy.model, batches[0])}
 
 
 @torch.no_grad()
