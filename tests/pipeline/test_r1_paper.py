@@ -29,7 +29,7 @@ DIVISORS = {
 FASTER = {"rl": 30, "sft": 10, "reward-model": 500}
 KEPT = {
     "temperature", "temperatures", "top_p", "kl.weight", "loss.clip_low", "loss.clip_high", "heldout.temperature",
-    "consistency", "epochs", "made",
+    "consistency", "epochs", "made", "micro_rows",
 }  # fmt: skip
 
 ASKED = {
@@ -123,8 +123,8 @@ def write_base(folder):
 
 
 def miniature(folder):
-    """The recipe with overrides that divide every number and name the files and the model made here."""
-    text = PAPER.read_text()
+    """The recipe on one process, with overrides that divide every number and name the files and the model made here."""
+    text = re.sub(r"(?m)^rollout = .*\n|^\[layout\]\n(?:\w.*\n)+", "", PAPER.read_text())
     changes = [f'{name}.model="{folder}/model"' for name in ("base", "student")]
     for stage in tomllib.loads(text)["stage"]:
         inner = {

@@ -101,10 +101,10 @@ class StageMemory:
 
     def describe(self) -> str:
         per = " a rank" if self.ranks > 1 else ""
-        text = f"memory {_amount(self.total)}{per}: {self.chief()}"
+        parts = [f"{_amount(self.total)}{per}: {self.chief()}"] if self.bytes else []
         if self.workers:
-            text += f"; {_amount(sum(self.worker_bytes.values()))} on each device of {self.workers} that sample"
-        return text + f" ({self.guess})" * bool(self.guess)
+            parts.append(f"{_amount(sum(self.worker_bytes.values()))} on each device of {self.workers:,} that sample")
+        return f"memory {'; '.join(parts)}" + f" ({self.guess})" * bool(self.guess)
 
     def facts(self) -> dict[str, object]:
         """As JSON, in bytes."""
