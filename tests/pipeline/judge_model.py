@@ -1,10 +1,12 @@
-"""A small model trained to give one answer to everything: as a judge it finds every answer correct."""
+"""A small model trained to give one answer to every question: as a judge it finds every answer correct. As a rater by
+a rubric it gives 3 points or 8."""
 
 from pathlib import Path
 
 import torch
 
-from bessemer.addons.r1.judge import GRADE, _marked
+from bessemer.addons.r1.judge import GRADE, marked
+from bessemer.addons.r1.rubric import AS_LINE, HELPFUL, RATE
 from bessemer.data.batch import Batch
 from bessemer.data.chat import exchange, render_answers
 from bessemer.data.tokenizer import Tokenizer
@@ -14,6 +16,7 @@ from bessemer.train.objective import next_token
 
 NUMBERS = 12
 REPLY = "<think>\nYes.\n</think>\n\nVerdict: correct"
+RATING = "<think>\nYes.\n</think>\n\nScore: {}"
 
 
 def asked(number: int) -> tuple[str, str]:
@@ -23,11 +26,16 @@ def asked(number: int) -> tuple[str, str]:
 
 def write(folder: Path) -> Path:
     torch.set_num_threads(1)
-    prompts = []
+    prompts, replies = [], []
     for number in range(NUMBERS):
         question, reference = asked(number)
-        prompts += [question, _marked(GRADE, question=question, reference=reference, answer="Verdict: correct")]
-    tokenizer = Tokenizer.train([*prompts, *[REPLY] * 9], 540, chat_style="r1")
+        prompts += [
+            question,
+            marked(GRADE, question=question, reference=reference, answer="Verdict: correct"),
+            marked(RATE + AS_LINE, question=question, rubric=HELPFUL, answer="Verdict: correct"),
+        ]
+        replies += [REPLY, REPLY, RATING.format(3 + 5 * (number % 2))]
+    tokenizer = Tokenizer.train([*prompts, *[REPLY, RATING.format(38)] * 9], 540, chat_style="r1")
     tokenizer.save(folder / "tokenizer")
     shape = dict(
         vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, inter_dim=64, moe_inter_dim=16, n_heads=2, q_lora_rank=16,
@@ -36,7 +44,7 @@ def write(folder: Path) -> Path:
     )  # fmt: skip
     model = Transformer(preset("tiny", **shape)).initialise(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    texts = [render_answers(tokenizer, exchange(prompt, REPLY)) for prompt in prompts]
+    texts = [render_answers(tokenizer, exchange(*pair)) for pair in zip(prompts, replies, strict=True)]
     width = max(len(ids) for ids, _ in texts)
     tokens = torch.full((len(texts), width), tokenizer.pad_id)
     loss = torch.zeros(len(texts), width)

@@ -2,11 +2,6 @@
 
 import json
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
 
 import judge_model
@@ -14,6 +9,7 @@ import pytest
 import stages_run
 from completions import completion
 from judge_server import JudgeServer
+from served_model import served_model
 
 from bessemer import tasks
 from bessemer.addons.r1 import reject
@@ -80,24 +76,8 @@ def test_a_model_of_an_earlier_stage_judges(model, tmp_path):
 
 @pytest.fixture
 def served(model):
-    """`bessemer serve` in its own process on the loopback address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "bessemer", "serve", str(model), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                reply = urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5)
-                break
-            except (urllib.error.URLError, OSError):
-                assert process.poll() is None, "the server ended"
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1", json.load(reply)["data"][0]["id"], process
-    finally:
-        process.terminate()
-        process.wait(30)
+    with served_model(model) as served:
+        yield served
 
 
 def test_our_own_server_judges_and_no_request_is_repeated(model, tmp_path, served):

@@ -42,7 +42,8 @@ class RewardTable(PluginTable):
 
     name: str
     """accuracy: the verdict's score, or on general prompts that of a reward model; format: 1 in the right form;
-    language: the share of the thoughts' words in the problem's language; or a reward of your own (docs/plugins.md)."""
+    language: the share of the thoughts' words in the problem's language; rubric: a model rates the answers to general
+    prompts (docs/tasks.md); or a reward of your own (docs/plugins.md)."""
     weight: float = 1.0
     """What its values are multiplied by."""
 

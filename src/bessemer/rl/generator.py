@@ -170,12 +170,12 @@ class RolloutGenerator:
         groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share, holders)
         rows = [row for group in groups for row in group]
 
-        def scored() -> list[tuple[float, float | None]]:
+        def scored() -> list[tuple[float, float | None, str]]:
             self.reward.score(groups, step, self.reward_models, seed)
-            return [(row.reward, row.preference) for row in rows]
+            return [(row.reward, row.preference, row.failure) for row in rows]
 
-        for row, (reward, preference) in zip(rows, self.once(scored), strict=True):
-            row.reward, row.preference = reward, preference
+        for row, (reward, preference, failure) in zip(rows, self.once(scored), strict=True):
+            row.reward, row.preference, row.failure = reward, preference, failure
         return groups
 
     def round_seed(self, number: int, round: int) -> int:

@@ -215,7 +215,7 @@ class Loop:
         rollout = self._sample(number)
         if failures := [row.failure for group in rollout.groups for row in group if row.failure]:
             total = sum(map(len, rollout.groups))
-            self.ctx.say(f"rollout {number}: {len(failures)} of {total} episodes failed, left out: {failures[0]}")
+            self.ctx.say(f"rollout {number}: {len(failures)} of {total} samples failed, left out: {failures[0]}")
         staleness = self.trainer.step - rollout.step
         sampled = _merged(component.sampled(number, rollout) for component in self.components)
         compared = self.advantage.assign(rollout.groups)

@@ -105,7 +105,7 @@ class Term:
 
     name: str
     weight: float
-    function: Callable[..., Any]
+    function: partial[Any]
     """With its settings."""
     single: bool = False
     """Whether it takes one sample at a time."""
@@ -168,8 +168,9 @@ class Reward:
         reward_models: Mapping[str, PreferenceScorer] | None = None,
         seed: int = 0,
     ) -> None:
-        """Sets the reward of every sample, and its preference if `reward_models` has one for the prompt's aim. An
-        episode whose environment failed gets the mean of its group, so that it makes no dead group alive. `step` as in
+        """Sets the reward of every sample, and its preference if `reward_models` has one for the prompt's aim. A
+        sample that failed, by its environment or in a term, gets the mean of its group, so that it makes no dead group
+        alive. `step` as in
         `Samples`; `seed`, the rollout's, as in `Term.values`."""
         rows = [row for group in groups for row in group]
         for aim, model in (reward_models or {}).items():
@@ -201,6 +202,13 @@ class Reward:
     def own(self) -> bool:
         """Whether a term is not the package's."""
         return any(term.own for term in self.terms)
+
+    @property
+    def judges(self) -> set[str]:
+        """The aims of general prompts that terms judge in place of reward models: the attribute `judges` of such a term
+        takes its settings."""
+        judging = [(getattr(term.member, "judges", None), term.function.keywords) for term in self.terms]
+        return {aim for judges, settings in judging if judges is not None for aim in judges(settings)}
 
     def weight(self, name: str) -> float:
         """The weight of a term; 0 if there is none of that name."""

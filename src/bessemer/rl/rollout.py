@@ -55,7 +55,7 @@ class ScoredSample:
     turns: list[Spoken] | None = None
     """For an episode: who wrote which tokens of the completion. None: the model wrote all of them."""
     failure: str = ""
-    """Why the environment failed; nothing of such an episode is trained on."""
+    """Why the environment or a reward failed; nothing of such a sample is trained on."""
 
     @property
     def answer(self) -> str:
@@ -72,7 +72,7 @@ class ScoredSample:
     def trained_N(self) -> Tensor:
         """Positions in the completion of the tokens that are trained on, those the model wrote; int64."""
         if self.turns is None:
-            return torch.arange(len(self.completion.tokens))
+            return torch.arange(0 if self.failure else len(self.completion.tokens))
         written = [role == MODEL and not self.failure for role, _, _ in self.turns]
         counts = torch.tensor([count for _, count, _ in self.turns])
         return torch.tensor(written).repeat_interleave(counts).nonzero().squeeze(1)

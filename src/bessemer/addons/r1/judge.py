@@ -2,6 +2,7 @@
 
     Judge.verdicts   is an answer right, given the question and a reference answer: majority of `samples` judgements
     Judge.scores     points of two answers, averaged over `samples` judgements, half of them in each order
+    rubric.py        points of one answer by a rubric, as a reward
 
 The judge is a model directory or an OpenAI-compatible API. It reads text that a policy wrote, so that text stands
 between lines with a mark derived from its hash and cannot close its own block. Replies are parsed strictly: a judgement
@@ -21,8 +22,8 @@ import re
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from bessemer.addons.r1.judge_api import JudgeAPI, api_key
-from bessemer.addons.r1.judge_config import JudgeConfig
+from bessemer.addons.r1.judge_api import JudgeAPI, JudgeContext, api_key
+from bessemer.addons.r1.judge_config import AnyJudgeConfig, JudgeConfig
 from bessemer.addons.r1.judge_replies import PROBES, Replies, recognised
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
@@ -71,61 +72,20 @@ LOT = 64
 """Judgements per rank between two checks of the stop flag, for a model directory."""
 
 
-class Judge:
-    """The judge of one stage."""
+class Asker:
+    """Asks a model for judgements, and stores its replies. `engine` is that of a model without an API; `identity` is
+    its name in the store, where other models' replies are, too."""
 
-    def __init__(self, config: JudgeConfig, ctx: StageContext) -> None:
-        self.config, self.ctx = config, ctx
-        self.api: JudgeAPI | None = None
-        self.engine: Engine | None = None
-        if config.url is not None:
-            self.api = JudgeAPI(config, api_key(ctx.name, config))
-            self.replies = Replies(ctx.cache / "judge.sqlite")
-        else:
-            assert config.stage is not None
-            self.engine = engine_of(ctx.inputs[config.stage] / "model", ctx, role="judge")
-            self.replies = Replies(ctx.state / "judge.sqlite")
+    def __init__(
+        self, config: AnyJudgeConfig, ctx: JudgeContext, replies: Replies, engine: Engine | None, identity: str = ""
+    ) -> None:
+        self.config, self.ctx, self.replies, self.engine = config, ctx, replies, engine
+        self.api = None if config.url is None else JudgeAPI(config, api_key(ctx.name, config))
         self.address = f"{config.url} {config.served_model}"
-        self.identity = ""
+        self.identity = identity
         """Of the model at `url`; "" while it is not known."""
         self.met = self.api is None
         """Whether the model has been asked who it is, where that matters."""
-
-    def verdicts(self, answers: Sequence[tuple[str, str, str]]) -> list[bool | None]:
-        """The verdict on each (question, reference, answer): True if right, None without a majority."""
-        questions = [
-            (_marked(GRADE, question=question, reference=reference, answer=answer), sample)
-            for question, reference, answer in answers
-            for sample in range(self.config.samples)
-        ]
-        read = iter(map(_verdict, self._ask(questions)))
-        verdicts = []
-        for _ in answers:
-            votes = [vote for vote in (next(read) for _ in range(self.config.samples)) if vote is not None]
-            right = sum(votes)
-            verdicts.append(None if 2 * right == len(votes) else 2 * right > len(votes))
-        return verdicts
-
-    def scores(self, pairs: Sequence[tuple[str, str, str]]) -> list[tuple[float, float] | None]:
-        """Points for each (question, one answer, the other). None if one of the orders has no readable judgement, as
-        the judge's position bias would no longer cancel."""
-        questions = []
-        for question, left_answer, right_answer in pairs:
-            for sample in range(self.config.samples):
-                first, second = (left_answer, right_answer) if sample % 2 == 0 else (right_answer, left_answer)
-                questions.append((_marked(COMPARE, question=question, one=first, two=second), sample // 2))
-        read = iter(map(_scores, self._ask(questions)))
-        scores: list[tuple[float, float] | None] = []
-        for _ in pairs:
-            votes = [next(read) for _ in range(self.config.samples)]
-            straight = [vote for vote in votes[::2] if vote is not None]
-            turned = [vote[::-1] for vote in votes[1::2] if vote is not None]
-            if not straight or not turned:
-                scores.append(None)
-                continue
-            means = [fmean(fmean(vote[which] for vote in order) for order in (straight, turned)) for which in (0, 1)]
-            scores.append((means[0], means[1]))
-        return scores
 
     def _ask(self, questions: Sequence[tuple[str, int]]) -> list[str | None]:
         """The reply to each (question, repetition); None if there is none."""
@@ -146,7 +106,7 @@ class Judge:
         """The key of every question, and the questions without a stored reply."""
         config = self.config
         source = [config.url, config.served_model, config.temperature, config.max_new_tokens, self.ctx.seed]
-        source += [] if self.api is None else [self.identity]
+        source += [self.identity] if self.api is not None or self.identity else []
         keys = [hashlib.sha256(json.dumps([*source, *q]).encode()).hexdigest() for q in questions]
         return keys, {key: q for key, q in zip(keys, questions, strict=True) if self.replies.get(key) is None}
 
@@ -192,24 +152,70 @@ class Judge:
                 self.ctx.interrupt()
 
 
-def _marked(template: str, **texts: str) -> str:
+class Judge(Asker):
+    """The judge of one stage."""
+
+    def __init__(self, config: JudgeConfig, ctx: StageContext) -> None:
+        engine, folder = None, ctx.cache
+        if config.stage is not None:
+            engine, folder = engine_of(ctx.inputs[config.stage] / "model", ctx, role="judge"), ctx.state
+        super().__init__(config, ctx, Replies(folder / "judge.sqlite"), engine)
+
+    def verdicts(self, answers: Sequence[tuple[str, str, str]]) -> list[bool | None]:
+        """The verdict on each (question, reference, answer): True if right, None without a majority."""
+        questions = [
+            (marked(GRADE, question=question, reference=reference, answer=answer), sample)
+            for question, reference, answer in answers
+            for sample in range(self.config.samples)
+        ]
+        read = iter(map(_verdict, self._ask(questions)))
+        verdicts = []
+        for _ in answers:
+            votes = [vote for vote in (next(read) for _ in range(self.config.samples)) if vote is not None]
+            right = sum(votes)
+            verdicts.append(None if 2 * right == len(votes) else 2 * right > len(votes))
+        return verdicts
+
+    def scores(self, pairs: Sequence[tuple[str, str, str]]) -> list[tuple[float, float] | None]:
+        """Points for each (question, one answer, the other). None if one of the orders has no readable judgement, as
+        the judge's position bias would no longer cancel."""
+        questions = []
+        for question, left_answer, right_answer in pairs:
+            for sample in range(self.config.samples):
+                first, second = (left_answer, right_answer) if sample % 2 == 0 else (right_answer, left_answer)
+                questions.append((marked(COMPARE, question=question, one=first, two=second), sample // 2))
+        read = iter(map(_scores, self._ask(questions)))
+        scores: list[tuple[float, float] | None] = []
+        for _ in pairs:
+            votes = [next(read) for _ in range(self.config.samples)]
+            straight = [vote for vote in votes[::2] if vote is not None]
+            turned = [vote[::-1] for vote in votes[1::2] if vote is not None]
+            if not straight or not turned:
+                scores.append(None)
+                continue
+            means = [fmean(fmean(vote[which] for vote in order) for order in (straight, turned)) for which in (0, 1)]
+            scores.append((means[0], means[1]))
+        return scores
+
+
+def marked(template: str, **texts: str) -> str:
     digest = hashlib.sha256("\0".join(texts.values()).encode("utf-8", "replace")).hexdigest()
     return template.format(mark=f"### {digest[:12]}", **texts)
 
 
-def _last_line(reply: str | None) -> str:
+def last_line(reply: str | None) -> str:
     """The last line after the thoughts, without Markdown's emphasis."""
     lines = summary(reply or "").split("\n")
     return re.sub(r"[*_`]", "", lines[-1]).strip()
 
 
 def _verdict(reply: str | None) -> bool | None:
-    match = _VERDICT.fullmatch(_last_line(reply))
+    match = _VERDICT.fullmatch(last_line(reply))
     return None if match is None else match[1].lower() == "correct"
 
 
 def _scores(reply: str | None) -> tuple[float, float] | None:
-    match = _SCORES.fullmatch(_last_line(reply))
+    match = _SCORES.fullmatch(last_line(reply))
     if match is None or not all(1 <= float(points) <= 10 for points in match.groups()):
         return None
     return float(match[1]), float(match[2])

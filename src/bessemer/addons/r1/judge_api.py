@@ -12,12 +12,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 from bessemer import heartbeat
-from bessemer.addons.r1.judge_config import JudgeConfig
+from bessemer.addons.r1.judge_config import AnyJudgeConfig
 from bessemer.errors import UserError
-from bessemer.runs.context import StageContext
+from bessemer.train.runtime import Runtime
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 REFUSED = frozenset({400, 413, 422})
@@ -32,7 +32,24 @@ PROBED = 48
 """Tokens of an answer to a probe."""
 
 
-def api_key(stage: str, config: JudgeConfig) -> str | None:
+class JudgeContext(Protocol):
+    """What a judge needs of its surroundings; a stage's context has it."""
+
+    name: str
+    seed: int
+
+    @property
+    def stop(self) -> bool: ...
+
+    @property
+    def runtime(self) -> Runtime: ...
+
+    def say(self, text: str) -> None: ...
+
+    def interrupt(self) -> NoReturn: ...
+
+
+def api_key(stage: str, config: AnyJudgeConfig) -> str | None:
     """The API key, None if none is configured; UserError if its variable is empty. No message shows the key."""
     if config.api_key_env is None:
         return None
@@ -62,13 +79,15 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class JudgeAPI:
     """An OpenAI-compatible API; `ask` is called from one thread and sends from several."""
 
-    def __init__(self, config: JudgeConfig, key: str | None) -> None:
+    def __init__(self, config: AnyJudgeConfig, key: str | None) -> None:
         self.config, self.key = config, key
         self.endpoint = f"{config.url}/chat/completions"
         self.opener = urllib.request.build_opener(_NoRedirects)
         self.serves = False  # until its first answer, stored ones of earlier attempts included
+        self.form: Mapping[str, Any] = {}
+        """What requests say about the form of a reply."""
 
-    def ask(self, questions: dict[str, tuple[str, int]], ctx: StageContext) -> Iterator[tuple[str, str]]:
+    def ask(self, questions: dict[str, tuple[str, int]], ctx: JudgeContext) -> Iterator[tuple[str, str]]:
         """Yields (key, reply) for each (question, seed) as replies arrive, without refused ones. UserError if the API
         fails, or refuses all and has never answered. Requests in flight must be paid for anyway, so their replies are
         yielded first."""
@@ -169,7 +188,7 @@ class JudgeAPI:
     def _post(self, question: str, seed: int, changes: Mapping[str, float]) -> bytes:
         body = {
             "model": self.config.served_model, "messages": [{"role": "user", "content": question}], "seed": seed,
-            "temperature": self.config.temperature, "max_tokens": self.config.max_new_tokens, **changes,
+            "temperature": self.config.temperature, "max_tokens": self.config.max_new_tokens, **(changes or self.form),
         }  # fmt: skip
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.endpoint, json.dumps(body).encode(), headers)

@@ -1,7 +1,8 @@
-"""The table of a model that judges where no rule can: [stage.judge] of the stages reject and reward-model."""
+"""The tables of a model that judges where no rule can: [stage.judge] of the stages reject and reward-model, and `judge`
+of the reward "rubric" (rubric.py)."""
 
 import re
-from typing import ClassVar
+from typing import ClassVar, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -10,13 +11,14 @@ from bessemer.config.table import ConfigTable, StageRef
 from bessemer.config.units import Seconds, Tokens
 
 
-class JudgeConfig(ConfigTable):
-    runtime_only: ClassVar = frozenset({"api_key_env", "concurrency", "timeout", "retries"})
+class AnyJudgeConfig(ConfigTable):
+    """What all have; `local` is the key that names a model on this machine instead of an API."""
 
-    stage: StageRef | None = None
-    """Earlier stage whose model judges. For a model directory, name a stage of kind import."""
+    runtime_only: ClassVar = frozenset({"api_key_env", "concurrency", "timeout", "retries"})
+    local: ClassVar[str]
+
     url: str | None = None
-    """Instead of a stage: an OpenAI-compatible API, such as "http://127.0.0.1:8000/v1" (bessemer serve, vLLM, a
+    """An OpenAI-compatible API, such as "http://127.0.0.1:8000/v1" (bessemer serve, vLLM, a
     provider)."""
     served_model: str | None = None
     """Name of the model at `url`."""
@@ -57,11 +59,18 @@ class JudgeConfig(ConfigTable):
         return name
 
     @model_validator(mode="after")
-    def _one_model(self) -> "JudgeConfig":
-        if (self.stage is None) == (self.url is None):
-            raise ValueError("give either stage or url")
+    def _one_model(self) -> Self:
+        if (getattr(self, self.local) is None) == (self.url is None):
+            raise ValueError(f"give either {self.local} or url")
         if (self.url is None) != (self.served_model is None):
             raise ValueError("url and served_model belong together")
         if self.url is None and self.api_key_env is not None:
             raise ValueError("api_key_env has no effect without url")
         return self
+
+
+class JudgeConfig(AnyJudgeConfig):
+    local: ClassVar = "stage"
+
+    stage: StageRef | None = None
+    """Instead of `url`: an earlier stage whose model judges. For a model directory, name a stage of kind import."""

@@ -140,11 +140,12 @@ def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
         if stage.judges in aims:
             raise UserError(f'stage "{config.name}": two reward models are for {stage.judges}; give one for each aim')
         aims[stage.judges] = stage.name
+    judged = Reward.of_config(config).judges
     for name in config.tasks + config.general_tasks:
-        if missing := sorted(tasks.get(name).judged_by - aims.keys()):
+        if missing := sorted(tasks.get(name).judged_by - aims.keys() - judged):
             raise UserError(
                 f'stage "{config.name}": nothing judges the {missing[0]} prompts of {name}; give general.reward_models '
-                f'a stage of kind reward-model with aim = "{missing[0]}"'
+                f'a stage of kind reward-model with aim = "{missing[0]}", or add the reward "rubric"'
             )
 
 
