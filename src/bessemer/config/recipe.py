@@ -66,7 +66,7 @@ class LayoutConfig(ConfigTable):
     micro-batches."""
     recompute: list[Literal["attend", "experts", "finish"]] = Field(default_factory=list)
     """Phases of every layer that the backward pass recomputes instead of storing their activations. Not with fp8, which
-    recomputes by its own rules. Models of other families store them all the same."""
+    recomputes by its own rules. Of models of other families, any phase means whole layers."""
     deterministic: bool = False
     """On a GPU: training steps that are reproducible bit for bit, so a resumed run equals one that never stopped. They
     are slower; the run reports its tokens per second. On a CPU they are always reproducible."""

@@ -73,5 +73,5 @@ def own_family(stage: str) -> UserError:
     """The error for a stage with adapters on a network of our own family."""
     return UserError(
         f'stage "{stage}": lora is for models of other families, which transformers computes; this one is in the '
-        "DeepSeek V3 family; leave lora out to train all of its weights"
+        "DeepSeek V3 family, whose kernels read stacked experts that no adapter can wrap; leave lora out"
     )

@@ -153,12 +153,10 @@ def adapted(
 
 
 def recompute(model: LanguageModel, layout: LayoutConfig, say: Callable[[str], None]) -> None:
-    """Makes training recompute in backward what `layout` says. A model of another family has no such phases: the
-    recipe's other stages may need them, so it goes on without."""
-    if model.layers:
-        model.set_recompute(layout.recompute)
-    elif layout.recompute:
-        say("[layout] recompute is for models of the DeepSeek V3 family; this one stores its activations")
+    """Makes training recompute in backward what `layout` says; of a model without such phases, whole layers."""
+    model.set_recompute(layout.recompute)
+    if layout.recompute and not model.layers:
+        say("[layout] recompute: backward computes whole layers of this model again")
 
 
 def check_recompute(recipe: Recipe, stage: str) -> None:

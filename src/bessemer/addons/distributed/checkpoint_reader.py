@@ -23,6 +23,8 @@ from bessemer.errors import UserError
 from bessemer.model.moe import EXPERTS
 from bessemer.train.checkpoint import State, is_sharded, read_json, verified_manifest
 
+DCP_INDEX = ".metadata"
+"""What a checkpoint of FSDP2's ranks has beside their files."""
 PREFIXES = {"model": "model/", "optimizer": "", "gates": "", "rng": "rng/", "extras": "extras/"}
 """File stem of one process's checkpoint -> prefix of its tensors' names in a sharded one."""
 
@@ -114,6 +116,11 @@ class CompanionReader:
 def open_sharded(path: Path) -> State:
     """A checkpoint of many ranks as one process reads it (the hook `sharded-state`): its tensors are read, and
     verified, when asked for."""
+    sums = verified_manifest(path)["files"]
+    if DCP_INDEX in sums:
+        from bessemer.addons.distributed.dcp_reader import open_dcp  # torch's own takes a second to import
+
+        return open_dcp(path, sums)
     reader = CheckpointReader(path)
     parts: dict[str, dict[str, Callable[[], Tensor]]] = {stem: {} for stem in PREFIXES}
     for key, location in reader.locations.items():

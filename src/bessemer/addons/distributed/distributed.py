@@ -10,6 +10,7 @@ from bessemer.addons.distributed.context_parallel import refusal as split_refusa
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
+from bessemer.train import lineage
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import LayoutConfig, Recipe
@@ -24,6 +25,11 @@ def check(
     layout_config = recipe.layout
     n = n or (Ranks.world_size() if Ranks.started() else layout_config.fewest)
     if n == layout_config.fewest == 1:
+        return
+    source = recipe.stage(stage).source
+    if cfg is None and lineage.imported_folder(recipe, source) and lineage.config_of(recipe, source) is None:
+        check_foreign(recipe, stage)
+        check_rows(stage, rows, n)
         return
     layout, schedule, slices = layout_of(layout_config, n, split_rows)
     if cfg is not None:
@@ -40,6 +46,25 @@ def check(
             f"pipelines need {least} micro-batches each ({schedule} on {layout.pp} pipeline ranks), "
             f"{n_pipelines * least} rows in all; raise batch_rows, or use fewer ranks or another [layout] schedule"
         )
+
+
+def check_foreign(recipe: Recipe, stage: str) -> None:
+    """UserError if a layout is for models of our own family and the recipe has none. In a recipe with both, the ranks
+    of all kinds are data-parallel for a model of another family."""
+    layout = recipe.layout
+    if layout.pp == layout.ep == layout.cp == 1:
+        return
+    if not any(lineage.config_of(recipe, other.name) for other in recipe.stages if other.makes_model):
+        raise UserError(
+            f'stage "{stage}": [layout] pp, ep and cp are for models of the DeepSeek V3 family; FSDP2 shards this one '
+            "over data-parallel ranks: leave them out and set dp"
+        )
+
+
+def check_rows(stage: str, rows: Iterable[float], n: int) -> None:
+    """UserError if a step has fewer rows than there are data-parallel ranks."""
+    if min(rows) < n:
+        raise UserError(f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {n} ranks; raise batch_rows')
 
 
 def layout_of(layout_config: LayoutConfig, n: int, split_rows: bool = True) -> tuple[mesh.Layout, str, int]:

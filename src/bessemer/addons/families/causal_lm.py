@@ -19,11 +19,11 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -38,6 +38,8 @@ from bessemer.hf import deepseek
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import Checkpoint
+from bessemer.hf.safetensors_writer import TensorSpec, verify, write_tensors
+from bessemer.model.layer import Phase
 from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.model.segments import Packed, Segments
 from bessemer.model.transformer import scores
@@ -81,6 +83,16 @@ class CausalLMConfig(BaseModel):
         """Attention is not our own."""
 
 
+class ExportedTensor(NamedTuple):
+    """A tensor of a model directory."""
+
+    key: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    """Names of this model's tensors that it is made of."""
+    combine: Callable[..., Tensor] = lambda tensor: tensor
+
+
 class CausalLM(LanguageModel):
     """A transformers model with a head. `inner` is the transformers model, unchanged, including parameter names."""
 
@@ -94,6 +106,8 @@ class CausalLM(LanguageModel):
     def __init__(self, inner: Any):
         super().__init__()
         self.inner = inner
+        self.recomputed: list[nn.Module] = []
+        """Layers whose activations backward computes again."""
         self.cfg = _config_of(inner, self.head_layer)
         accepted = inspect.signature(inner.base_model.forward).parameters
         self.cache_word = "cache" if "cache" in accepted else "past_key_values"
@@ -101,8 +115,25 @@ class CausalLM(LanguageModel):
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Always stays in evaluation mode; see the invariants."""
-        return super().train(False)
+        """Always stays in evaluation mode, see the invariants; only a layer that recomputes knows of training."""
+        super().train(False)
+        for layer in self.recomputed:
+            layer.training = mode
+        return self
+
+    def set_recompute(self, phases: Iterable[Phase]) -> Self:
+        """Recomputes whole decoder layers if any phase is named: transformers' layers have no such phases."""
+        if not [*phases]:
+            return self
+        if not self.inner.supports_gradient_checkpointing:
+            raise UserError(f"transformers cannot recompute {self.cfg.model_type}; leave [layout] recompute out")
+        enable = getattr(self.inner, "activation_checkpointing_enable", self.inner.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+        self.recomputed = [
+            module for module in self.inner.modules()
+            if isinstance(module, transformers_library().modeling_layers.GradientCheckpointingLayer)
+        ]  # fmt: skip
+        return self
 
     @property
     def embed(self) -> nn.Embedding:  # type: ignore[override]
@@ -157,19 +188,74 @@ class CausalLM(LanguageModel):
     def save(
         self, directory: str | Path, *, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None
     ) -> None:
-        with replacing(Path(directory), () if tokenizer_dir is None else deepseek.REPLACED) as fresh:
-            try:
-                self.inner.save_pretrained(fresh)
-            except ValueError as error:  # generation settings that contradict each other
-                raise UserError(f"{directory}: transformers does not write this model: {_first_line(error)}") from None
-            if tokenizer_dir is not None:
-                deepseek.copy_files(Path(tokenizer_dir), fresh, deepseek.TOKENIZER_FILES)
-            for name, text in (files or {}).items():
-                (fresh / name).write_text(text, "utf-8")
+        with self._new_directory(Path(directory), tokenizer_dir, files) as fresh:
+            self._write_with_transformers(fresh)
             reloaded = _read(fresh, next(self.parameters()).dtype, self.auto).state_dict()
             for name, tensor in self.inner.state_dict().items():
                 if not torch.equal(reloaded[name], tensor.to(reloaded[name].device)):
                     raise UserError(f"{fresh}: tensor {name} reads back differently from what was written")
+
+    @contextmanager
+    def _new_directory(
+        self, directory: Path, tokenizer_dir: str | Path | None, files: dict[str, str] | None
+    ) -> Iterator[Path]:
+        with replacing(directory, () if tokenizer_dir is None else deepseek.REPLACED) as fresh:
+            if tokenizer_dir is not None:
+                deepseek.copy_files(Path(tokenizer_dir), fresh, deepseek.TOKENIZER_FILES)
+            for name, text in (files or {}).items():
+                (fresh / name).write_text(text, "utf-8")
+            yield fresh
+
+    def _write_with_transformers(self, fresh: Path, **options: Any) -> None:
+        try:
+            self.inner.save_pretrained(fresh, **options)
+        except ValueError as error:  # generation settings that contradict each other
+            raise UserError(f"{fresh}: transformers does not write this model: {_first_line(error)}") from None
+
+    def exports(self) -> list[ExportedTensor]:
+        """The tensors of a model directory, each from tensors of this model, so that a sharded model is written one
+        tensor at a time. The model may be without storage."""
+        tied = {name for name, _ in self.inner.named_parameters(remove_duplicate=False)}
+        tied -= {name for name, _ in self.inner.named_parameters()}
+        left_out = tied | set(self.inner._keys_to_ignore_on_save or ())
+        return [tensor for tensor in self._plain_tensors() if tensor.key not in left_out]
+
+    def adapter_exports(self) -> list[ExportedTensor]:
+        """Those of the adapter that is written next to the directory."""
+        return []
+
+    def has_plain_tensors(self) -> bool:
+        """Whether the files that transformers writes hold exactly `exports`; it stores the experts of some families in
+        another form, and needs all tensors at once for that."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        shapes = {item.key: item.shape for item in self.exports()}
+        stored = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        try:
+            written = revert_weight_conversion(self.inner, stored)
+        except Exception:  # what it computes needs storage
+            return False
+        return {key: tuple(tensor.shape) for key, tensor in written.items()} == shapes
+
+    def _plain_tensors(self) -> list[ExportedTensor]:
+        return [
+            ExportedTensor(name, tuple(tensor.shape), (f"inner.{name}",))
+            for name, tensor in self.inner.state_dict().items()
+        ]
+
+    def write(
+        self, directory: Path, plan: Sequence[ExportedTensor], tensors: Iterable[Tensor], dtype: torch.dtype, *,
+        adapter: Mapping[str, Tensor], tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """`save` from a stream of the tensors of `exports`; the model itself may be without storage."""
+        specs = [TensorSpec(item.key, dtype, item.shape) for item in plan]
+        with self._new_directory(directory, tokenizer_dir, files) as fresh:
+            self.inner.config.dtype = dtype
+            self.inner.config.architectures = [type(self.inner).__name__]
+            self.inner.config.save_pretrained(fresh)
+            if self.inner.can_generate():
+                self.inner.generation_config.save_pretrained(fresh)
+            verify(fresh, specs, write_tensors(fresh, specs, tensors, deepseek.SHARD_BYTES))
 
 
 class CausalScorer(CausalLM):
@@ -209,14 +295,16 @@ class CausalScorer(CausalLM):
         """Scores of every prefix, [B, T], in float32."""
         return scores(self.train_outputs(tokens_BT, segments).hidden_BTD, self.head_weight)
 
-    def save(
-        self, directory: str | Path, *, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None
-    ) -> None:
+    @contextmanager
+    def _new_directory(
+        self, directory: Path, tokenizer_dir: str | Path | None, files: dict[str, str] | None
+    ) -> Iterator[Path]:
         if tokenizer_dir is not None and (Path(tokenizer_dir) / "tokenizer.json").is_file():
             tokenizer = load_tokenizer(tokenizer_dir)
             end = render_ids(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])[-1]
             self.inner.config.pad_token_id = None if end == tokenizer.pad_id else tokenizer.pad_id
-        super().save(directory, tokenizer_dir=tokenizer_dir, files=files)
+        with super()._new_directory(directory, tokenizer_dir, files) as fresh:
+            yield fresh
 
 
 _Kind = TypeVar("_Kind", bound=CausalLM)
@@ -226,7 +314,8 @@ def load(
     directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu",
     kind: type[_Kind] = CausalLM,  # type: ignore[assignment]
 ) -> _Kind:  # fmt: skip
-    """A transformers model. dtype: of all parameters (None: as stored). Raises UserError if it is not of `kind`."""
+    """A transformers model. dtype: of all parameters (None: as stored). On the device "meta" it has no weights, and
+    nothing is computed to check it. Raises UserError if it is not of `kind`."""
     directory = Path(directory)
     _check_files(directory)
     values = read_object(directory / "config.json")
@@ -240,6 +329,8 @@ def load(
     with _explained(directory):
         _check_counts(values, checkpoint)
         _check_memory(directory, checkpoint, kind.auto)
+        if torch.device(device).type == "meta":
+            return kind(_without_weights(directory, kind.auto, deepseek.parse_dtype(dtype)))
         return checked(kind(_read(directory, deepseek.parse_dtype(dtype), kind.auto).to(device)), str(directory))
 
 
@@ -284,8 +375,7 @@ def _check_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
 
 def _check_memory(directory: Path, checkpoint: Checkpoint, kind: str) -> None:
     """Raises UserError for a network much larger than the files: transformers would initialise the rest at random."""
-    with torch.device("meta"):
-        inner = getattr(transformers_library(), kind).from_config(_config(directory), trust_remote_code=False)
+    inner = _without_weights(directory, kind)
     stored = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     needed = sum(parameter.numel() for parameter in inner.parameters())
     if needed > 2 * stored:
@@ -295,6 +385,16 @@ def _check_memory(directory: Path, checkpoint: Checkpoint, kind: str) -> None:
     buffer_bytes = sum(buffer.numel() * buffer.element_size() for buffer in inner.buffers())
     if buffer_bytes > max(SPARE_BYTES, 2 * stored):
         raise UserError(f"{directory}: config.json requires tables of {buffer_bytes} bytes besides the parameters")
+
+
+def _without_weights(directory: Path, kind: str, dtype: torch.dtype | None = None) -> Any:
+    """The transformers model of a directory on the device "meta"."""
+    config = _config(directory)
+    if kind == CausalScorer.auto:
+        config.num_labels = 1
+    options = {} if dtype is None else {"dtype": dtype}
+    with torch.device("meta"):
+        return getattr(transformers_library(), kind).from_config(config, trust_remote_code=False, **options)
 
 
 @torch.no_grad()

@@ -2,19 +2,11 @@
 
 Keys are the Hugging Face names, as in torchtitan's `to_hf` and `from_hf`; config and tokenizer are next to the tensors.
 A plain model directory needs no conversion for DCP: `HuggingFaceStorageReader` reads its safetensors.
-
-A DCP checkpoint describes itself in a pickle, `.metadata`. The unpickler here creates only DCP's own records, so a
-hostile pickle cannot run code.
 """
 
 from __future__ import annotations
 
-import io
-import math
-import pickle
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,80 +14,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from bessemer.addons.distributed.dcp_reader import DCPReader, alone, read_metadata
 from bessemer.addons.families import conversion
 from bessemer.data.fingerprints import check_finished
-from bessemer.data.model_files import read_bytes
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.hf.mapping import slots
 from bessemer.hf.replace import replacing
 from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
 from bessemer.model.transformer import Transformer
-
-METADATA = ".metadata"
-RECORDS = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "PurePosixPath"},
-    "pathlib._local": {"PosixPath", "PurePosixPath"},  # their name in Python 3.13
-}  # fmt: skip
-"""The classes that a `.metadata` file may name."""
-MOST = 1 << 28
-"""Largest `.metadata` file that is read, in bytes."""
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in RECORDS.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no DCP checkpoint needs")
-
-
-class _Reader(FileSystemReader):
-    """DCP's own reader, given metadata read by `read_metadata`."""
-
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self.metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self.metadata.storage_meta = self.metadata.storage_meta or StorageMeta()
-        self.metadata.storage_meta.load_id = self.load_id
-        return self.metadata
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """Names, shapes and locations of a DCP checkpoint's tensors. Raises UserError if the file is damaged or would run
-    code."""
-    path = folder / METADATA
-    try:
-        metadata = _Unpickler(io.BytesIO(read_bytes(path, MOST))).load()
-        tensors = [entry for entry in metadata.state_dict_metadata.values() if isinstance(entry, TensorStorageMetadata)]
-        shapes = [(tuple(entry.size), entry.properties.dtype, len(entry.chunks)) for entry in tensors]
-        places = {name for info in metadata.storage_data.values() for name in [str(info.relative_path)]}
-    except UserError:
-        raise
-    except Exception as error:  # an unpickler can raise anything
-        raise UserError(f"{path} is not a readable DCP checkpoint: {error}") from None
-    if outside := [name for name in places if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise UserError(f"{path} places tensors outside its folder, in {outside[0]}; it is damaged or hostile")
-    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in shapes)
-    there = sum(file.stat().st_size for file in folder.rglob("*.distcp") if file.is_file())
-    if size > there:
-        raise UserError(
-            f"{path} declares {size:,} bytes of tensors, but the files beside it hold {there:,}; copy it again"
-        )
-    assert isinstance(metadata, Metadata), "it has the fields of one"
-    return metadata
 
 
 def export(source: Path, target: Path, dtype: torch.dtype | None = None, mtp: bool = True) -> None:
@@ -107,26 +37,18 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None, mtp: bo
     tensors = {slot.key: checkpoint.read(slot.key, deepseek.target_dtype(slot, kind, dtype)) for slot, kind in stored}
     with replacing(target, deepseek.REPLACED) as fresh:
         conversion.copy_config(source, cfg, fresh, dtype or checkpoint.stored_dtype(deepseek.EMBEDDING))
-        with _alone():
+        with alone():
             dcp.save(tensors, storage_writer=FileSystemWriter(fresh, thread_count=1), no_dist=True)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Suppresses DCP's warning that there is only one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def tensors(folder: Path, metadata: Metadata) -> Iterator[tuple[str, Tensor]]:
     """Yields every tensor with its name, one in memory at a time."""
-    reader = _Reader(folder, metadata)
+    reader = DCPReader(folder, metadata)
     for name, record in metadata.state_dict_metadata.items():
         if isinstance(record, TensorStorageMetadata):
             state = {name: torch.empty(record.size, dtype=record.properties.dtype)}
             try:
-                with _alone():
+                with alone():
                     dcp.load(state, storage_reader=reader, no_dist=True)
             except (Exception, CheckpointException):  # the latter is not an Exception, and its message is pages long
                 raise UserError(f"{folder}: tensor {name} cannot be read: its file is damaged; copy it again") from None

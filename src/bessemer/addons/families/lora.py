@@ -17,17 +17,18 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from bessemer.addons.families.causal_lm import CausalLM, CausalScorer, load
+from bessemer.addons.families.causal_lm import CausalLM, CausalScorer, ExportedTensor, load
 from bessemer.config.table import nearest
 from bessemer.config.training import LoRAConfig
 from bessemer.data.fingerprints import sha256_of_all
@@ -80,7 +81,7 @@ class LoRAModel(CausalLM):
     def adapters(self) -> dict[str, Tensor]:
         """The adapters' weights by the names that peft uses in files."""
         return {
-            PREFIX + name.replace(f".{NAME}.weight", ".weight"): parameter.detach()
+            _peft_name(name): parameter.detach()
             for name, parameter in self.inner.named_parameters()
             if _is_trained(name)
         }
@@ -107,9 +108,40 @@ class LoRAModel(CausalLM):
         self.save_adapter(Path(directory).with_name(ADAPTER))
         self.merged().save(directory, tokenizer_dir=tokenizer_dir, files=files)
 
-    def save_adapter(self, directory: Path) -> None:
-        """Atomically writes peft's two files and `base.json`, which holds the SHA-256 of the base's weights."""
-        weights = self.adapters()
+    def _plain_tensors(self) -> list[ExportedTensor]:
+        """As `merged` would have them."""
+        layers, tensors = dict(_adapted(self.inner)), []
+        for name, tensor in self.inner.state_dict().items():
+            module = name.removesuffix(".base_layer.weight")
+            if ".lora_" in name:
+                continue
+            sources, combine = [name], _as_it_is
+            if name != module and module in layers:
+                sources += [f"{module}.lora_{matrix}.{NAME}.weight" for matrix in "AB"]
+                layer = layers[module]
+                combine = partial(_merged, name, layer.scaling[NAME], layer.fan_in_fan_out)
+            key, shape = name.replace(".base_layer.", "."), tuple(tensor.shape)
+            tensors.append(ExportedTensor(key, shape, tuple(f"inner.{source}" for source in sources), combine))
+        return tensors
+
+    def adapter_exports(self) -> list[ExportedTensor]:
+        return [
+            ExportedTensor(_peft_name(name), tuple(parameter.shape), (f"inner.{name}",))
+            for name, parameter in self.inner.named_parameters()
+            if _is_trained(name)
+        ]
+
+    def write(
+        self, directory: Path, plan: Sequence[ExportedTensor], tensors: Iterable[Tensor], dtype: torch.dtype, *,
+        adapter: Mapping[str, Tensor], **options: Any,
+    ) -> None:  # fmt: skip
+        self.save_adapter(directory.with_name(ADAPTER), adapter)
+        super().write(directory, plan, tensors, dtype, adapter={}, **options)
+
+    def save_adapter(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Atomically writes peft's two files and `base.json`, which holds the SHA-256 of the base's weights. `weights`:
+        those of `adapters`, if this model is without storage."""
+        weights = self.adapters() if weights is None else weights
         targets = sorted({name.split(".")[-3] for name in weights if ".lora_" in name})
         values = _peft_config(self.config, targets, self.task).to_dict()
         values |= {"base_model_name_or_path": str(self.base.absolute()), "inference_mode": True}
@@ -250,6 +282,21 @@ def _inject(
         torch.manual_seed(seed)
         inject_adapter_in_model(_peft_config(config, targets, LoRAModel.task, rslora), model.inner)  # in place
     return (LoRAScorer if isinstance(model, CausalScorer) else LoRAModel)(model.inner, config, base)
+
+
+def _peft_name(name: str) -> str:
+    """The name that peft uses in files."""
+    return PREFIX + name.replace(f".{NAME}.weight", ".weight")
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _merged(name: str, scaling: float, transposed: bool, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """W + scaling * B A, added in float32 and rounded to W's dtype."""
+    change = scaling * (b.float() @ a.float())
+    return cast(weight.float() + (change.T if transposed else change), weight.dtype, name)
 
 
 def _is_trained(name: str) -> bool:
