@@ -260,7 +260,9 @@ def test_a_worker_with_other_logprobs_is_refused_at_the_start(ray, opened):
         def _make_engine(self):
             engine = super()._make_engine()
             load = engine.load
-            engine.load = lambda weights: load({n: w.flip(0) if n == "embed.weight" else w for n, w in weights.items()})
+            engine.load = lambda weights, _: load(
+                {n: w.flip(0) if n == "embed.weight" else w for n, w in weights.items()}
+            )
             return engine
 
     with pytest.raises(UserError, match=r"differ by .*Likely causes"):
@@ -271,7 +273,7 @@ def test_a_worker_with_stale_weights_is_refused_at_the_next_exchange(ray, opened
     class Stale(RolloutWorker):
         def generate(self, version, weights, batch):
             if version > 1:
-                self.engine.load = lambda weights: None  # a reload that returns without a word
+                self.engine.load = lambda *_: None  # a reload that returns without a word
             return super().generate(version, weights, batch)
 
     sampler = opened(1, Stale)

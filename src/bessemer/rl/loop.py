@@ -307,10 +307,9 @@ def _merged(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over a rollout's updates, and the gap between sampler and trainer at the first one, if it was made."""
     values = update_means("rl", ("kl", "entropy", "clip_share", "grad_norm"), updates)
-    mismatch = {"gap": "logp_gap", "gap_max": "logp_gap_max", "kl": "sampler_kl", "far": "sampler_far"}
-    for name, measured in mismatch.items():
-        if f"train/{measured}" in updates[0]:
-            values[f"rl/sampler_{name}"] = updates[0][f"train/{measured}"]
+    for name in ("logp_gap", "logp_gap_max", "sampler_kl", "sampler_far"):
+        if f"train/{name}" in updates[0]:
+            values[f"rl/sampler_{name.removeprefix('logp_').removeprefix('sampler_')}"] = updates[0][f"train/{name}"]
     names = dict.fromkeys(name for update in updates for name in update)
     depths = [name.removeprefix("train/") for name in names if name.startswith("train/mtp_")]
     values |= update_means("rl", ("max_vio", *depths), updates)

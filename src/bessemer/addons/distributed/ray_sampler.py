@@ -180,7 +180,9 @@ class RaySampler:
 
         def state() -> Mapping[str, Tensor]:
             refresh()
-            return engine.model.state_dict() if config.lora is None else adapters_of(engine.model)
+            weights = engine.model.state_dict() if config.lora is None else adapters_of(engine.model)
+            # on ranks the network may give its memory back, which numpy, for Ray, would hold on to
+            return weights if ctx.runtime.n == 1 else {name: tensor.clone() for name, tensor in weights.items()}
 
         assert ctx.source is not None
         size = sum(tensor.nbytes for tensor in engine.model.state_dict().values()) if config.lora is None else 0
