@@ -94,7 +94,7 @@ def alone(base, tmp_path_factory):
     return trained(0, base, folder, in_folder(folder))
 
 
-@pytest.mark.parametrize("layout", ["layout.dp=2", "layout.pp=2", "layout.ep=2"])
+@pytest.mark.parametrize("layout", ["layout.dp=2", "layout.pp=2", "layout.ep=2", "layout.cp=2"])
 def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, tmp_path, layout):
     values, whole, _ = alone
     results = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, layout))
@@ -106,7 +106,9 @@ def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, t
         assert all(here or not text for _, here, text in [*one, *other])
         assert 0 < sum(here for _, here, _ in one) < len(rows)
     rows, moved = sum(map(len, whole)), sum(sent for *_, sent in results)
-    assert 0 < moved <= rows and (moved == rows or layout != "layout.pp=2"), "each goes once to each that trains it"
+    assert 0 < moved <= rows and (moved == rows or layout not in ("layout.pp=2", "layout.cp=2")), (
+        "each goes once to each that trains it"
+    )
 
 
 @pytest.mark.parametrize("change", [f"zero.{rl_stage.COIN}", f"zero.{rl_stage.AHEAD}", 'zero.hooks=["export-samples"]'])
@@ -192,3 +194,33 @@ def test_what_a_rank_keeps_of_another_s_samples_does_not_grow_with_them():
     assert [rank_of(one, 0) for one in long[:3]] == [1, 1, 1]
     with pytest.raises(TypeError):
         long[0].tokens[0]
+
+
+LONG_ROWS = (
+    "zero.loss=gspo", "zero.top_p=0.9", "zero.normalise=constant", "zero.kl.unbiased=true", "zero.mtp=trained",
+    'zero.hooks=["routing-replay", {name="correction", form="sequence-truncate"}]',
+)  # fmt: skip
+PPO = ("zero.advantage=critic", "zero.updates_per_rollout=1")
+
+
+@pytest.mark.parametrize("changes", [LONG_ROWS, PPO], ids=["gspo", "critic"])
+def test_rows_that_two_ranks_split_give_the_updates_of_one(base, tmp_path, changes):
+    """A loss over whole answers, whose tokens lie on both ranks, with the reference, a sampling mask, the sampler's
+    experts, importance weights and MTP modules; and a critic."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    values, _, _ = trained(0, base, one, in_folder(one, *changes))
+    results = on_ranks(2, trained, base, two, in_folder(two, "layout.cp=2", *changes))
+    close(results[0][0], values)
+    exact = (
+        "rl/grad_norm",
+        "rl/kl",
+        "rl/entropy",
+        "rl/correction_weight",
+        "rl/mtp_1",
+        "critic/loss",
+        "critic/grad_norm",
+    )
+    first, actual = (next(line for line in lines if "rl/grad_norm" in line) for lines in (values, results[0][0]))
+    for name in set(exact) & first.keys():
+        assert actual[name] == pytest.approx(first[name], rel=1e-4), name

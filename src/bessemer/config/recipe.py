@@ -55,7 +55,8 @@ class LayoutConfig(ConfigTable):
     cp."""
     cp: int = Field(1, ge=1)
     """Context-parallel ranks: each computes a slice of every row, for rows too long for one rank (V3: none). The row
-    length must be a multiple of 2 cp. RL, whose row lengths vary, uses data-parallel ranks instead."""
+    length must be a multiple of 2 cp. RL rounds its rows up to that; reward models and
+    distillation use data-parallel ranks instead."""
     node: int = Field(8, ge=1)
     """Ranks per node; a token crosses to another node at most once."""
     exchange: Literal["auto", "all-to-all", "deepep"] = "auto"

@@ -10,7 +10,7 @@ Invariants
   segment.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -50,6 +50,9 @@ class Batch:
 
     own_T: Tensor | None = None
     """Positions of the rows that this process computes, in order (context parallelism); None: all."""
+    whole: Callable[[Tensor], Tensor] | None = None
+    """Given `own_T`: puts the values [B, t] of all processes at their positions, [B, T]; the gradient goes back to this
+    process's own. Collective."""
     samples: int | None = None
     """Samples that its rows hold, numbered from 1 in `segments_BT`, where padding is 0; None: one in each row."""
     teacher: int = 0
@@ -112,6 +115,27 @@ class Batch:
         return self.trained_N + self.trained_N // max(1, self.loss_BT.shape[1] - 1) + 1
 
     @property
+    def share(self) -> float:
+        """The share of its positions that this process computes."""
+        return 1.0 if self.own_T is None else len(self.own_T) / self.loss_BT.shape[1]
+
+    def trained_here(self) -> tuple[Tensor, Tensor]:
+        """Indices of the predictions that count and that this process computes: into its flattened hidden states, and
+        of the tokens that they predict, into `tokens_BT.flatten()`."""
+        if self.own_T is None:
+            return self.target_N - 1, self.target_N
+        at_N = self.predicted(1)[1].flatten().nonzero().squeeze(1)
+        t, T = len(self.own_T), self.loss_BT.shape[1]
+        return at_N, at_N // t * T + self.own_T[at_N % t] + 1
+
+    def of_all(self, values_N: Tensor) -> Tensor:
+        """The values of all trained tokens, in the order of `target_N`, from those of `trained_here`."""
+        if self.own_T is None or self.whole is None:
+            return values_N
+        values_Bt = values_N.new_zeros(self.n_rows * len(self.own_T)).index_put((self.trained_here()[0],), values_N)
+        return self.whole(values_Bt.view(self.n_rows, -1)).flatten()[self.target_N - 1]
+
+    @property
     def sample_N(self) -> Tensor:
         """The sample that each trained token belongs to, as a number that no other sample of the batch has."""
         if self.samples is None or self.segments_BT is None:
@@ -153,9 +177,9 @@ class Batch:
             loss_BT = loss_BT * (segments_BT[:, source] == segments_BT[:, target])
         return self.tokens_BT[:, target], loss_BT
 
-    def at(self, own_T: Tensor | None) -> "Batch":
+    def at(self, own_T: Tensor | None, whole: Callable[[Tensor], Tensor] | None = None) -> "Batch":
         """The same rows; this process computes their positions `own_T`."""
-        return replace(self, own_T=own_T)
+        return replace(self, own_T=own_T, whole=whole)
 
     def rows(self, start: int, stop: int) -> "Batch":
         """The rows `start:stop`, as views."""

@@ -51,7 +51,7 @@ class Loop:
         self.base = ctx.source / "model"
         setup.keep_memory()
         runtime = ctx.runtime
-        model, self.tokenizer = runtime.read(self.base, split_rows=False, mtp=settings.mtp != "dropped")
+        model, self.tokenizer = runtime.read(self.base, mtp=settings.mtp != "dropped")
         model = setup.adapted(model, settings, self.base, ctx.seed, ctx.recipe.layout, ctx.say)
         self.tokenizer.use_template(settings.prompt_template)
         sampler = sampler_of(settings)

@@ -72,16 +72,17 @@ class GRPO:
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
         """The loss, given outputs that were computed elsewhere (`Divided`)."""
         # Only trained positions go through the head: prompts and padding cost nothing there.
-        hidden_ND, target_N = out.hidden_BTD[:, :-1].flatten(0, 1)[batch.trained_N], batch.target_N
-        target, kept = batch.tokens_BT.flatten()[target_N], kept_of(batch)
-        logp, entropy = token_logprobs(hidden_ND, weight_VD, target, self.temperature, entropy=True, kept=kept)
+        at_N, own_N = batch.trained_here()
+        hidden_ND, target, kept = out.hidden_BTD.flatten(0, 1)[at_N], batch.tokens_BT.flatten()[own_N], kept_of(batch)
+        computed = token_logprobs(hidden_ND, weight_VD, target, self.temperature, entropy=True, kept=kept)
+        assert computed.entropy is not None
+        logp, entropy, target_N = batch.of_all(computed.logp), batch.of_all(computed.entropy), batch.target_N
 
         def extra(name: str) -> Tensor:
             return batch.extras[name].flatten()[target_N]
 
         old, advantage = extra("old_logp_BT"), extra("advantage_BT")
         terms = self.loss(logp, old, advantage, batch.sample_N)
-        assert entropy is not None
         weight = batch.loss_BT.flatten()[target_N]
         value = terms.value * extra("importance_BT") if "importance_BT" in batch.extras else terms.value
         sampler = extra("sampler_logp_BT") if "sampler_logp_BT" in batch.extras else old
@@ -102,13 +103,15 @@ class GRPO:
             "sampler_far": (weight * (gap > FAR)).sum(),
         }
         peaks = {"logp_gap_max": torch.cat((gap, gap.new_zeros(1))).max()}  # a micro-batch may train on no token
-        means = {name: value.detach() for name, value in metrics.items()}
-        total, tokens = -(weight * value).sum(), weight.sum()
+        # With context parallelism every process has the loss of the whole rows, and counts its share of it.
+        share, total = batch.share, -(weight * value).sum()
+        means = {name: share * value.detach() for name, value in metrics.items()}
+        total, tokens = total - (1.0 - share) * total.detach(), share * weight.sum()
         for k, hidden_BTD in enumerate(out.mtp_hidden, start=1):
             depth = predicting(hidden_BTD, weight_VD.detach(), batch, 1 + k)
             means[f"mtp_{k}"] = depth.detach()
             total = total + self.mtp_lambda / len(out.mtp_hidden) * depth
-        divisor = weight.new_tensor(float(self.constant * batch.counted[0])) if self.constant else tokens
+        divisor = weight.new_tensor(share * self.constant * batch.counted[0]) if self.constant else tokens
         return Loss(total, divisor, means, peaks, weight=tokens if self.constant else None)
 
 
@@ -127,10 +130,10 @@ def policy_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> T
 
 def logprobs_of(out: TrainOutputs, weight_VD: Tensor, batch: Batch, *, temperature: float) -> Tensor:
     """The same, given outputs that were computed elsewhere."""
-    hidden_ND, target_N = out.hidden_BTD[:, :-1].flatten(0, 1)[batch.trained_N], batch.target_N
-    target, logp_BT = batch.tokens_BT.flatten()[target_N], torch.zeros_like(batch.loss_BT)
+    (at_N, own_N), logp_BT = batch.trained_here(), torch.zeros_like(batch.loss_BT)
+    hidden_ND, target = out.hidden_BTD.flatten(0, 1)[at_N], batch.tokens_BT.flatten()[own_N]
     logp = token_logprobs(hidden_ND, weight_VD, target, temperature, kept=kept_of(batch)).logp
-    logp_BT.view(-1)[target_N] = logp
+    logp_BT.view(-1)[batch.target_N] = batch.of_all(logp)
     return logp_BT
 
 
@@ -145,7 +148,7 @@ def kept_of(batch: Batch) -> Kept | None:
     if "kept_id_BM" not in batch.extras:
         return None
     id_BM, at_BM = batch.extras["kept_id_BM"], batch.extras["kept_at_BM"].long()
-    target_N = batch.target_N
-    row_BT = torch.full(batch.tokens_BT.shape, -1, dtype=torch.int64, device=target_N.device)
-    row_BT.view(-1)[target_N] = torch.arange(len(target_N), device=target_N.device)
+    own_N = batch.trained_here()[1]
+    row_BT = torch.full(batch.tokens_BT.shape, -1, dtype=torch.int64, device=own_N.device)
+    row_BT.view(-1)[own_N] = torch.arange(len(own_N), device=own_N.device)
     return Kept(id_BM.long().flatten(), row_BT.gather(1, at_BM).flatten())

@@ -69,6 +69,7 @@ class RankCollective(Collective):
         self.shard, self.mesh = shard, shard.mesh
         self.devices, self.me = shard.mesh.layout.world, shard.mesh.me
         self.n_pipelines, self.pipeline = shard.n_pipelines, shard.pipeline_index
+        self.row_multiple = shard.context.multiple
         self._stopping = self._due = False
         self._executor: Executor | None = None
         self._losses: list[Loss] = []
@@ -154,8 +155,7 @@ class RankCollective(Collective):
     def accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         trainer, optimizer = self.trainer, self.zero1
         watchdog.at(trainer.step + 1)
-        own = self.shard.context.positions
-        batches = [trainer.on_device.transfer(batch.at(own(batch.tokens_BT.shape[1]))) for batch in micro_batches]
+        batches = [trainer.on_device.transfer(self.shard.context.split(batch)) for batch in micro_batches]
         trainer.shape = *batches[0].tokens_BT.shape, batches[0].segments_BT is not None
         executor = self.executor_for(len(batches))
         work = self._work(executor, batches, terms)
@@ -280,7 +280,7 @@ class RankCollective(Collective):
         with evaluating(self.shard.model):
             computed = forward(self.shard, dealt(self.shard, batches), read)
         numbers = range(self.pipeline, len(batches), self.n_pipelines)
-        numbered = zip(numbers, computed, strict=False)  # fillers come last
+        numbered = zip(numbers, computed if self.mesh.cp == 0 else (), strict=False)  # fillers come last
         return self.exchanged({number: values for number, values in numbered if values is not None}, sizes)
 
     def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:

@@ -22,7 +22,8 @@ Shapes: B rows, T tokens of a row, t tokens of it on this rank, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from torch import Tensor
 from bessemer.addons.accelerate.precision import fp8_layers
 from bessemer.addons.distributed import watchdog
 from bessemer.addons.distributed.context_attention import Cut, FP8Core, attention
+from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.layer import Attended, Layer, recomputed
 from bessemer.model.segments import Packed, Segments, first_tokens
@@ -61,6 +63,15 @@ class WholeRows:
         """How many of a row's T tokens this rank holds. `Context` raises UserError if T cannot be split."""
         return T
 
+    @property
+    def multiple(self) -> int:
+        """Rows are split if their tokens are a multiple of this."""
+        return 1
+
+    def split(self, batch: Batch) -> Batch:
+        """The batch, of which this rank computes its own positions."""
+        return batch
+
     def positions(self, T: int, k: int = 0) -> Tensor | None:
         """Positions of this rank in a row of T tokens, in order and without the last k of the row. None: all."""
         return None
@@ -68,6 +79,10 @@ class WholeRows:
     def take(self, tokens_BT: Tensor) -> Tensor:
         """This rank's part, [B, t, ...], of tokens or of anything else with leading dimensions [B, T]."""
         return tokens_BT
+
+    def whole(self, values_Bt: Tensor) -> Tensor:
+        """The values of all ranks at their positions, [B, T]. The gradient goes back to this rank's own."""
+        return values_Bt
 
     def attention(self, T: int, k: int, table: RopeTable, segments: Segments) -> Attend:
         """Returns what runs a layer's first phase for rows of T tokens at MTP depth k (0: the main model)."""
@@ -91,8 +106,15 @@ class Context(WholeRows):
     n: int
     rank: int
 
+    @property
+    def multiple(self) -> int:
+        return 2 * self.n
+
+    def split(self, batch: Batch) -> Batch:
+        return batch.at(self.positions(batch.tokens_BT.shape[1]), self.whole)
+
     def length(self, T: int) -> int:
-        if T % (2 * self.n):
+        if T % self.multiple:
             raise UserError(refusal(T, self.n))
         return T // self.n
 
@@ -104,6 +126,10 @@ class Context(WholeRows):
 
     def take(self, tokens_BT: Tensor) -> Tensor:
         return tokens_BT[:, self.positions(tokens_BT.shape[1]).to(tokens_BT.device)]
+
+    def whole(self, values_Bt: Tensor) -> Tensor:
+        whole_BT: Tensor = _Whole.apply(values_Bt, self)
+        return whole_BT
 
     def attention(self, T: int, k: int, table: RopeTable, segments: Segments) -> Attend:
         rope = table(T)
@@ -135,6 +161,24 @@ class Context(WholeRows):
         with watchdog.waiting("the experts' counts of a sequence", dist.get_process_group_ranks(self.group)):
             dist.all_reduce(count_SE, group=self.group)
         return count_SE
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_Bt: Tensor, context: Context) -> Tensor:
+        parts = [torch.empty_like(values_Bt) for _ in range(context.n)]
+        with watchdog.waiting("numbers of a row", dist.get_process_group_ranks(context.group)):
+            dist.all_gather(parts, values_Bt.contiguous(), group=context.group)
+        T = values_Bt.shape[1] * context.n
+        whole_BT = values_Bt.new_empty(len(values_Bt), T)
+        for rank, part_Bt in enumerate(parts):
+            whole_BT[:, replace(context, rank=rank).positions(T).to(part_Bt.device)] = part_Bt
+        ctx.own_T = context.positions(T).to(values_Bt.device)
+        return whole_BT
+
+    @staticmethod
+    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None]:
+        return grad_BT[:, ctx.own_T], None
 
 
 def refusal(T: int, n: int) -> str:

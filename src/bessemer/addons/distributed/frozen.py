@@ -101,8 +101,8 @@ class ShardedCopy(FrozenCopy):
         whole.save(self.shard, folder)
 
     def outputs(self, batches: Sequence[Batch]) -> list[Tensor | None]:
-        positions, table = self.shard.context.positions, self.shard.table(len(batches))
-        own = [batch.at(positions(batch.tokens_BT.shape[1])).to(self.trainer.device) for batch in batches]
+        context, table = self.shard.context, self.shard.table(len(batches))
+        own = [context.split(batch).to(self.trainer.device) for batch in batches]
         results: list[Tensor | None] = []
         for lane in range(table.lanes - table.idle):
             part = own[lane * table.per_lane : (lane + 1) * table.per_lane]

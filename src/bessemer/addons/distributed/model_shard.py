@@ -192,7 +192,7 @@ def dealt(shard: ModelShard, batches: Sequence[Batch]) -> list[Batch]:
     own = list(batches[shard.pipeline_index :: shard.n_pipelines])
     n = -(-len(batches) // shard.n_pipelines)
     own += [batches[0].as_filler()] * (n - len(own))
-    return [batch.at(shard.context.positions(batch.tokens_BT.shape[1])).to(shard.device) for batch in own]
+    return [shard.context.split(batch).to(shard.device) for batch in own]
 
 
 @torch.no_grad()

@@ -139,7 +139,7 @@ def values(critic: LanguageModel, batch: Batch) -> Tensor:
 
 
 def _values_of(out: TrainOutputs, weight_1D: Tensor, batch: Batch) -> Tensor:
-    return scores(out.hidden_BTD, weight_1D)[:, :-1].flatten()[batch.trained_N]
+    return batch.of_all(scores(out.hidden_BTD, weight_1D).flatten()[batch.trained_here()[0]])
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,9 @@ class ValueLoss:
         keep = batch.trained_N
         weight, old, target = (x[:, 1:].flatten()[keep] for x in (weight_BT, old_BT, return_BT))
         error, clipped = value_errors(_values_of(out, weight_VD, batch), old, target, self.clip)
-        metrics = {"loss": weight * error, "clip_share": weight * clipped}
-        sums = {name: value.sum().detach() for name, value in metrics.items()}
-        return Loss((weight * error).sum(), weight.sum(), sums)
+        share, total = batch.share, (weight * error).sum()  # as in GRPO
+        sums = {"loss": share * total.detach(), "clip_share": share * (weight * clipped).sum().detach()}
+        return Loss(total - (1.0 - share) * total.detach(), share * weight.sum(), sums)
 
 
 def value_errors(value_N: Tensor, old_N: Tensor, return_N: Tensor, clip: float) -> tuple[Tensor, Tensor]:
