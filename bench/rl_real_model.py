@@ -121,6 +121,8 @@ def trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
     from bessemer import tasks
+    from bessemer.data.chat import question_ids
+    from bessemer.hf.families import load_tokenizer
     from bessemer.rl import rollout
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -128,6 +130,11 @@ def trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     task = tasks.get(TASK, languages=["en"])
     chosen = rollout.problems_of([task], "train", 0, steps * args.prompts, SEED)
     questions = [[{"role": "user", "content": problem.prompt}] for _, problem in chosen]
+    tokenizer, own = AutoTokenizer.from_pretrained(args.model, padding_side="left"), load_tokenizer(args.model)
+    own.use_template("model")
+    for (_, problem), question in zip(chosen, questions, strict=True):  # both sides read the same ids
+        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert ids == question_ids(own, problem.prompt)
     names: dict[str, Any] = {}
     exec(REWARD, names)  # our own text, above
     marks, lengths = [], []
@@ -152,7 +159,7 @@ def trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
     trainer = GRPOTrainer(
         model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict({"prompt": questions}),
-        processing_class=AutoTokenizer.from_pretrained(args.model, padding_side="left"), callbacks=[Clock()],
+        processing_class=tokenizer, callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
     return {
