@@ -64,7 +64,9 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "Activations stored in FP8 and E5M6; norms and up-projections recomputed": (
         "pack_e5m6(out, o.scale_MJ)", "pack_e5m6(o.dequantise().to(out.dtype), o.scale_MJ)"  # FP8 instead
     ),
-    "Moments of the optimizer in BF16": ("torch.zeros(length, dtype=moments,", "torch.zeros(length, dtype=torch.float32,"),
+    "Moments of the optimizer in BF16": (
+        "torch.zeros(length, dtype=moments,", "torch.zeros(length, dtype=torch.float32,"
+    ),
     "Moving average of the weights": ("lerp_(master, 1 - self.decay)", "lerp_(master, self.decay)"),
     "DualPipe": ("self.sum_with_others(name, gradients[name])", "pass"),  # the two copies of a stage part
     "Expert parallelism, a token to a node once": (  # to all
