@@ -10,13 +10,12 @@ skip) is summed over all ranks once per step, so every rank decides alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -25,13 +24,14 @@ from bessemer.addons.distributed import schedules, watchdog
 from bessemer.addons.distributed.executor import Executor, Work
 from bessemer.addons.distributed.model_shard import ModelShard, dealt, forward, heldout_nats, rows_of
 from bessemer.addons.distributed.rank_store import RankStore, parameter_prefix
+from bessemer.addons.distributed.rank_sums import RankSums
 from bessemer.addons.distributed.zero1 import Zero1
 from bessemer.model.gate import Gate
 from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.model.transformer import Transformer, evaluating
 from bessemer.train import balance
 from bessemer.train.checkpointed import Checkpointed
-from bessemer.train.collective import Collective, Read
+from bessemer.train.collective import Read
 from bessemer.train.objective import Loss, Sums, balance_weight
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
@@ -56,7 +56,7 @@ class Divided(Protocol):
         """Names of its metrics and of its peaks, with `depths` MTP modules."""
 
 
-class RankCollective(Collective):
+class RankCollective(RankSums):
     """One rank's `Collective` (`train.collective`); `shard` is its shard of the network.
 
     The trainer's objective is `Divided`, its optimizer `Zero1`. `accumulate` takes the micro-batches of this rank's
@@ -67,10 +67,9 @@ class RankCollective(Collective):
 
     def __init__(self, shard: ModelShard):
         self.shard, self.mesh = shard, shard.mesh
-        self.devices, self.me = shard.mesh.layout.world, shard.mesh.me
+        self.devices, self.me, self.device = shard.mesh.layout.world, shard.mesh.me, shard.device
         self.n_pipelines, self.pipeline = shard.n_pipelines, shard.pipeline_index
         self.row_multiple = shard.context.multiple
-        self._stopping = self._due = False
         self._executor: Executor | None = None
         self._losses: list[Loss] = []
         self._warms = shard.device.type == "cuda" and shard.mesh.layout.pp > 1
@@ -103,13 +102,6 @@ class RankCollective(Collective):
     def store(self, trainer: Checkpointed) -> RankStore:
         return RankStore(trainer, self)
 
-    def stops(self, asked: Callable[[], bool]) -> bool:
-        """As the last step found out, which asked all ranks."""
-        return self._stopping
-
-    def is_due(self, due: Callable[[], bool]) -> bool:
-        return self._due
-
     def parts(self, n_rows: int, size: int) -> Iterator[range]:
         micro = self._at_least(math.ceil(n_rows / (self.n_pipelines * size)))
         yield from rows_of(n_rows, self.n_pipelines, self.pipeline, micro)
@@ -132,25 +124,6 @@ class RankCollective(Collective):
         micro = self._at_least(math.ceil(count / self.n_pipelines))
         filled = [*range(count), *[None] * (self.n_pipelines * micro - count)]
         return [filled[start : start + micro] for start in range(0, len(filled), micro)]
-
-    def share_of(self, count: int) -> range:
-        return range(self.mesh.me, count, self.mesh.layout.world)
-
-    def exchanged(self, own: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        flat = torch.zeros(sum(sizes))
-        parts = flat.split([*sizes])
-        for number, values in own.items():
-            parts[number].copy_(values)
-        summed = flat.to(self.shard.device)
-        with watchdog.waiting("numbers of the other ranks", range(self.mesh.layout.world)):
-            dist.all_reduce(summed)  # each is 0 on all ranks but one
-            return [*summed.cpu().split([*sizes])]
-
-    def average(self, values: dict[str, float]) -> dict[str, float]:
-        if not values:
-            return values
-        mean = self._reduced([value / self.mesh.layout.world for value in values.values()], dist.ReduceOp.SUM)
-        return dict(zip(values, mean, strict=True))
 
     def accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         trainer, optimizer = self.trainer, self.zero1
@@ -247,34 +220,12 @@ class RankCollective(Collective):
             list(batches), self._losses, divisor, int(all_tokens), int(all_rows), math.isfinite(total), values_by_name
         )
 
-    def _reduced(self, values: list[float], how: dist.ReduceOp.RedOpType) -> list[float]:
-        reduced = torch.tensor(values, dtype=torch.float64, device=self.shard.device)
-        with watchdog.waiting("the metrics of the step", range(self.mesh.layout.world)):
-            dist.all_reduce(reduced, how)
-            return reduced.tolist()
-
-    def all_gather(self, text: str) -> list[str]:
-        """The text of every rank, by rank."""
-        texts = [""] * self.mesh.layout.world
-        with watchdog.waiting("an error report", range(len(texts))):
-            dist.all_gather_object(texts, text)
-        return texts
-
     def _sum_loads(self, executor: Executor) -> None:
         with watchdog.waiting("expert loads", dist.get_process_group_ranks(self.mesh.group["dense"])):
             for name in sorted(self.trainer.gates):
                 load_E = self.trainer.gates[name].load_E
                 dist.all_reduce(load_E, group=self.mesh.group["dense"])
                 executor.sum_with_others(parameter_prefix(name), load_E)
-
-    def culprit(self, sums: Sums, terms: dict[str, float]) -> str:
-        bad = [number for number, loss in enumerate(sums.losses) if not math.isfinite(float(loss.total))]
-        names = self.trainer.optimizer.nonfinite_gradients()
-        cause = f"the loss of micro-batch {bad[0]} on rank {self.mesh.me} is not finite" if bad else ""
-        if not bad and names:
-            cause = f"{len(names)} gradients on rank {self.mesh.me} are not finite, starting at {names[-1]}"
-        causes = sorted(filter(None, self.all_gather(cause)), key=lambda text: not text.startswith("the loss"))
-        return causes[0] if causes else "the gradients overflow in their norm, or in a balance term"
 
     def outputs(self, batches: Sequence[Batch], read: Read, sizes: Sequence[int]) -> list[Tensor]:
         with evaluating(self.shard.model):

@@ -4,10 +4,9 @@ because each forward and backward gathers weights from all ranks."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from bessemer.addons.distributed.fsdp import ShardedModel
 from bessemer.addons.distributed.fsdp_checkpoint import FSDPStore
 from bessemer.addons.distributed.fsdp_optimizer import ShardedAdamW
 from bessemer.addons.distributed.model_shard import rows_of
+from bessemer.addons.distributed.rank_sums import RankSums
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
 from bessemer.train.checkpointed import Checkpointed, CheckpointStore
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bessemer.model.transformer import Transformer
 
 
-class FSDPCollective(Collective):
+class FSDPCollective(RankSums):
     """One rank's `Collective` (`train.collective`) of a `ShardedModel` model."""
 
     def __init__(self, sharded: ShardedModel) -> None:
@@ -38,7 +38,6 @@ class FSDPCollective(Collective):
         self.sharded, self.device = sharded, sharded.device
         self.devices = self.n_pipelines = dist.get_world_size()
         self.me = self.pipeline = dist.get_rank()
-        self._stopping = self._due = False
 
     def optimizer(self, model: LanguageModel, workers: Workers, **options: Any) -> ShardedAdamW:
         return ShardedAdamW(self.sharded, **options)
@@ -48,13 +47,6 @@ class FSDPCollective(Collective):
 
     def store(self, trainer: Checkpointed) -> CheckpointStore:
         return FSDPStore(trainer)
-
-    def stops(self, asked: Callable[[], bool]) -> bool:
-        """As the last step found out, which asked all ranks."""
-        return self._stopping
-
-    def is_due(self, due: Callable[[], bool]) -> bool:
-        return self._due
 
     def parts(self, n_rows: int, size: int) -> Iterator[range]:
         micro = max(1, math.ceil(n_rows / (self.n_pipelines * size)))
@@ -68,23 +60,6 @@ class FSDPCollective(Collective):
     def mine(self, batches: Sequence[Batch]) -> list[Batch]:
         numbers = self.numbers_by_pipeline(len(batches))[self.pipeline]
         return [batches[0].as_filler() if number is None else batches[number] for number in numbers]
-
-    def share_of(self, count: int) -> range:
-        return range(self.me, count, self.devices)
-
-    def exchanged(self, mine: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        flat = torch.zeros(sum(sizes))
-        parts = flat.split([*sizes])
-        for number, values in mine.items():
-            parts[number].copy_(values)
-        summed = flat.to(self.device)
-        with watchdog.waiting("numbers of the other ranks", range(self.devices)):
-            dist.all_reduce(summed)  # each is 0 on all ranks but one
-            return [*summed.cpu().split([*sizes])]
-
-    def average(self, values: dict[str, float]) -> dict[str, float]:
-        mean = self._reduced([value / self.devices for value in values.values()], dist.ReduceOp.SUM)
-        return dict(zip(values, mean, strict=True))
 
     def accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         watchdog.at(self.trainer.step + 1)
@@ -119,24 +94,6 @@ class FSDPCollective(Collective):
             highest = self._reduced(peaks, dist.ReduceOp.MAX)
             values |= {f"train/{name}": value for name, value in zip(peak_names, highest, strict=True)}
         return Sums(batches, losses, divisor, int(all_tokens), int(all_rows), math.isfinite(total), values)
-
-    def _reduced(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
-        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with watchdog.waiting("the metrics of the step", range(self.devices)):
-            dist.all_reduce(reduced, how)
-            return reduced.tolist()
-
-    def culprit(self, sums: Sums, terms: dict[str, float]) -> str:
-        bad = [number for number, loss in enumerate(sums.losses) if not math.isfinite(float(loss.total))]
-        names = self.trainer.optimizer.nonfinite_gradients()
-        cause = f"the loss of micro-batch {bad[0]} on rank {self.me} is not finite" if bad else ""
-        if not bad and names:
-            cause = f"{len(names)} gradients on rank {self.me} are not finite, starting at {names[-1]}"
-        causes: list[str] = [""] * self.devices
-        with watchdog.waiting("an error report", range(self.devices)):
-            dist.all_gather_object(causes, cause)
-        causes = sorted(filter(None, causes), key=lambda text: not text.startswith("the loss"))
-        return causes[0] if causes else "the gradients overflow in their norm"
 
     def outputs(self, batches: Sequence[Batch], read: Read, sizes: Sequence[int]) -> list[Tensor]:
         numbers = self.numbers_by_pipeline(len(batches))[self.pipeline]
