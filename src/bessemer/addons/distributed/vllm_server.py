@@ -6,8 +6,9 @@
     POST /collective_rpc        reload_weights from a checkpoint that the trainer writes, and /reset_prefix_cache
 
 A request holds one sample, since each has a seed of its own; the server batches what is under way and finds equal
-prompts in its prefix cache. A sample is a function of its key and the weights. Nothing from the server is trusted: a
-reply has a size, and a field that is missing or of another type is a UserError with its name.
+prompts in its prefix cache. A sample is a function of its key and the weights up to rounding, which follows the batches
+that the server happens to make: where two tokens are nearly equal, a repeated sample may go another way. Nothing from
+the server is trusted: a reply has a size, and a field that is missing or of another type is a UserError with its name.
 
 Run with vLLM 0.32 on CPUs, whose `reload_weights` leaves a model that is neither the old nor the new one. A server on a
 CPU therefore samples fixed weights alone.
