@@ -7,6 +7,13 @@ the preset `tiny`, with rows of random tokens and one row per micro-batch. `high
 torch's allocator handed out in a step, not counting weights and optimizer. `cpu_seconds` is the processor time of the
 busiest rank, which excludes waiting and other work on the machine. `seconds` is the time from the first rank's start to
 the last rank's end, which includes both. The cases alternate.
+
+    python bench/context_parallel.py --against c6e71f72 --lengths 1024 2048 --turns 3 \\
+        --json bench/results/context_attention.json
+
+times the attention core alone, forward and backward in processor seconds of one process, against the form that it had
+in that commit (tiles of 64 queries in Python), in turn: V2-Lite's 16 heads of 192 and 128, float32, one row. It also
+counts the operations of both, since on a GPU each costs the host a launch.
 """
 
 from __future__ import annotations
@@ -15,8 +22,11 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import types
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,6 +37,7 @@ import torch
 import torch.distributed as dist
 from machine import processor, spread
 from torch.autograd.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bessemer.addons.distributed.collective import trainer_of
 from bessemer.addons.distributed.mesh import Layout, Mesh
@@ -114,13 +125,79 @@ class World:
         return [self.answers.get() for _ in self.turns]
 
 
+def core_of(commit: str) -> Any:
+    """The attention core of a commit, as a module beside this one."""
+    path = "src/bessemer/addons/distributed/context_attention.py"
+    source = subprocess.run(["git", "show", f"{commit}:{path}"], capture_output=True, text=True, check=True).stdout
+    module = types.ModuleType("old_context_attention")
+    sys.modules[module.__name__] = module  # its dataclasses look there
+    exec(compile(source, path, "exec"), module.__dict__)
+    return module
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations; on a GPU each is a kernel or more."""
+
+    n = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.n += not operation.is_view
+        return operation(*args, **(kwargs or {}))
+
+
+def operations(form: Any) -> int:
+    with Operations() as counter:
+        form().sum().backward()
+    return counter.n
+
+
+def against(args: argparse.Namespace) -> dict[str, Any]:
+    from bessemer.addons.distributed import context_attention as new
+
+    torch.set_num_threads(1)
+    old, cases = core_of(args.against), []
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        for length in args.lengths:
+            draw = torch.Generator().manual_seed(length)
+            shapes = (1, length, 16, 192), (1, length, 576), (16 * 256, 512)
+            arguments = [(torch.randn(shape, generator=draw) * 0.05).requires_grad_() for shape in shapes]
+            forms = {
+                "old": lambda x=arguments, n=length: old.latent_core(
+                    *x, 0.07, None, old.Cut(dist.group.WORLD, 1, 0, n // 2)
+                ),
+                "new": lambda x=arguments, n=length: new.latent_core(*x, 0.07, new.Cut(dist.group.WORLD, 1, 0, n // 2)),
+            }
+            seconds: dict[str, list[float]] = {name: [] for name in forms}
+            for turn in range(args.turns + 1):
+                for name, form in forms.items():
+                    began = time.process_time()
+                    form().sum().backward()
+                    if turn:
+                        seconds[name].append(time.process_time() - began)
+            ratios = [a / b for a, b in zip(seconds["old"], seconds["new"], strict=True)]
+            calls = {name: operations(form) for name, form in forms.items()}
+            times = {name: spread(spent) for name, spent in seconds.items()}
+            cases.append({"length": length, "operations": calls, **times, "ratio": spread(ratios)})
+            speed = f"{statistics.median(ratios):.2f} times as fast, {min(ratios):.2f} to {max(ratios):.2f}"
+            print(f"{length:>6} tokens: {speed}; {calls['old']} operations before, {calls['new']} now")
+        dist.destroy_process_group()
+    return {"against": args.against, "dtype": "float32", "heads": 16, "cases": cases}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--against", metavar="COMMIT")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.against:
+        facts = {"processor": processor(), "torch": torch.__version__, "turns": args.turns, **against(args)}
+        if args.json:
+            args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        return
     runs: dict[tuple[int, int], list] = {(n, length): [] for length in args.lengths for n in args.ranks}
     with tempfile.TemporaryDirectory() as folder:
         worlds = {n: World(n, folder, args) for n in args.ranks}

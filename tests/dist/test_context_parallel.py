@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from ranks import on_ranks
 from test_distributed_trainer import LR, config
 from test_executor import CFG, TERMS, choice
@@ -14,7 +15,7 @@ from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
 from bessemer.addons.accelerate.precision.fp8_linear import PAPER
 from bessemer.addons.distributed import context_attention, model_shard
 from bessemer.addons.distributed.collective import trainer_of
-from bessemer.addons.distributed.context_attention import Cut, FP8Core, attention, blocks
+from bessemer.addons.distributed.context_attention import Cut, FP8Core, attention, blocks, latent_core, runs_of
 from bessemer.addons.distributed.context_parallel import Context
 from bessemer.addons.distributed.mesh import Layout, Mesh, check, describe, nearest
 from bessemer.addons.distributed.model_shard import ModelShard
@@ -58,36 +59,37 @@ def close(actual, expected, bound):
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(("n", "size", "short"), [(1, 130, 0), (2, 100, 3), (4, 70, 1), (3, 64, 0)])
-def test_every_query_attends_to_every_visible_key_once_starting_with_its_own(n, size, short, monkeypatch):
-    monkeypatch.setattr(context_attention, "KEYS", 128)
+def test_every_query_meets_every_visible_key_once(n, size, short, segmented, monkeypatch):
+    monkeypatch.setattr(context_attention, "KEYS", 48)
+    length = 2 * n * size
+    borders = torch.tensor([[0, 1, 40, 47, 100, 101], [0, 0, 64, 130, 150, 199]])
+    segments = (torch.arange(length)[None, :, None] >= borders[:, None]).sum(-1) if segmented else None
     for rank in range(n):
-        cut = Cut(None, n, rank, size)
+        cut = Cut(None, n, rank, size, runs_of(segments))
         t = 2 * size - (short if rank == 0 else 0)
         here = torch.cat([torch.arange(size) + own * size for own in cut.own])[:t]
-        counts = torch.zeros(t, 2 * n * size, dtype=torch.int32)
-        for keys, queries in blocks(cut, t):
+        counts = torch.zeros(2, t, length, dtype=torch.int32)
+        for keys, pairs in blocks(cut, t):
             begin = keys.chunk * size + keys.first
-            for block in queries:
-                assert block.position == here[block.first]
-                first = counts[block.first : block.end].sum() == 0
-                visible = torch.ones(block.end - block.first, block.keys, dtype=torch.int32)
-                if block.diagonal:
-                    positions = torch.arange(begin, begin + block.keys)
-                    visible = (positions <= here[block.first : block.end, None]).int()
-                if first:
-                    assert visible.any(1).all(), "softmax begins with a key that each of the queries sees"
-                counts[block.first : block.end, begin : begin + block.keys] += visible
-        assert torch.equal(counts, (torch.arange(2 * n * size) <= here[:, None]).int())
+            for rows, queries, seen, causal in pairs:
+                n_queries, n_keys = queries.stop - queries.start, seen.stop - seen.start
+                visible = torch.ones(n_queries, n_keys, dtype=torch.int32)
+                counts[rows, queries, begin + seen.start : begin + seen.stop] += visible.tril() if causal else visible
+        expected = torch.arange(length) <= here[:, None]
+        if segmented:
+            expected = expected & (segments[:, here, None] == segments[:, None])
+        assert torch.equal(counts, expected.int().expand(2, -1, -1))
 
 
 def attend_on_a_rank(rank, n, segmented, dtype):
     layer, x, dy, segments = one_layer(segmented, dtype)
     context = Context(dist.group.WORLD, n, rank)
-    cut, mine = Cut(dist.group.WORLD, n, rank, T // (2 * n)), context.positions(T)
+    cut, mine = Cut(dist.group.WORLD, n, rank, T // (2 * n), runs_of(segments)), context.positions(T)
     rope = rope_of(T)[mine]
     own = x[:, mine].clone().requires_grad_()
-    y = attention(layer.attn, own, rope, segments, cut)
+    y = attention(layer.attn, own, rope, cut)
     y.backward(dy[:, mine])
     grads = {name: p.grad.float() for name, p in layer.attn.named_parameters()}
     for grad in grads.values():
@@ -122,6 +124,64 @@ def test_context_parallel_attention_matches_whole_rows(n, segmented, dtype):
             assert close(torch.from_numpy(grads[name]), parameter.grad.float(), 2 * bound), name
 
 
+SCALE, HEADS, NOPE, ROPE, VALUE, RANK_C = 0.2, 3, 8, 4, 6, 16
+
+
+def core_case(length, dtype=torch.float32):
+    """Queries, latents, W_UKV, the output's gradient, and segments; the values are narrower than the keys."""
+    draw = torch.Generator().manual_seed(5)
+    shapes = (2, length, HEADS, NOPE + ROPE), (2, length, RANK_C + ROPE), (HEADS * (NOPE + VALUE), RANK_C)
+    q, latent, weight, dout = (
+        torch.randn(shape, generator=draw).to(dtype) for shape in (*shapes, (2, length, HEADS, VALUE))
+    )
+    segments = torch.stack((torch.arange(length) // 37, torch.arange(length) // 90))
+    return q, latent, weight, dout, segments
+
+
+def whole_rows(length, dtype, segmented):
+    """Output and gradients of q and latents in one piece: by the formula in float64, else by torch's attention."""
+    q, latent, weight, dout, segments = core_case(length, dtype)
+    q, latent = q.requires_grad_(), latent.requires_grad_()
+    k, v = (latent[..., :RANK_C] @ weight.T).unflatten(-1, (HEADS, -1)).split([NOPE, VALUE], -1)
+    k = torch.cat((k, latent[..., None, RANK_C:].expand(-1, -1, HEADS, -1)), -1)
+    mask = torch.ones(length, length, dtype=torch.bool).tril().expand(2, -1, -1)
+    if segmented:
+        mask = mask & (segments[:, :, None] == segments[:, None])
+    if dtype == torch.float64:
+        score = torch.einsum("bqhx,bkhx->bhqk", q, k).mul(SCALE).masked_fill(~mask[:, None], float("-inf"))
+        out = torch.einsum("bhqk,bkhv->bqhv", score.softmax(-1), v)
+    else:
+        heads = (x.transpose(1, 2) for x in (q, k, F.pad(v, (0, NOPE + ROPE - VALUE))))
+        out = F.scaled_dot_product_attention(*heads, mask[:, None], scale=SCALE)[..., :VALUE].transpose(1, 2)
+    out.backward(dout)
+    return out.detach(), q.grad, latent.grad
+
+
+def core_on_a_rank(rank, n, length, segmented):
+    context_attention.KEYS = 16
+    q, latent, weight, dout, segments = core_case(length)
+    context = Context(dist.group.WORLD, n, rank)
+    own = context.positions(length)
+    cut = Cut(dist.group.WORLD, n, rank, length // (2 * n), runs_of(segments if segmented else None))
+    q, latent = (x[:, own].clone().requires_grad_() for x in (q, latent))
+    out = latent_core(q, latent, weight, SCALE, cut)
+    out.backward(dout[:, own])
+    return own.numpy(), [x.numpy() for x in (out.detach(), q.grad, latent.grad)]
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("n", [2, 4])
+def test_blocks_merge_as_exactly_as_whole_rows(n, segmented):
+    """Against float64, in many blocks: at most twice the error that torch's attention makes over whole rows."""
+    exact, single = (whole_rows(160, dtype, segmented) for dtype in (torch.float64, torch.float32))
+    outcomes = on_ranks(n, core_on_a_rank, n, 160, segmented)
+    for kind, (right, plain) in enumerate(zip(exact, single, strict=True)):
+        actual = torch.zeros_like(right)
+        for own, results in outcomes:
+            actual[:, own] = torch.from_numpy(results[kind]).double()
+        assert (actual - right).norm() < 2 * (plain.double() - right).norm() < 1e-5 * right.norm()
+
+
 def fp8_attention(x, dy, rope, segments, **core):
     """Output and gradients of the input and of the weights, in FP8."""
     layer = Transformer(CFG).initialise(3).layers[1].train()
@@ -143,9 +203,10 @@ def fp8_case(n, own_chunks):
 
 def fp8_on_a_rank(rank, n):
     outputs = []
-    context, cut = Context(dist.group.WORLD, n, rank), Cut(dist.group.WORLD, n, rank, 128)
+    context = Context(dist.group.WORLD, n, rank)
     for own_chunks in (True, False):
         x, dy, rope, segments = fp8_case(n, own_chunks)
+        cut = Cut(dist.group.WORLD, n, rank, 128, runs_of(segments))
         mine = context.positions(x.shape[1])
         y, dx, grads = fp8_attention(x[:, mine], dy[:, mine], rope[mine], segments, core=FP8Core(cut))
         for grad in grads.values():

@@ -2,15 +2,18 @@
 
 The latent of a token (C numbers of c_KV and R of the rotated shared key) is all that other ranks need of it: in V3, 576
 numbers instead of the 40,960 of its keys and values. The latents of all ranks are gathered; the keys and values of all
-heads are rebuilt from them block by block, from the last block to the first, and freed after each. Softmax is
-accumulated over the blocks with a running log denominator. So between forward and backward a rank holds its own
+heads are rebuilt from them block by block and freed after each. Every block is one call of torch's fused attention,
+with segments one for each, which also returns the log of its softmax's denominator; by these the blocks' outputs are
+merged. Backward calls the fused backward with the merged output and denominator, which makes each block's gradients its
+part of those of the whole row. So between forward and backward a rank holds its own
 queries, latents and output, and nothing that grows with the whole row. Backward gathers and rebuilds again, and sends
 every rank the sum of the gradients of its latents.
 
     forward    all-gather of latents
     backward   all-gather of latents, reduce-scatter of their gradients in float32
 
-Scores, softmax and sums are float32 whatever the dtype of the arguments. The gradient of W_UKV is computed in the same
+Merging and sums over blocks are float32 whatever the dtype of the arguments; on a CPU all of it is, on a GPU the fused
+kernels multiply in the compute dtype (`flash_blocks`). The gradient of W_UKV is computed in the same
 pass, even under schedules that defer weight gradients.
 
 In FP8 (`FP8Core`) latents are sent in the form in which they are multiplied, normalised and quantised by tiles: in V3,
@@ -18,13 +21,14 @@ In FP8 (`FP8Core`) latents are sent in the form in which they are multiplied, no
 add to the gradient of a key, where a whole row quantises the sum over all queries: as many bits, but rounded n times.
 
 Shapes: B rows, T tokens of a row, t tokens of it on this rank, H heads, N/R nope and rope widths of a key, V value
-width, C latent rank, X = C + R, n = B * H; S keys of a block.
+width, C latent rank, X = C + R; S keys of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -36,25 +40,38 @@ from torch.autograd.function import once_differentiable
 from bessemer.addons.accelerate.precision import fp8_layers
 from bessemer.addons.accelerate.precision.fp8_linear import forward, input_gradient, weight_gradient
 from bessemer.addons.accelerate.precision.operand import Operand
+from bessemer.addons.distributed import flash_blocks as flash
 from bessemer.addons.distributed import watchdog
 from bessemer.addons.distributed.expert_parallel import packed, unpacked
 from bessemer.addons.distributed.ranks import all_gather, reduce_scatter
 from bessemer.model.mla import MLA, rotate
 
-QUERIES = 64
-"""Queries whose scores are in memory at once."""
-KEYS = 1024
-"""Keys that are rebuilt at once: a multiple of QUERIES, so that the first block of keys that a query meets includes its
-own."""
+KEYS = 2048
+"""Keys and values of all heads that are rebuilt at once."""
 
 
-def attention(mla: MLA, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, cut: Cut) -> Tensor:
-    """`mla(x)` for this rank's tokens [B, t, D] of the whole rows; rope [t, R/2, 2] is for those tokens, segments
-    [B, T] are of the whole rows. A rank keeps nothing of other ranks' tokens."""
+def attention(mla: MLA, x_BTD: Tensor, rope: Tensor, cut: Cut) -> Tensor:
+    """`mla(x)` for this rank's tokens [B, t, D] of the whole rows; rope [t, R/2, 2] is for those tokens. A rank keeps
+    nothing of other ranks' tokens."""
     q_BTHX = torch.cat(mla.queries(x_BTD, rope), -1)
     latent_BTX = mla.latent(x_BTD, rope)
-    out = latent_core(q_BTHX, latent_BTX, mla.wkv_b.weight, mla.cfg.softmax_scale, segments_BT, cut)
+    out = latent_core(q_BTHX, latent_BTX, mla.wkv_b.weight, mla.cfg.softmax_scale, cut)
     return mla.wo(out.flatten(-2))
+
+
+Runs = tuple[tuple[tuple[int, int], ...], ...]
+"""The segments of every row, as (first, end) positions; a token attends inside its segment."""
+
+
+def runs_of(segments_BT: Tensor | None) -> Runs | None:
+    """The runs of equal numbers in every row of the whole rows. The host waits for them."""
+    if segments_BT is None:
+        return None
+    rows = []
+    for row_T in segments_BT.cpu():
+        borders = [0, *((row_T[1:] != row_T[:-1]).nonzero().squeeze(1) + 1).tolist(), len(row_T)]
+        rows.append(tuple(pairwise(borders)))
+    return tuple(rows)
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,8 @@ class Cut:
     n: int
     rank: int
     size: int
+    runs: Runs | None = None
+    """None: every token attends to all before it."""
 
     @property
     def own(self) -> tuple[int, int]:
@@ -85,76 +104,88 @@ class _Keys(NamedTuple):
     end: int
 
 
-class _Queries(NamedTuple):
-    """Own queries `first` to `end`, at `position` of the row; they attend to the block's keys up to `keys`, with a
-    causal mask if `diagonal`."""
+class _Pair(NamedTuple):
+    """Own queries and keys of a block that meet: a square on the diagonal with a causal mask, or all with all."""
 
-    first: int
-    end: int
-    position: int
-    keys: int
-    diagonal: bool
+    rows: slice
+    queries: slice
+    """Among this rank's tokens."""
+    keys: slice
+    """Of the block."""
+    causal: bool
 
 
-def blocks(cut: Cut, t: int) -> Iterator[tuple[_Keys, list[_Queries]]]:
-    """Every block of keys, the last first, with the queries that attend to it on a rank with t tokens."""
+def blocks(cut: Cut, t: int) -> Iterator[tuple[_Keys, list[_Pair]]]:
+    """Every block of keys, with the queries that attend to it on a rank with t tokens."""
     for chunk in range(cut.own[1], -1, -1):
         for first in range((cut.size - 1) // KEYS * KEYS, -1, -KEYS):
-            keys = _Keys(chunk, first, min(first + KEYS, cut.size))
-            queries: list[_Queries] = []
+            keys, pairs = _Keys(chunk, first, min(first + KEYS, cut.size)), list[_Pair]()
             for half, own in enumerate(cut.own):
-                if own >= chunk:
-                    queries += _queries(cut, keys, half, own, t)
-            if queries:
-                yield keys, queries
+                start, stop = half * cut.size, min((half + 1) * cut.size, t)
+                if own == chunk:  # the square on the diagonal, and what lies below it
+                    border = min(start + keys.end, stop)
+                    pairs += _pairs(cut, keys, own, start, start + first, border, causal=True)
+                    pairs += _pairs(cut, keys, own, start, border, stop, causal=False)
+                elif own > chunk:
+                    pairs += _pairs(cut, keys, own, start, start, stop, causal=False)
+            if pairs:
+                yield keys, pairs
 
 
-def _queries(cut: Cut, keys: _Keys, half: int, own: int, t: int) -> Iterator[_Queries]:
-    start, stop = half * cut.size, min((half + 1) * cut.size, t)
-    diagonal = own == keys.chunk
-    for first in range(start + (keys.first if diagonal else 0), stop, QUERIES):
-        end = min(first + QUERIES, stop)
-        visible = min(keys.end, end - start) if diagonal else keys.end
-        masked = diagonal and visible > first - start + 1
-        yield _Queries(first, end, own * cut.size + first - start, visible - keys.first, masked)
+def _pairs(cut: Cut, keys: _Keys, own: int, start: int, first: int, end: int, causal: bool) -> Iterator[_Pair]:
+    """The queries `first` to `end`, of own chunk `own`, which begins at `start`, with the keys of their segments."""
+    if first >= end:
+        return
+    if cut.runs is None:
+        yield _Pair(slice(None), slice(first, end), slice(0, end - first if causal else keys.end - keys.first), causal)
+        return
+    shift, begin = own * cut.size - start, keys.chunk * cut.size + keys.first  # own index -> position; of the first key
+    for row, runs in enumerate(cut.runs):
+        for run_first, run_end in runs:
+            low, high = max(run_first - shift, first), min(run_end - shift, end)
+            if low >= high:
+                continue
+            if causal:
+                yield _Pair(slice(row, row + 1), slice(low, high), slice(low - first, high - first), True)
+            elif (seen := max(run_first - begin, 0)) < keys.end - keys.first:  # keys from there on to the block's end
+                yield _Pair(slice(row, row + 1), slice(low, high), slice(seen, keys.end - keys.first), False)
 
 
-def latent_core(
-    q_BTHX: Tensor, latent_BTX: Tensor, weight: Tensor, scale: float, segments_BT: Tensor | None, cut: Cut
-) -> Tensor:
+def latent_core(q_BTHX: Tensor, latent_BTX: Tensor, weight: Tensor, scale: float, cut: Cut) -> Tensor:
     """[B, t, H, V]: softmax(scale q k^T) v over all tokens of the rows. q [B, t, H, N + R] and latents [B, t, C + R]
-    are of this rank's tokens, rotated; weight [H (N + V), C] is W_UKV; segments [B, T] of the whole rows."""
-    return _Core.apply(q_BTHX, latent_BTX, weight, scale, segments_BT, cut)
+    are of this rank's tokens, rotated; weight [H (N + V), C] is W_UKV."""
+    return _Core.apply(q_BTHX, latent_BTX, weight, scale, cut)
 
 
 class _Core(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, latent, weight, scale, segments_BT, cut):
-        work = _Work(q, latent, weight, scale, segments_BT, cut)
+    def forward(ctx, q, latent, weight, scale, cut):
+        work = _Work(q, latent, weight, scale, cut)
         out, lse = work.forward()
         ctx.scale, ctx.cut = scale, cut
-        ctx.save_for_backward(q, latent, weight, segments_BT, out, lse)
+        ctx.save_for_backward(q, latent, weight, out, lse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, latent, weight, segments_BT, out, lse = ctx.saved_tensors
-        work = _Work(q, latent, weight, ctx.scale, segments_BT, ctx.cut)
+        q, latent, weight, out, lse = ctx.saved_tensors
+        work = _Work(q, latent, weight, ctx.scale, ctx.cut)
         dq, dlatent, dweight = work.backward(dout, out, lse)
-        return dq, dlatent, dweight.to(weight.dtype), None, None, None
+        return dq, dlatent, dweight.to(weight.dtype), None, None
 
 
 class _Work:
     """One pass over the blocks."""
 
-    def __init__(self, q, latent, weight, scale, segments_BT, cut: Cut):
+    def __init__(self, q, latent, weight, scale, cut: Cut):
         self.B, self.t, self.H, self.width = q.shape
         self.rank_C = weight.shape[1]
         self.nope = self.width - self.shared(latent)
-        self.weight, self.segments_BT, self.scale, self.cut = weight, segments_BT, scale, cut
+        self.value = weight.shape[0] // self.H - self.nope
+        self.weight, self.scale, self.cut = weight, scale, cut
         self.dtype = q.dtype
-        self.q = self._heads(q) * scale
+        self.q = self._heads(q)
         self.latents = self._gathered(latent)
         """[rank, B, half, size, X]."""
 
@@ -163,52 +194,51 @@ class _Work:
         return latent.shape[-1] - self.rank_C
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """(output [B, t, H, V], log of the softmax denominators [n, t])."""
-        value = self.weight.shape[0] // self.H - self.nope
-        out = self.q.new_zeros(len(self.q), self.t, value)
-        lse = self.q.new_full((len(self.q), self.t), float("-inf"))
-        for keys, queries in blocks(self.cut, self.t):
+        """(output [B, t, H, V], log of the softmax denominators [B, H, t])."""
+        out = self.q.new_zeros(*self.q.shape[:3], self.value, dtype=torch.float32)
+        lse = out.new_full(out.shape[:3], float("-inf"))
+        for keys, pairs in blocks(self.cut, self.t):
             k, v = self._built(keys)
-            for block in queries:
-                rows = slice(block.first, block.end)
-                score = self._scores(k, keys, block)
-                total = torch.logaddexp(lse[:, rows], score.logsumexp(-1))
-                out[:, rows] *= (lse[:, rows] - total).exp_().unsqueeze(-1)
-                out[:, rows].baddbmm_(score.sub_(total.unsqueeze(-1)).exp_(), v[:, : block.keys])
-                lse[:, rows] = total
+            for rows, queries, seen, causal in pairs:
+                part, part_lse = flash.forward(
+                    self.q[rows, :, queries], k[rows, :, seen], v[rows, :, seen], causal, self.scale
+                )
+                merged, total = out[rows, :, queries], torch.logaddexp(lse[rows, :, queries], part_lse)
+                merged.mul_((lse[rows, :, queries] - total).exp_().unsqueeze(-1))
+                merged.addcmul_(part.float(), (part_lse - total).exp_().unsqueeze(-1))
+                lse[rows, :, queries] = total
         return self._joined(out), lse
 
     def backward(self, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, of own latents (over the queries of all ranks) and of the weight (over own queries, in
         float32)."""
-        do = self._heads(dout)
-        delta = torch.linalg.vecdot(do, self._heads(out))
-        dq, width = torch.zeros_like(self.q), self.rank_C + self.width - self.nope
+        do, out = self._heads(dout), self._heads(out)
+        dq, width = torch.zeros_like(self.q, dtype=torch.float32), self.rank_C + self.width - self.nope
         dlatents = self.latents.new_zeros(*self.latents.shape[:-1], width, dtype=torch.float32)
         dweight = torch.zeros_like(self.weight, dtype=torch.float32)
-        for keys, queries in blocks(self.cut, self.t):
+        for keys, pairs in blocks(self.cut, self.t):
             k, v = self._built(keys)
-            dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-            for block in queries:
-                rows, visible = slice(block.first, block.end), slice(0, block.keys)
-                p = self._scores(k, keys, block).sub_(lse[:, rows].unsqueeze(-1)).exp_()
-                g = do[:, rows]
-                dv[:, visible].baddbmm_(p.transpose(1, 2), g)
-                ds = torch.bmm(g, v[:, visible].transpose(1, 2)).sub_(delta[:, rows].unsqueeze(-1)).mul_(p)
-                dq[:, rows].baddbmm_(ds, k[:, visible])
-                dk[:, visible].baddbmm_(ds.transpose(1, 2), self.q[:, rows])
+            dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+            for rows, queries, seen, causal in pairs:
+                parts = flash.backward(
+                    do[rows, :, queries], self.q[rows, :, queries], k[rows, :, seen], v[rows, :, seen],
+                    out[rows, :, queries], lse[rows, :, queries], causal, self.scale,
+                )  # fmt: skip
+                sums = dq[rows, :, queries], dk[rows, :, seen], dv[rows, :, seen]
+                for total, part in zip(sums, parts, strict=True):
+                    total += part
             self._put(keys, dk, dv, dlatents, dweight)
-        return self._joined(dq.mul_(self.scale)), self._own(dlatents), dweight
+        return self._joined(dq), self._own(dlatents), dweight
 
     def _built(self, keys: _Keys) -> tuple[Tensor, Tensor]:
-        """Keys [n, S, N + R] and values [n, S, V] of a block, in float32."""
+        """Keys [B, H, S, N + R] and values [B, H, S, V] of a block."""
         kv, k_rope = self._projected(self._at(self.latents, keys))
         kv, k_rope = kv.unflatten(-1, (self.H, -1)), k_rope.unsqueeze(2).expand(-1, -1, self.H, -1)
         return self._heads(torch.cat((kv[..., : self.nope], k_rope), -1)), self._heads(kv[..., self.nope :])
 
     def _put(self, keys: _Keys, dk: Tensor, dv: Tensor, dlatents: Tensor, dweight: Tensor) -> None:
         """Backward of `_built`."""
-        dk, dv = (x.unflatten(0, (self.B, self.H)).transpose(1, 2) for x in (dk, dv))
+        dk, dv = (x.transpose(1, 2) for x in (dk, dv))
         dkv = torch.cat((dk[..., : self.nope], dv), -1).flatten(-2).to(self.dtype)
         into = self._at(dlatents, keys)
         into[..., : self.rank_C] = self._multiplied(dkv, self._at(self.latents, keys), dweight)
@@ -223,31 +253,17 @@ class _Work:
         dweight += dkv.flatten(0, 1).t() @ latent_BSX[..., : self.rank_C].flatten(0, 1)
         return dkv @ self.weight
 
-    def _scores(self, k: Tensor, keys: _Keys, block: _Queries) -> Tensor:
-        """[n, queries, keys], -inf where a query may not attend."""
-        score = torch.bmm(self.q[:, block.first : block.end], k[:, : block.keys].transpose(1, 2))
-        begin = keys.chunk * self.cut.size + keys.first
-        key = torch.arange(begin, begin + block.keys, device=k.device)
-        query = torch.arange(block.position, block.position + block.end - block.first, device=k.device)
-        if block.diagonal:
-            score.masked_fill_(key > query[:, None], float("-inf"))
-        if self.segments_BT is not None:
-            differs = self.segments_BT[:, query, None] != self.segments_BT[:, None, key]
-            score.unflatten(0, (self.B, self.H)).masked_fill_(differs.unsqueeze(1), float("-inf"))
-        return score
-
     def _at(self, latents: Tensor, keys: _Keys) -> Tensor:
         rank, half = self.cut.home(keys.chunk)
         return latents[rank, :, half, keys.first : keys.end]
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, S, H, W] as [n, S, W] in float32."""
-        return x.float().transpose(1, 2).flatten(0, 1)
+        """[B, S, H, W] as [B, H, S, W], in the dtype of the products: float32 on a CPU."""
+        return (x.float() if x.device.type == "cpu" else x.to(self.dtype)).transpose(1, 2)
 
     def _joined(self, x: Tensor) -> Tensor:
-        """The inverse of `_heads`, in the compute dtype."""
-        x = x.unflatten(0, (self.B, self.H)).transpose(1, 2)
-        return x.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
+        """[B, H, t, W] as [B, t, H, W] in the compute dtype."""
+        return x.transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format, copy=True)
 
     def _gathered(self, latent: Tensor) -> Tensor:
         """The latents of all ranks, sent as bytes, so that every dtype works."""
@@ -297,7 +313,7 @@ class _FP8Work(_Work):
         q = torch.cat((q_nope, rotate(q_rope, given.rope.unsqueeze(-3))), -1)
         key = rotate(given.k_rope, given.rope).contiguous().view(torch.uint8)
         payload = torch.cat((packed(given.latent).view(*key.shape[:2], -1), key), -1)
-        super().__init__(q, payload, given.weight, given.scale, given.segments, cut)
+        super().__init__(q, payload, given.weight, given.scale, cut)
 
     def shared(self, latent: Tensor) -> int:
         return self.given.k_rope.shape[-1]

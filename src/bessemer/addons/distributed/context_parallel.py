@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bessemer.addons.accelerate.precision import fp8_layers
 from bessemer.addons.distributed import watchdog
-from bessemer.addons.distributed.context_attention import Cut, FP8Core, attention
+from bessemer.addons.distributed.context_attention import Cut, FP8Core, attention, runs_of
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.layer import Attended, Layer, recomputed
@@ -135,14 +135,14 @@ class Context(WholeRows):
         rope = table(T)
         rope = rope[self.positions(T, k).to(rope.device)]
         segments_BT = segments.segments_BT if isinstance(segments, Packed) else segments
-        cut = Cut(self.group, self.n, self.rank, T // (2 * self.n))
+        cut = Cut(self.group, self.n, self.rank, T // (2 * self.n), runs_of(segments_BT))
 
         def attend(layer: Layer, x_BTD: Tensor, choice_NK: Tensor | None) -> Attended:
             if (recipe := fp8_layers.recipe_of(layer)) is not None:
                 core = FP8Core(cut)
                 y_BTD = fp8_layers.attention(layer.attn_norm, layer.attn, x_BTD, rope, segments_BT, recipe, core)
                 return recomputed(layer.route, x_BTD + y_BTD, choice_NK)
-            return layer.run_phase("attend", _attend, layer, x_BTD, rope, segments_BT, cut, choice_NK)
+            return layer.run_phase("attend", _attend, layer, x_BTD, rope, cut, choice_NK)
 
         return attend
 
@@ -189,7 +189,5 @@ def refusal(T: int, n: int) -> str:
     )
 
 
-def _attend(
-    layer: Layer, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None, cut: Cut, choice_NK: Tensor | None
-) -> Attended:
-    return layer.route(x_BTD + attention(layer.attn, layer.attn_norm(x_BTD), rope, segments_BT, cut), choice_NK)
+def _attend(layer: Layer, x_BTD: Tensor, rope: Tensor, cut: Cut, choice_NK: Tensor | None) -> Attended:
+    return layer.route(x_BTD + attention(layer.attn, layer.attn_norm(x_BTD), rope, cut), choice_NK)
