@@ -14,7 +14,7 @@ from typing import Any
 from bessemer.addons.plan import record
 from bessemer.addons.plan.pace import Pace
 from bessemer.addons.plan.plan_config import pretraining
-from bessemer.addons.plan.record import Interval
+from bessemer.addons.plan.record import TimeFactors
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_seconds
 from bessemer.pipeline.work import ANSWER
@@ -34,7 +34,7 @@ class LocalEstimate:
     notes: tuple[str, ...]
 
     @property
-    def interval(self) -> Interval:
+    def interval(self) -> TimeFactors:
         """Factors on the times of the stages that are not finished."""
         return record.of_run(self.stages, self.measured, record.of_this_machine())
 

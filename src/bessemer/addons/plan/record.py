@@ -23,7 +23,7 @@ CONFIDENCE = 0.9
 
 
 @dataclass(frozen=True)
-class Interval:
+class TimeFactors:
     """Factors on a predicted time: the likely one, and the bounds of nine cases in ten."""
 
     low: float
@@ -40,27 +40,27 @@ class Interval:
         return f"{show_seconds(self.low * seconds)} to {show_seconds(self.high * seconds)}"
 
 
-def next_one(ratios: Sequence[float]) -> Interval:
+def next_ratio(ratios: Sequence[float]) -> TimeFactors:
     """The interval of the next ratio: Student's t on the logarithms (a prediction interval)."""
     logs = [math.log(ratio) for ratio in ratios]
     n, mean = len(logs), statistics.fmean(logs)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(logs) * math.sqrt(1 + 1 / n)
-    return Interval(math.exp(mean - half), math.exp(mean), math.exp(mean + half), n)
+    return TimeFactors(math.exp(mean - half), math.exp(mean), math.exp(mean + half), n)
 
 
 @cache
-def of_clusters() -> Interval:
+def of_clusters() -> TimeFactors:
     """Of a time that is predicted for a cluster: slower rates are longer times."""
-    return next_one([1 / ratio for ratio in read_toml("record.toml")["published"]])
+    return next_ratio([1 / ratio for ratio in read_toml("record.toml")["published"]])
 
 
 @cache
-def of_this_machine() -> Interval:
+def of_this_machine() -> TimeFactors:
     """Of a time that is predicted from a measurement here."""
-    return next_one(read_toml("record.toml")["local"])
+    return next_ratio(read_toml("record.toml")["local"])
 
 
-def of_run(predicted: Mapping[str, float], measured: Mapping[str, float], otherwise: Interval) -> Interval:
+def of_run(predicted: Mapping[str, float], measured: Mapping[str, float], otherwise: TimeFactors) -> TimeFactors:
     """Of the stages of a run that are not finished: by its finished ones, with the spread of `otherwise` while fewer
     than three are; `otherwise` itself while none is."""
     ratios = [
@@ -69,12 +69,12 @@ def of_run(predicted: Mapping[str, float], measured: Mapping[str, float], otherw
     if not ratios:
         return otherwise
     if len(ratios) >= 3:
-        return next_one(ratios)
+        return next_ratio(ratios)
     middle = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
     scale = middle / otherwise.middle
-    return Interval(otherwise.low * scale, middle, otherwise.high * scale, len(ratios))
+    return TimeFactors(otherwise.low * scale, middle, otherwise.high * scale, len(ratios))
 
 
-def of_facts(interval: Interval) -> dict[str, Any]:
+def of_facts(interval: TimeFactors) -> dict[str, Any]:
     """The interval itself, as JSON: factors on every predicted time of the plan."""
     return {"low": interval.low, "likely": interval.middle, "high": interval.high, "runs": interval.n}
