@@ -16,7 +16,7 @@ def test_nine_of_ten_next_runs_are_inside():
     draw, inside = random.Random(3), 0
     for _ in range(600):
         *ratios, last = (draw.lognormvariate(0.2, 0.4) for _ in range(9))
-        interval = record.next_one(ratios)
+        interval = record.next_ratio(ratios)
         inside += interval.low <= last <= interval.high
     assert inside / 600 == pytest.approx(0.9, abs=0.03)
 
