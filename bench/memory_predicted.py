@@ -207,7 +207,7 @@ def count_other(rank: int, case: Case) -> dict[str, int]:
     if case.ranks > 1:
         from bessemer.addons.distributed import fsdp, fsdp_collective
 
-        sharded = fsdp.Sharded(model, torch.device("cpu"), dtype)
+        sharded = fsdp.ShardedModel(model, torch.device("cpu"), dtype)
         trainer = fsdp_collective.trainer_of(sharded, next_token, None, *settings)
     else:
         if case.lora:  # the base, which no optimizer casts
