@@ -119,6 +119,8 @@ def test_code_is_the_last_program_of_the_final_part(rest, answers, fault):
         ("The correct option is C.", "C", None),
         ("**Option A**\nIt is warm.\n**Option B**\nIt is cold.\n\nAnswer: B", "B", None),
         ("选A\n不对。\n\n答案：B", "B", None),
+        ("答案：（D）一天", "D) 一天", None),
+        ("故选（D），因为一年有四季。", "D", None),
         ("因此选C。", "C", None),
         ("Option C", "C", None),
         ("The choice is C.", "C", None),

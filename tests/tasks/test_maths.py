@@ -202,6 +202,13 @@ def test_judgements(task, gold, answer, reason):
         ("15", "15元", "小明有多少元？", "correct"),
         ("15", "15个。", "有多少个苹果？", "correct"),
         ("15", "15米", "有多少个苹果？", "wrong-value"),
+        ("15", "15 min", "How many minutes does it need?", "correct"),
+        ("15", "15 min", "How many hours does it need?", "wrong-value"),
+        ("\\$2.40", "\\$2.40/\\text{kg}", "How much does 1 kg cost?", "correct"),
+        ("\\$2.40", "\\$2.40/\\text{m}", "How much does 1 kg cost?", "wrong-value"),
+        ("36", "\\ 36\\ ", "What is it?", "correct"),
+        ("\\frac{2a}{3b}", "\\frac{6a}{9b}", "Simplify the fraction.", "unfinished"),
+        ("\\frac{2a}{3b}", "\\frac{2 a}{3 b}", "Simplify the fraction.", "correct"),
     ],
 )
 def test_a_unit_may_be_spelled_out_or_short(task, gold, answer, prompt, reason):

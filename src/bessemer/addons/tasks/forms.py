@@ -216,7 +216,7 @@ def _clean(node: Any) -> bool:
     if node.is_Add:
         return len(list(_terms(node))) == len(Add.make_args(node.doit()))
     if node.is_Mul:
-        factors = [part for part in _flat(node) if part not in (1, -1)]
+        factors = [part for part in _divided(node) if part not in (1, -1)]
         above = [part for part in factors if part.is_Rational and part.p != 1]
         below = [part for part in factors if (part.is_Rational and part.q != 1) or _inverse(part)]
         bases = [part.base if part.is_Pow else part for part in factors if part.free_symbols]
@@ -246,6 +246,17 @@ def _flat(tree: Any) -> Iterator[Any]:
             yield from _flat(part)
     else:
         yield tree
+
+
+def _divided(node: Any) -> Iterator[Any]:
+    """The factors of a product, one by one below the line too: 9ab below it is 1/9, 1/a, 1/b."""
+    from sympy import Pow
+
+    for part in _flat(node):
+        if part.is_Pow and part.base.is_Mul and part.exp.is_Integer and part.exp.is_negative:
+            yield from (Pow(inner, part.exp, evaluate=False) for inner in _flat(part.base))
+        else:
+            yield part
 
 
 _KEPT: dict[str, Callable[[str, str, Any, Any], bool]] = {

@@ -120,12 +120,16 @@ def _holds(text: str, match: re.Match[str]) -> bool:
     return not word and not negated and not DENIED.search(text[begin : match.end("letter")])
 
 
+_BESIDE = re.compile(
+    rf"{_CLOSE}[):.：]+{_CLOSE}[ \t]+([^\n]{{1,200}})|\)[*_}}]*[ \t]+([^\n]{{1,200}})"
+    r"|）[*_ \t]*([^\n，,。；;（）]{1,40})[。.]?[ \t]*(?:\n|\Z)"  # （D）一年
+)
+
+
 def _beside(text: str, start: int) -> str:
     """`) Ne` of `(B) Ne.`: the text of a choice in the rest of a line."""
-    match = re.compile(rf"{_CLOSE}[):.：]+{_CLOSE}[ \t]+([^\n]{{1,200}})|\)[*_}}]*[ \t]+([^\n]{{1,200}})").match(
-        text, start
-    )
-    choice_text = (match[1] or match[2]).strip(" *_$.") if match else ""
+    match = _BESIDE.match(text, start)
+    choice_text = next(filter(None, match.groups())).strip(" *_$.。") if match else ""
     return f") {choice_text}" if choice_text else ""
 
 

@@ -58,10 +58,14 @@ _HALF = re.compile("(?:上午|下午|早上|晚上|中午|凌晨|傍晚) *")
 _CLOCK = re.compile(r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?\s*(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
 
 
+_SPACES = re.compile(r"^(?:\\[ ,;:!]|\s)+|(?<!\\)(?:\\[ ,;:!]|\s)+$")
+"""White space around an answer, LaTeX's too."""
+
+
 def peeled(text: str, braces: bool = False) -> str:
     """An answer without the white space, math delimiters, \\boxed, bold type, full stop and `braces` around it."""
     while True:
-        text = text.strip(" \r\n\t").removesuffix(".").removesuffix("。")
+        text = _SPACES.sub("", text).strip(" \r\n\t").removesuffix(".").removesuffix("。")
         match = next((m for pattern in (*_PEELS, *_BRACES[:braces]) if (m := pattern.fullmatch(text))), None)
         if match is None or not _balanced(match["inner"]):
             return text.strip(" \r\n\t")

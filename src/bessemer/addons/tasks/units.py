@@ -87,7 +87,7 @@ def split_unit(text: str, letters: bool = False) -> tuple[str, str]:
     if written[0] in "°º^\\" and _ANGLE.search(text[: tail.start()]) and unit_of(written) == (("°", 1),):
         return text, ""
     plain = "\\text" not in written and "\\m" not in written and "\\rm" not in written
-    if plain and (_NO_UNIT.search(written) or not (letters or _spelled_out(written))):
+    if plain and written != "min" and (_NO_UNIT.search(written) or not (letters or _spelled_out(written))):
         return text, ""
     return text[: tail.start()].strip(), written
 

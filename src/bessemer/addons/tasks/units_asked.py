@@ -131,6 +131,9 @@ def unit_fits(answered: str, gold: str, question: str) -> bool:
         return True
     if gold:
         unit = unit_of(answered)
+        price = _price(answered, question)  # $ per kg, where the question is what a kg costs
+        if price and same_unit(price, gold):
+            return True
         return same_unit(answered, gold) or (unit is None and _words(answered) == _words(gold))
     head, _, noun = plain_unit(answered).partition(" of ")
     if noun and unit_of(head) and all(word in _words(question) for word in _words(noun)):
