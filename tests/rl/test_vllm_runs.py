@@ -175,7 +175,7 @@ def test_a_broken_weight_exchange_is_refused(engine, directory, fault):
 def test_a_wrong_rope_operation_is_refused(engine, directory, monkeypatch):
     """The build's own operation for interleaved RoPE; the day it is right, the arguments can go."""
     plain = vllm_engine.llm_arguments
-    chosen = ("dtype", "enforce_eager", "skip_tokenizer_init", "logprobs_mode", "max_model_len")
+    chosen = ("dtype", "enforce_eager", "logprobs_mode", "max_model_len")
     monkeypatch.setattr(
         vllm_engine, "llm_arguments", lambda *arguments: {name: plain(*arguments)[name] for name in chosen}
     )
