@@ -195,7 +195,7 @@ def outputs_ids(tokenizer: ChatTokenizer, outputs: Sequence[str], style: str | N
     _check_style(style)
     [message] = tool_texts().rewritten([{"role": "tool", "content": output} for output in outputs])
     turn = _zero_turn if style in ZERO_STYLES else _r1_turn
-    pieces = [*turn("tool", message["content"], keeps_thoughts=True), *_generation_prompt(style, after_output=True)]
+    pieces = [*turn("tool", message["content"], thinks=True), *_generation_prompt(style, after_output=True)]
     return _ids(tokenizer, pieces, tokenizer.tool_marks, tokenizer.eos_id)[0]
 
 
@@ -299,8 +299,8 @@ def _pieces(
     for number, message in enumerate(messages):
         if message["role"] != "system":
             calls = message.get("calls", "")
-            is_kept = number == len(messages) - 1 or bool(calls and number > question)
-            pieces += turn(message["role"], message["content"], is_kept, calls, after_output)
+            thinks = number == len(messages) - 1 or bool(calls and number > question)
+            pieces += turn(message["role"], message["content"], thinks, calls, after_output)
             after_output = message["role"] == "tool"
     if add_generation_prompt and messages[-1]["role"] != "assistant":
         pieces += _generation_prompt(style, after_output)
@@ -313,23 +313,19 @@ def _generation_prompt(style: str, after_output: bool) -> list[ChatPiece]:
     return [ChatPiece(ASSISTANT, control=True)] * (not after_output) + [ChatPiece(opening(style))]
 
 
-def _zero_turn(
-    role: str, content: str, keeps_thoughts: bool, calls: str = "", after_output: bool = False
-) -> list[ChatPiece]:
+def _zero_turn(role: str, content: str, thinks: bool, calls: str = "", after_output: bool = False) -> list[ChatPiece]:
     if role != "assistant":
         return [ChatPiece("User: " + _TURN.sub("\n ", content) + "\n", typed=True)]
     answer = ("" if content.startswith(THINK) else " ") + content + calls
     return [ChatPiece("Assistant:"), ChatPiece(answer, answer=True), ChatPiece(EOS, control=True, answer=True)]
 
 
-def _r1_turn(
-    role: str, content: str, keeps_thoughts: bool, calls: str = "", after_output: bool = False
-) -> list[ChatPiece]:
+def _r1_turn(role: str, content: str, thinks: bool, calls: str = "", after_output: bool = False) -> list[ChatPiece]:
     if role == "tool":
         return [ChatPiece(content, typed=True)]
     if role == "user":
         return [ChatPiece(USER, control=True), ChatPiece(content, typed=True)]
-    text = content if keeps_thoughts else content.split(THINK_END)[-1]
+    text = content if thinks else content.split(THINK_END)[-1]
     answer = text == content
     begin = [ChatPiece(ASSISTANT, control=True)] * (not after_output)
     return [*begin, ChatPiece(text + calls, answer=answer), ChatPiece(EOS, True, answer)]
