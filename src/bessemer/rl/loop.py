@@ -30,7 +30,7 @@ from bessemer.rl.algorithms import advantage_of, loss_of
 from bessemer.rl.component import Component, hooks_of
 from bessemer.rl.generator import RolloutGenerator
 from bessemer.rl.losses import GRPO
-from bessemer.rl.monitor import Evaluator, means, rollout_metrics, update_means
+from bessemer.rl.monitor import Evaluator, rollout_metrics, update_metrics
 from bessemer.rl.reference import Reference
 from bessemer.rl.reward import PreferenceScorer, dead_groups
 from bessemer.rl.rollout import Group, Packing, Rollout, rewards
@@ -234,7 +234,7 @@ class Loop:
             **({"rl/dead_groups": dead_groups(rewards(rollout.groups))} if contrasts else {}),
             "rl/staleness": staleness,
             **({"rl/problems_asked": rollout.n_problems} if self.settings.max_resamples > 1 else {}),
-            **_update_metrics(updates),
+            **update_metrics(updates),
             **_merged(component.metrics() for component in self.components),
             **self.sampler.metrics(),
         }
@@ -302,19 +302,3 @@ class Loop:
 
 def _merged(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return {name: value for metrics in several for name, value in metrics.items()}
-
-
-def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over a rollout's updates, and the gap between sampler and trainer at the first one, if it was made."""
-    values = update_means("rl", ("kl", "entropy", "clip_share", "grad_norm"), updates)
-    for name in ("logp_gap", "logp_gap_max", "sampler_kl", "sampler_far"):
-        if f"train/{name}" in updates[0]:
-            values[f"rl/sampler_{name.removeprefix('logp_').removeprefix('sampler_')}"] = updates[0][f"train/{name}"]
-    names = dict.fromkeys(name for update in updates for name in update)
-    depths = [name.removeprefix("train/") for name in names if name.startswith("train/mtp_")]
-    values |= update_means("rl", ("max_vio", *depths), updates)
-    loads = [name for name in names if name.startswith("moe/max_vio/")]
-    values |= means(loads, updates)
-    last = next((update for update in reversed(updates) if "train/lr" in update), {})
-    gpu = {name: value for name, value in last.items() if name.startswith("gpu/")}
-    return values | gpu | ({"rl/lr": last["train/lr"]} if last else {})

@@ -39,6 +39,22 @@ def update_means(prefix: str, names: Sequence[str], updates: Sequence[Mapping[st
     return {f"{prefix}/{name.removeprefix('train/')}": value for name, value in averages.items()}
 
 
+def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over a rollout's updates, and the gap between sampler and trainer at the first one, if it was made."""
+    values = update_means("rl", ("kl", "entropy", "clip_share", "grad_norm"), updates)
+    for name in ("logp_gap", "logp_gap_max", "sampler_kl", "sampler_far"):
+        if f"train/{name}" in updates[0]:
+            values[f"rl/sampler_{name.removeprefix('logp_').removeprefix('sampler_')}"] = updates[0][f"train/{name}"]
+    names = dict.fromkeys(name for update in updates for name in update)
+    depths = [name.removeprefix("train/") for name in names if name.startswith("train/mtp_")]
+    values |= update_means("rl", ("max_vio", *depths), updates)
+    loads = [name for name in names if name.startswith("moe/max_vio/")]
+    values |= means(loads, updates)
+    last = next((update for update in reversed(updates) if "train/lr" in update), {})
+    gpu = {name: value for name, value in last.items() if name.startswith("gpu/")}
+    return values | gpu | ({"rl/lr": last["train/lr"]} if last else {})
+
+
 def means(names: Iterable[str], updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """`update_means` under the metrics' own names."""
     present = {name: [update[name] for update in updates if name in update] for name in names}
