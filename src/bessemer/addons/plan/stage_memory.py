@@ -241,7 +241,7 @@ def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | N
         if cfg is None and model is None:
             return _by_count(recipe, stage, number, world)
         if cfg is not None:
-            layout, *_ = distributed.layout_of(recipe.layout, world, not isinstance(stage, RLConfig | DistillConfig))
+            layout, *_ = distributed.layout_of(recipe.layout, world, not isinstance(stage, DistillConfig))
             by_kind = _training(recipe, stage, cfg, layout, number, device)
             by_kind |= _beside(recipe, stage, cfg, layout, number, by_kind, on_gpu)
         else:
@@ -285,7 +285,7 @@ def _training(
 ) -> dict[str, int]:
     """Bytes of the fullest rank's part of a training, by kind."""
     on_gpu = device is not None or torch.cuda.is_available()
-    packed = bool(getattr(stage, "document_mask", not isinstance(stage, RLConfig | DistillConfig)))
+    packed = bool(getattr(stage, "document_mask", not isinstance(stage, DistillConfig)))
     padded = number == 2 and device is not None and (packed or not device.cudnn)
     rows, length = _micro_batch(recipe, stage, cfg.max_seq_len)
     name, micro = schedules.of_step(recipe.layout.schedule, layout.pp, 2 * layout.pp)
