@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import abc
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Unpack
 
@@ -119,10 +120,7 @@ class Engine:
         runner: ModelRunner[Sequence] = ModelRunner(
             steps, self.tokenizer, cache, batch.drafts, record, batch.record_kept
         )
-        prompts = [
-            (cache.open(ids), list(same))
-            for ids, same in groupby(sequences, key=lambda sequence: sequence.request.prompt)
-        ]
+        prompts = [(cache.open(ids), list(group)) for ids, group in groupby(sequences, attrgetter("request.prompt"))]
         for prompt, _ in prompts:
             cache.extend(prompt, len(prompt.ids))
         heartbeat.beat()

@@ -12,6 +12,7 @@ differ, so in a search for differing rewards they would crowd out the tasks.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from itertools import chain
 
 from bessemer import tasks
 from bessemer.config.rl import RLConfig
@@ -164,9 +165,7 @@ class RolloutGenerator:
         """Verifies the samples and sets their rewards: verdicts are each rank's own, reward models are rank 0's.
         `step` and `seed` as in `Reward.score`."""
         opening, needs_format = self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
-        holders = (
-            None if self.carrier is None else self.carrier.holders([outcome for group in outcomes for outcome in group])
-        )
+        holders = None if self.carrier is None else self.carrier.holders([*chain.from_iterable(outcomes)])
         groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share, holders)
         rows = [row for group in groups for row in group]
 

@@ -32,8 +32,8 @@ from bessemer.rl.generator import RolloutGenerator
 from bessemer.rl.losses import GRPO
 from bessemer.rl.monitor import Evaluator, rollout_metrics, update_metrics
 from bessemer.rl.reference import Reference
-from bessemer.rl.reward import PreferenceScorer, dead_groups
-from bessemer.rl.rollout import Group, Packing, Rollout, rewards
+from bessemer.rl.reward import PreferenceScorer
+from bessemer.rl.rollout import Group, Packing, Rollout
 from bessemer.rl.sampler import sampler_of
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
@@ -224,16 +224,13 @@ class Loop:
         for network in (self.policy, self.sampler_model):
             network.release()  # nobody samples during the updates
         updates = [self._update(batches) for batches in mini_batches]
-        contrasts = self.settings.samples > 1 and self.advantage.within_groups
+        has_contrast = self.settings.samples > 1 and self.advantage.within_groups
         values = {
-            **rollout_metrics(rollout.groups),
+            **rollout_metrics(rollout, self.settings, has_contrast),
             **compared,
-            "rl/cap": rollout.cap,
             **prepared,
             **sampled,
-            **({"rl/dead_groups": dead_groups(rewards(rollout.groups))} if contrasts else {}),
             "rl/staleness": staleness,
-            **({"rl/problems_asked": rollout.n_problems} if self.settings.max_resamples > 1 else {}),
             **update_metrics(updates),
             **_merged(component.metrics() for component in self.components),
             **self.sampler.metrics(),

@@ -20,7 +20,8 @@ from bessemer.eval import scoring
 from bessemer.rl import rollout
 from bessemer.rl.generator import RolloutGenerator
 from bessemer.rl.heldout import heldout_row, start_gate
-from bessemer.rl.rollout import Group, ScoredSample
+from bessemer.rl.reward import dead_groups
+from bessemer.rl.rollout import Group, Rollout, ScoredSample, rewards
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
 from bessemer.train.setup import batch_rows
@@ -61,10 +62,10 @@ def means(names: Iterable[str], updates: Sequence[Mapping[str, float]]) -> dict[
     return {name: float(np.mean(values)) for name, values in present.items() if values}
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def rollout_metrics(sampled: Rollout, settings: RLConfig, has_contrast: bool) -> dict[str, float]:
     """Means over all samples of a rollout; accuracy, and the score of tasks with partial credit, over the samples with
-    a verifier, if any."""
-    samples = [row for group in groups for row in group]
+    a verifier, if any. `has_contrast`: samples are compared within their group."""
+    samples = [row for group in sampled.groups for row in group]
     rows = [row for row in samples if not row.failure]
     preferences = [row.preference for row in rows if row.preference is not None]
     verified = [row for row in rows if row.preference is None] or rows
@@ -75,7 +76,12 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rl/length": _mean(row.length for row in rows),
         "rl/language": _mean(row.language for row in rows),
         "rl/truncated": _mean(row.completion.finish_reason == "length" for row in rows),
+        "rl/cap": sampled.cap,
     }
+    if has_contrast:
+        values["rl/dead_groups"] = dead_groups(rewards(sampled.groups))
+    if settings.max_resamples > 1:
+        values["rl/problems_asked"] = sampled.n_problems
     if any(row.verdict.partial is not None for row in verified):
         values["rl/score"] = _mean(row.verdict.score for row in verified)
     if preferences:
