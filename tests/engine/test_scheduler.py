@@ -126,7 +126,7 @@ def test_a_cancelled_request_leaves_nothing_behind(engine, prompts, steps):
     for ticket in (*gone, 12345):
         scheduler.cancel(ticket)
     before = {ticket: list(actual[ticket]) for ticket in gone}
-    while not scheduler.idle:
+    while not scheduler.is_idle:
         step()
     assert {ticket: actual[ticket] for ticket in gone} == before
     for ticket, request in list(zip(tickets, expected, strict=True))[::2]:

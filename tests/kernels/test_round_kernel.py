@@ -123,7 +123,7 @@ def test_in_bfloat16_as_many_drafts_are_accepted(instructions):
         scheduler = Scheduler(Engine(flat().to_compute(dtype), TOKENIZER), drafts=2)
         for key in range(12):
             scheduler.add(Request(tuple(texts(9)[0]), key, 20))
-        while not scheduler.idle:
+        while not scheduler.is_idle:
             scheduler.step()
         figures = scheduler.stats()
         shares.append(figures["accepted"] / figures["drafted"])
@@ -137,7 +137,7 @@ def test_a_draft_that_breaks_the_network_ends_its_row_alone(instructions):
     def answers():
         scheduler, events = Scheduler(Engine(model, TOKENIZER), drafts=3), {}
         tickets = [scheduler.add(request) for request in requests]
-        while not scheduler.idle:
+        while not scheduler.is_idle:
             for event in scheduler.step():
                 events.setdefault(event.ticket, []).append(event)
         return [events[ticket] for ticket in tickets]

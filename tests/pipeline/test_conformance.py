@@ -23,57 +23,57 @@ ACTIVATIONS = "Activations stored in FP8 and E5M6; norms and up-projections reco
 LETTERS = {PUBLISHED: "P", SCALED: "S", ADAPTED: "A", OFF: "O"}
 
 STATES = """
-SSSSSOSOSSOOSSSPSS Multi-head latent attention
-SSSSSOSOSSOOSSSPSS Query compression
-PPPPAOPOPPOOPPPPPP Interleaved RoPE, YaRN off in the short stage
-SSSSSOSOSSOOSSSPSS DeepSeekMoE
-PPPPPOPOPPOOPPPPPP Sigmoid gate, normalised, scaled
-SSSSSOSOSSOOSSSPSS Group-limited routing
-SSSSSOSOSSOOSSSPSS Leading dense layers
-ASASSOSOSSOOSSAPSS Bias balancing, MTP layers included
-PPPPPOPOPPOOPPPPPP Sequence-wise balance loss
-PPPPPOPOPPOOPPPPPP No token dropping
-ASOSOOSOSSOOSSAPSS Multi-token prediction
-AAPAAOAOAAOOAAAPAA AdamW, FP32 masters
-AAAAAOAOAAOOAAAPAA Learning rate over consumed tokens
-OOOOOOAOOOOOOOOPOO Batch size over consumed tokens
-SSSSSOSOSSOOSSSPSS Initialisation
-SSSSOOOOSSOOSSSPSS Packing without cross-document mask
-OAAAOOAOAAOOOAOPAA Fill-in-the-middle
-PPPPPOPOPPOOPPPPPP Random split of punctuation + line break
-SSSSSOSOSSOOSSSPSS Byte-level BPE with V3's pre-split
-OOPOOOOOOOOOOOOPOO FP8 training
-OOPOOOOOOOOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
-OOPOOOPOOOOOOOOPOO Moments of the optimizer in BF16
-OOOOOOOOOOOOOOOPOO Moving average of the weights
-OOOOOOOOOOOOOOOPOO DualPipe
-OOOOOSOOOOOOOOOPOO Expert parallelism, a token to a node once
-OOOOOSOOOOOOOOOPOO ZeRO-1
-OOOOAOOOOOOOOOOPOO Long-context extension in phases
-OOOOSOOOOOOOOOOPOO YaRN on the rotary key, the same in every phase
-OOOOAOOOOOOOOOOOOO Needle in a haystack over lengths and depths
-OPOPOPPPPPOOPPPOPP R1-Zero: RL from the base, no SFT
-OAOAOAAAAAOOAAAOAA Prompt template
-OSOSOSSPSSAASSSOSS GRPO groups
-OPOPOPPPAPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
-OAOAOPAPAAAAAAAOAA Loss of a token
-OAOAOAAPAAAAAAAOAA Clip
-OAOAOPAPAAOOAAAOAA KL to the reference (k3, in the loss)
-OAOAOAAPAAAAAAAOAA Mini-batches per rollout
-OPOAOAAPAPPPPPPOPP On policy, every sample used
-OSOSOSSPSSSSSSSOSS Learning rate of RL
-OPOPOPPPPPPPPPPOPP Sampling temperature of RL
-OOOOOPPPPPOOOOOOOO Sampling temperature with preference rewards
-OOOAOPAPAAAAAAAOAA Rewards
-OAOOOSSPSAAAOOOOOO SFT: answers only, samples packed with masks
-OOOOOSSPOSOOOSOOSO Length cap raised mid-run
-OOOOOAAAAAAAOOOOOO Cold start: readable R1-Zero answers in one form
-OAOOOPAPAAOOOOOOOO Language consistency reward
-OOOOOSSPSSAAOOOOOO Rejection sampling: correct and readable answers
-OOOOOAAPAAOOOOOOOO Reward models: helpful by pairs, harmless by labels
-OOOOOSSPSSOOOOOOOO Preference rewards only at the end
-OOOOOOOPAAAAOOOOOO Distillation: SFT of a smaller model on checked samples
-OAOAOSSPSSAAAAAOAA Evaluation by sampling
+SSSSSOSOOOOSSOOOSSSOPSS Multi-head latent attention
+SSSSSOSOOOOSSOOOSSSOPSS Query compression
+PPPPAOPOOOOPPOOOPPPOPPP Interleaved RoPE, YaRN off in the short stage
+SSSSSOSOOOOSSOOOSSSOPSS DeepSeekMoE
+PPPPPOPOOOOPPOOOPPPOPPP Sigmoid gate, normalised, scaled
+SSSSSOSOOOOSSOOOSSSOPSS Group-limited routing
+SSSSSOSOOOOSSOOOSSSOPSS Leading dense layers
+ASASSOSOOOOSSOOOSSAOPSS Bias balancing, MTP layers included
+PPPPPOPOOOOPPOOOPPPOPPP Sequence-wise balance loss
+PPPPPOPOOOOPPOOOPPPOPPP No token dropping
+ASOSOOSOOOOSSOOOSSAOPSS Multi-token prediction
+AAPAAOAOOOOAAOOOAAAOPAA AdamW, FP32 masters
+AAAAAOAOOOOAAOOOAAAOPAA Learning rate over consumed tokens
+OOOOOOAOOOOOOOOOOOOOPOO Batch size over consumed tokens
+SSSSSOSOOOOSSOOOSSSOPSS Initialisation
+SSSSOOOOOOOSSOOOSSSOPSS Packing without cross-document mask
+OAAAOOAOOOOAAOOOOAOOPAA Fill-in-the-middle
+PPPPPOPOOOOPPOOOPPPOPPP Random split of punctuation + line break
+SSSSSOSOOOOSSOOOSSSOPSS Byte-level BPE with V3's pre-split
+OOPOOOOOOOOOOOOOOOOOPOO FP8 training
+OOPOOOOOOOOOOOOOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
+OOPOOOPOOOOOOOOOOOOOPOO Moments of the optimizer in BF16
+OOOOOOOOOOOOOOOOOOOOPOO Moving average of the weights
+OOOOOOOOOOOOOOOOOOOOPOO DualPipe
+OOOOOSOOOOSOOOOOOOOSPOO Expert parallelism, a token to a node once
+OOOOOSOOSSSOOOOOOOOSPOO ZeRO-1
+OOOOAOOOOOOOOOOOOOOOPOO Long-context extension in phases
+OOOOSOOOOOOOOOOOOOOOPOO YaRN on the rotary key, the same in every phase
+OOOOAOOOOOOOOOOOOOOOOOO Needle in a haystack over lengths and depths
+OPOPOPPPPPPPPOOOPPPPOPP R1-Zero: RL from the base, no SFT
+OAOAOAAAAAAAAOOOAAAAOAA Prompt template
+OSOSOSSASSPSSAAASSSSOSS GRPO groups
+OPOPOPPPPPPAPPPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
+OAOAOPAAAAPAAAAAAAAPOAA Loss of a token
+OAOAOAAAAAPAAAAAAAAAOAA Clip
+OAOAOPAPPOPAAOOOAAAPOAA KL to the reference (k3, in the loss)
+OAOAOAAAAAPAAAAAAAAAOAA Mini-batches per rollout
+OPOAOPAPPPPAPPPPPPPPOPP On policy, every sample used
+OSOSOSSSSSPSSSSSSSSSOSS Learning rate of RL
+OPOPOPPPPPPPPPPPPPPPOPP Sampling temperature of RL
+OOOOOPPOOOPPPOOOOOOOOOO Sampling temperature with preference rewards
+OOOAOPAPPPPAAAAAAAAPOAA Rewards
+OAOOOSSOOOPSAAAAOOOSOOO SFT: answers only, samples packed with masks
+OOOOOSSOSOPOSOOOOSOSOSO Length cap raised mid-run
+OOOOOAAOOOAAAAAAOOOAOOO Cold start: readable R1-Zero answers in one form
+OAOOOPAOOOPAAOOOOOOPOOO Language consistency reward
+OOOOOSSOOOPSSAAOOOOOOOO Rejection sampling: correct and readable answers
+OOOOOAAOOOPAAOOOOOOOOOO Reward models: helpful by pairs, harmless by labels
+OOOOOSSOOOPSSOOOOOOOOOO Preference rewards only at the end
+OOOOOOOOOOPAAAAOOOOOOOO Distillation: SFT of a smaller model on checked samples
+OAOAOSSAAAPSSAAAAAASOAA Evaluation by sampling
 """
 """One letter for each recipe, in the order of RECIPES: continue, controls, fp8-study, later-grpo, long, node, one-gpu,
 r1-paper, r1-small, r1-tiny, smollm2, smollm2-lora, specialists, tiny, tools, v3, zero, zero-template."""
@@ -113,7 +113,7 @@ def test_every_recipe_s_states():
     """Checked by hand against the papers, item by item; a recipe or a published value that changes shows up here."""
     states = [[LETTERS[state] for state, _ in of(recipe).values()] for recipe in RECIPES]
     lines = ["".join(letters) + " " + item.item for letters, item in zip(zip(*states, strict=True), ITEMS, strict=True)]
-    assert len(RECIPES) == 18 and lines == STATES.strip().splitlines()
+    assert len(RECIPES) == 23 and lines == STATES.strip().splitlines()
 
 
 def test_an_imported_model_s_items_come_from_its_config(tmp_path):

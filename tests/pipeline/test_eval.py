@@ -25,8 +25,8 @@ from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.eval.preamble import ALONE
 from bessemer.pipeline.stage import Stage, find_kind
-from bessemer.pipeline.stages import eval as eval_stage
 from bessemer.pipeline.stages.eval import Eval, ancestors
+from bessemer.rl import sampler
 from bessemer.runs import files
 from bessemer.runs.metrics import StageMetrics
 from bessemer.tasks.answer import parse_reply
@@ -189,7 +189,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(done, tmp_path, monkeypatch):
     again = f'[[stage]]\nkind = "import"\nname = "again"\nmodel = "{out / "02-pretrain" / "model"}"\n\n'
     text = (folder / "small.toml").read_text().replace(EVAL.lstrip(), again + EVAL.lstrip())
     (tmp_path / "small.toml").write_text(text.replace('models = ["pretrain"]', 'models = ["pretrain", "again"]'))
-    held, real = [], eval_stage.engine_of
+    held, real = [], sampler.engine_of
 
     def noted(*args, **options):
         assert [model() for model in held] == [None] * len(held)
@@ -197,7 +197,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(done, tmp_path, monkeypatch):
         held.append(weakref.ref(engine.model))
         return engine
 
-    monkeypatch.setattr(eval_stage, "engine_of", noted)
+    monkeypatch.setattr(sampler, "engine_of", noted)
     few = ("eval.problems=1", "eval.samples=1", "eval.k=1", 'eval.tasks=["arithmetic"]', "eval.max_new_tokens=4")
     stages_run.run(tmp_path / "small.toml", out, *few)
     assert len(held) == 2

@@ -215,7 +215,7 @@ def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
 
     def noted(self):
         restore(self)
-        references.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        references.append({name: value.clone() for name, value in self.copy.model.state_dict().items()})
 
     monkeypatch.setattr(Reference, "restore", noted)
     out = shutil.copytree(folder / "run", tmp_path / "run")

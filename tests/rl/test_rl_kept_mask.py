@@ -15,6 +15,7 @@ from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
+from bessemer.train.runtime import Whole
 from bessemer.workers import Workers
 
 PROMPTS, PAD, T = [[0, 9, 8], [0, 40], [0, *range(5, 30)]], 2, 0.9
@@ -101,9 +102,7 @@ def test_loss_entropy_divergence_and_gradients_equal_float64(make_model, rows):
 
 
 def test_a_correction_weighs_policies_on_the_same_tokens(make_model, rows):
-    loop = SimpleNamespace(
-        policy=SimpleNamespace(model=make_model(3)), workers=Workers(), settings=SimpleNamespace(temperature=T)
-    )
+    loop = SimpleNamespace(policy=Whole(make_model(3)), workers=Workers(), settings=SimpleNamespace(temperature=T))
     batches = rollout.to_batches(rows, PAD, 300, "token")
     values = ImportanceCorrection(loop, form="token-truncate").before_updates(batches)
     assert values["rl/correction_weight"] == pytest.approx(1.0, abs=1e-6)

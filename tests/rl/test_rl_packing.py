@@ -23,6 +23,7 @@ from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
 from bessemer.rl.rollout import Packing, ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train import balance
+from bessemer.train.runtime import Whole
 from bessemer.workers import Workers
 
 PAD, T = 2, 0.9
@@ -167,7 +168,7 @@ def test_log_probabilities_are_those_of_each_sample_alone(make_model, samples):
 def test_importance_weights_are_per_sample(make_model, samples, form):
     """Weights of a sample depend on its own tokens alone, however rows are laid out."""
     loop = type("Loop", (), {})()
-    loop.policy, loop.workers = type("Whole", (), {"model": policy(make_model).eval()})(), Workers()
+    loop.policy, loop.workers = Whole(policy(make_model).eval()), Workers()
     loop.settings = type("Settings", (), {"temperature": T})()
     found = []
     for batches in layouts(samples):

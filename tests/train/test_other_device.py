@@ -68,7 +68,7 @@ def scheduled(device, tokenizer):
         sampling = SamplingParams(temperature=0.8, top_k=20)
         scheduler.add(Request(tuple(tokenizer.encode(text)), key, max_new_tokens=3, sampling=sampling))
     events = []
-    while not scheduler.idle:
+    while not scheduler.is_idle:
         events += [(event.ticket, getattr(event, "token", None)) for event in scheduler.step()]
     return events
 

@@ -61,7 +61,7 @@ def test_untrained_models_load_in_sampling_precision():
         return {name: count for name, text in texts.items() if (count := len(re.findall(pattern, text)))}
 
     assert calls(r"(?<!def )load_model\((?!directory|[^\n]*dtype)") == {"train/runtime.py": 2}  # `read` and `scorer`
-    assert calls(r"runtime\.(read|scorer)\(") == dict.fromkeys(
+    assert calls(r"\bruntime\.(read|scorer)\(") == dict.fromkeys(
         ("pipeline/stages/pretrain.py", "pipeline/stages/sft.py", "rl/loop.py",
          "addons/r1/extend.py", "addons/r1/distill.py", "addons/r1/reward.py"), 1,
     )  # fmt: skip

@@ -58,14 +58,22 @@ _HALF = re.compile("(?:上午|下午|早上|晚上|中午|凌晨|傍晚) *")
 _CLOCK = re.compile(r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?\s*(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
 
 
-_SPACES = re.compile(r"^(?:\\[ ,;:!]|\s)+|(?<!\\)(?:\\[ ,;:!]|\s)+$")
-"""White space around an answer, LaTeX's too."""
+_SPACES = re.compile(r"(?:\\[ ,;:!]|\s)*")
+_SPACES_BACKWARDS = re.compile(r"(?:[ ,;:!]\\(?!\\)|\s)*")
+"""White space before an answer, LaTeX's too, and after it, read from the end: a search for the last run would take the
+square of the length."""
+
+
+def _stripped(text: str) -> str:
+    start, end = _SPACES.match(text), _SPACES_BACKWARDS.match(text[::-1])
+    assert start and end, "both match nothing at least"
+    return text[start.end() : max(start.end(), len(text) - end.end())]
 
 
 def peeled(text: str, braces: bool = False) -> str:
     """An answer without the white space, math delimiters, \\boxed, bold type, full stop and `braces` around it."""
     while True:
-        text = _SPACES.sub("", text).strip(" \r\n\t").removesuffix(".").removesuffix("。")
+        text = _stripped(text).strip(" \r\n\t").removesuffix(".").removesuffix("。")
         match = next((m for pattern in (*_PEELS, *_BRACES[:braces]) if (m := pattern.fullmatch(text))), None)
         if match is None or not _balanced(match["inner"]):
             return text.strip(" \r\n\t")

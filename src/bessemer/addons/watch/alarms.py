@@ -264,7 +264,9 @@ def _sampler_mismatch(history: MetricHistory) -> Alarm | None:
         return None
     gap = history["sampler_gap"]
     stale = history.has("staleness", values=1) and history["staleness"].now > 0
-    far = history["sampler_far"].now if history.has("sampler_far") else 0.0
+    far = 0.0
+    if history.has("sampler_far"):
+        far = history["sampler_far"].now
     if gap.now < (STALE_GAP if stale else GAP) and far < (STALE_FAR if stale else FAR):
         return None
     return Alarm(

@@ -63,6 +63,7 @@ const SERVER = {
   "of tokens, trainer over sampler": "逐词元，训练端与采样端的概率之比", "Staleness": "陈旧度",
   "steps between sampling and updating": "采样与更新相隔的步数", "Routing": "路由",
   "share of tokens routed differently by the trainer": "训练端路由不同的词元比例", "Sampling mask": "采样掩码",
+  "Sampler mismatch": "训推不一致", "share of tokens whose probability differs by more than a factor of 2": "概率相差两倍以上的词元占比",
   "Drafts": "草稿", "loss of the MTP modules, nats per token": "MTP 模块的损失，nat/词元",
   "tokens that top-p leaves, mean": "top-p 保留的平均词元数", "KL to the reference": "与参考模型的 KL 散度",
   // names of lines
@@ -117,7 +118,8 @@ const SERVER = {
     "长度上限容不下策略学会的写法，或策略不再结束回答",
   "raise max_new_tokens if the rollouts still make progress at the cap; otherwise lower lr, or penalise answers near it by a term such as overlong of examples/plugins":
     "若回答到达上限时仍有进展，提高 max_new_tokens；否则降低 lr，或用 examples/plugins 中的 overlong 一类的奖励项惩罚接近上限的回答",
-  "trainer and sampler disagree by {a} nats per token": "训练端与采样端相差 {a} nat/词元",
+  "trainer and sampler disagree by {a} nats per token, and about {b} of the tokens by more than a factor of 2":
+    "训练端与采样端相差 {a} nat/词元，约 {b} 的词元概率相差两倍以上",
   "the sampler's model is not the trainer's: stale weights, another precision, routing that differs, or another temperature":
     "采样端的模型与训练端不一致：权重过期，或精度、路由、温度不同",
   "sample with the trainer's precision and weights, replay the sampler's routing, or correct with truncated importance weights":
