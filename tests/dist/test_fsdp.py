@@ -13,7 +13,7 @@ from train_config import train_config
 
 from bessemer.addons.distributed.fsdp import layers_of, local
 from bessemer.addons.distributed.fsdp_collective import of_fsdp
-from bessemer.addons.distributed.on_ranks import OnFSDPRanks
+from bessemer.addons.distributed.on_fsdp_ranks import OnFSDPRanks
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.addons.families import causal_lm, lora
 from bessemer.config.recipe import LayoutConfig
