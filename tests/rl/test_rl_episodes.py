@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ from bessemer.rl.monitor import rollout_metrics
 from bessemer.tasks.base import Problem, Verdict
 
 CONTEXT = 96
+
+
+def metrics_of(groups):
+    sampled = rollout.Rollout(groups, n_problems=len(groups), cap=64, step=0)
+    return rollout_metrics(sampled, SimpleNamespace(max_resamples=1), has_contrast=False)
 
 
 class Echo(Environment):
@@ -196,7 +202,7 @@ def test_what_the_model_wrote_and_nothing_else_is_trained_on(model, tokenizer, o
             if normalise == "sequence":
                 torch.testing.assert_close(batch.loss_BT.sum(1), torch.ones(batch.n_rows))
     assert sum(b.n_loss_tokens for b in rollout.to_batches(rows, 2, 400, "token")) == sum(row.length for row in rows)
-    values = rollout_metrics(groups)
+    values = metrics_of(groups)
     assert values["rl/turns"] > 1 and values["rl/length"] == sum(row.length for row in rows) / len(rows)
 
 
@@ -309,7 +315,7 @@ def test_an_environment_that_fails_costs_its_own_episodes_alone(tokenizer):
     assign(mixed, "group")
     [batch] = rollout.to_batches(mixed[0], 2, 10_000, "sequence")
     assert int((batch.loss_BT.sum(1) == 0).sum()) == 1 and abs(failed[0].advantage) < 1e-5
-    assert rollout_metrics(groups)["rl/episodes_failed"] == 2
+    assert metrics_of(groups)["rl/episodes_failed"] == 2
     with pytest.raises(UserError, match=r"every episode \(the server died\); fix it"):
         play(engine, echoes(2, breaks=True))
 
