@@ -15,7 +15,7 @@ import torch
 
 from bessemer import probe
 from bessemer.addons.distributed import links, process_groups, watchdog
-from bessemer.addons.distributed.on_ranks import ManyRanks
+from bessemer.addons.distributed.rank_processes import ManyRanks
 from bessemer.addons.distributed.ranks import Ranks, launch
 from bessemer.addons.distributed.ray_settings import settings_of
 from bessemer.cli.common import one_line
