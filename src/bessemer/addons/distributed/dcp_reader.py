@@ -1,4 +1,4 @@
-"""Reads checkpoints of torch.distributed.checkpoint (DCP), whoever wrote them.
+"""Reads checkpoints of torch.distributed.checkpoint (DCP), from any program that wrote them.
 
 A DCP checkpoint describes itself in a pickle, `.metadata`. The unpickler here creates only DCP's own records, so a
 hostile pickle cannot run code. `open_dcp` reads those that ranks of FSDP2 write in training (`fsdp_checkpoint`).

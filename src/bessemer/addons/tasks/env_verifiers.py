@@ -5,7 +5,7 @@ OpenAI-compatible endpoint for every turn. Ours (env_endpoint.py) hands each req
 reads, and answers it with what the model has written. The environment's own loop, tools, stop conditions, time limits
 and rewards run unchanged; an episode whose reward is `solved` or more is correct, and one below it earns its share.
 
-A program may only add to a conversation. One that rewrites what was said before fails its episodes, because the model
+A program may only add to a conversation. One that rewrites an earlier message fails its episodes, because the model
 would then read something other than what it wrote.
 
 NAME is the id of an installed set of tasks. NAME.toml is a file with the package's own table, as under [env] in its
@@ -158,7 +158,7 @@ class VerifiersEpisode:
         self.requests: queue.Queue[Mapping[str, Any] | None] = queue.Queue()
         """Bodies of the program's requests; None after the last."""
         self.messages: list[Message] = []
-        """All that was said before the model's next turn."""
+        """The whole conversation up to the model's next turn."""
         self.running = task.endpoint.play(self, row)
         self.running.add_done_callback(lambda _: self.requests.put(None))
         first = self._next()
