@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -28,10 +28,9 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 
 from bessemer.addons.accelerate.background import Background
-from bessemer.addons.distributed import process_groups
 from bessemer.addons.distributed.dcp_reader import METADATA, DCPTensors
 from bessemer.addons.distributed.fsdp import own_part
-from bessemer.addons.distributed.process_groups import GroupSpec
+from bessemer.addons.distributed.sharded_checkpoint import AllOrNone
 from bessemer.errors import UserError
 from bessemer.train import checkpoint, guard
 from bessemer.train.checkpoint import State
@@ -49,10 +48,7 @@ class FSDPStore(CheckpointStore):
 
     def __init__(self, trainer: Checkpointed) -> None:
         super().__init__(trainer)
-        everyone = tuple(range(dist.get_world_size()))
-        process_groups.make([GroupSpec("files", everyone)], torch.device("cpu"))
-        self._group = process_groups.get("files", everyone)
-        self._background = Background("saving")
+        self._together, self._background = AllOrNone(self.folder), Background("saving")
 
     @property
     def busy(self) -> bool:
@@ -82,7 +78,9 @@ class FSDPStore(CheckpointStore):
             tensors |= {f"rng/{name}": tensor for name, tensor in random_tensors.items()}
             tensors |= {f"extras/{name}": tensor for name, tensor in trainer.extra_tensors.items()}
         self._together(partial(_begin, temporary) if dist.get_rank() == 0 else None, step)
-        pending = cast(Future, dcp.async_save(tensors, storage_writer=_Writer(temporary), process_group=self._group))
+        pending = cast(
+            Future, dcp.async_save(tensors, storage_writer=_Writer(temporary), process_group=self._together.group)
+        )
 
         def write() -> None:
             try:
@@ -98,23 +96,6 @@ class FSDPStore(CheckpointStore):
         self._background.begin(write)
         return self.folder / f"step-{step:08d}"
 
-    def _together(self, work: Callable[[], Any] | None, step: int) -> list[Any]:
-        """Every rank's result of `work` (None: nothing to do), or on all of them the UserError of the first that
-        failed."""
-        result, failure = None, ""
-        try:
-            result = work() if work is not None else None
-        except OSError as error:
-            failure = f"rank {dist.get_rank()} cannot write: {error.strerror or error}"
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, failure), group=self._group)
-        if failures := [failure for _, failure in outcomes if failure]:
-            raise UserError(
-                f"cannot save step {step} in {self.folder}: {failures[0]}. Earlier checkpoints are intact; free some "
-                "space or choose a run directory that all ranks can write to, then run again"
-            )
-        return [result for result, _ in outcomes]
-
     def restore(self, trainer: Checkpointed) -> Path | None:
         """Goes back to the newest checkpoint that every rank finds undamaged, whatever layout wrote it."""
         self._together(partial(checkpoint.sweep, self.folder) if dist.get_rank() == 0 else None, trainer.step)
@@ -128,7 +109,7 @@ class FSDPStore(CheckpointStore):
             except Damaged as error:
                 damage = str(error)
             damages: list[str] = [""] * dist.get_world_size()
-            dist.all_gather_object(damages, damage, group=self._group)
+            dist.all_gather_object(damages, damage, group=self._together.group)
             if not any(damages):
                 trainer.optimizer.refresh()
                 return path

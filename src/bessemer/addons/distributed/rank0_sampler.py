@@ -7,8 +7,17 @@ from typing import Unpack
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.generation import Prompt
+from bessemer.rl.parts import LoopParts
 from bessemer.rl.sampler import Completions, PendingSamples, Sampler, SamplingOptions, Submit
 from bessemer.train.runtime import Runtime
+
+
+def on_rank_0(loop: LoopParts, make: Callable[[Callable[[], None]], Sampler]) -> Sampler:
+    """The sampler that `make` makes with what refreshes the weights; on many ranks it is rank 0's."""
+    refresh, runtime = loop.sampler_model.refresh, loop.ctx.runtime
+    if runtime.n == 1:
+        return make(refresh)
+    return Rank0Sampler(make(lambda: None) if loop.ctx.leads else None, loop.tokenizer, refresh, runtime)
 
 
 class Rank0Sampler:

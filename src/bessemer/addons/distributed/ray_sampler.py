@@ -26,7 +26,7 @@ from torch import Tensor
 from bessemer.addons.accelerate.helpers import Helpers
 from bessemer.addons.distributed import ray_cluster
 from bessemer.addons.distributed.folder_sampling import FolderEngine
-from bessemer.addons.distributed.rank0_sampler import Rank0Sampler
+from bessemer.addons.distributed.rank0_sampler import on_rank_0
 from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLMOptions, VLLMSettings, settings_of
 from bessemer.addons.distributed.ray_worker import LOADED, NewWeights, pack_weights
 from bessemer.addons.distributed.sampler_check import Probe, check, dtype_of, logprobs, short_answer
@@ -160,11 +160,7 @@ class RaySampler:
     @classmethod
     def of_loop(cls, loop: LoopParts, engine: Engine) -> Sampler:
         """Its workers start when it is opened. On many ranks it is rank 0's."""
-        refresh, runtime = loop.sampler_model.refresh, loop.ctx.runtime
-        if runtime.n == 1:
-            return cls._make(loop, engine, refresh)
-        own = cls._make(loop, engine, lambda: None) if loop.ctx.leads else None
-        return Rank0Sampler(own, loop.tokenizer, refresh, runtime)
+        return on_rank_0(loop, partial(cls._make, loop, engine))
 
     @classmethod
     def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> RaySampler:

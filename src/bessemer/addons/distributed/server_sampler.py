@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from bessemer import heartbeat
 from bessemer.addons.distributed.folder_sampling import FolderEngine
-from bessemer.addons.distributed.rank0_sampler import Rank0Sampler
+from bessemer.addons.distributed.rank0_sampler import on_rank_0
 from bessemer.addons.distributed.ray_sampler import VLLMSampler
 from bessemer.addons.distributed.ray_settings import ServerSettings
 from bessemer.addons.distributed.sampler_check import check, dtype_of, logprobs, short_answer
@@ -86,11 +87,7 @@ class ServerSampler:
     @classmethod
     def of_loop(cls, loop: LoopParts, engine: Engine) -> Sampler:
         """On many ranks it is rank 0's."""
-        refresh, runtime = loop.sampler_model.refresh, loop.ctx.runtime
-        if runtime.n == 1:
-            return cls._make(loop, engine, refresh)
-        own = cls._make(loop, engine, lambda: None) if loop.ctx.leads else None
-        return Rank0Sampler(own, loop.tokenizer, refresh, runtime)
+        return on_rank_0(loop, partial(cls._make, loop, engine))
 
     @classmethod
     def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> ServerSampler:

@@ -33,16 +33,41 @@ from bessemer.train import checkpoint
 from bessemer.train.checkpoint_files import Damaged, write_synced
 
 
+class AllOrNone:
+    """What the ranks write together in a folder, on threads that save: it succeeds on all of them or fails on all.
+    Collective."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # a group of its own, because its messages overlap those of the training
+        everyone = tuple(range(dist.get_world_size()))
+        process_groups.make([GroupSpec("files", everyone)], torch.device("cpu"))
+        self.group = process_groups.get("files", everyone)
+
+    def __call__(self, work: Callable[[], Any] | None, step: int) -> list[Any]:
+        """Every rank's result of `work` (None: nothing to do), or on all of them the UserError of the first that
+        failed."""
+        result, failure = None, ""
+        try:
+            result = work() if work is not None else None
+        except OSError as error:
+            failure = f"rank {dist.get_rank()} cannot write: {error.strerror or error}"
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (result, failure), group=self.group)
+        if failures := [failure for _, failure in outcomes if failure]:
+            raise UserError(
+                f"cannot save step {step} in {self.folder}: {failures[0]}. Earlier checkpoints are intact; free some "
+                "space or choose a run directory that all ranks can write to, then run again"
+            )
+        return [result for result, _ in outcomes]
+
+
 class Saver:
     """Writes one rank's files. Every rank has one and calls `save` and `finish` at the same steps."""
 
     def __init__(self, state_dir: Path, config: dict[str, Any], keep: int):
         self.state_dir, self.config, self.keep = state_dir, config, keep
-        # a group of its own, because its messages overlap those of the training
-        everyone = tuple(range(dist.get_world_size()))
-        process_groups.make([GroupSpec("files", everyone)], torch.device("cpu"))
-        self._group = process_groups.get("files", everyone)
-        self.background = Background("saving")
+        self._together, self.background = AllOrNone(state_dir), Background("saving")
 
     def save(
         self, step: int, tensors: dict[str, Tensor], counters: dict[str, Any], copied: torch.cuda.Event | None = None
@@ -55,7 +80,7 @@ class Saver:
         def write() -> None:
             if copied is not None:
                 copied.synchronize()
-            self._together_write(step, tensors, text)
+            self._write(step, tensors, text)
 
         self.background.begin(write)
         return self.state_dir / f"step-{step:08d}"
@@ -65,7 +90,7 @@ class Saver:
         then untouched."""
         self.background.finish()
 
-    def _together_write(self, step: int, tensors: dict[str, Tensor], counters: bytes) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], counters: bytes) -> None:
         me, temporary = dist.get_rank(), self.state_dir / f".tmp-step-{step:08d}"
 
         def begin() -> None:
@@ -86,24 +111,6 @@ class Saver:
         self._together(begin if me == 0 else None, step)
         sums = self._together((lambda: write_chunked(temporary / _file(me), tensors)) if tensors else None, step)
         self._together(finish if me == 0 else None, step)
-
-    def _together(self, work: Callable[[], Any] | None, step: int) -> list[Any]:
-        """Every rank's result of `work` (None: nothing to do), or on all of them the UserError of the first that
-        failed."""
-        result, failure = None, ""
-        try:
-            result = work() if work is not None else None
-        except OSError as error:
-            failure = f"rank {dist.get_rank()} cannot write: {error.strerror}"
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, failure), group=self._group)
-        failures = [failure for _, failure in outcomes if failure]
-        if failures:
-            raise UserError(
-                f"cannot save step {step} in {self.state_dir}: {failures[0]}. Earlier checkpoints are intact; free "
-                "some space or choose a run directory that all ranks can write to, then run again"
-            )
-        return [result for result, _ in outcomes]
 
 
 def _file(rank: int) -> str:
