@@ -4,6 +4,7 @@ import json
 import warnings
 
 import pytest
+from hf_cases import made
 from made_run import write_run
 
 from bessemer.addons.families import conversion
@@ -114,3 +115,15 @@ def test_a_warning_is_one_line_without_the_place_in_the_program(call, run, tmp_p
         warnings.simplefilter("always")
         status, _, err = call("convert", run, tmp_path / "out")
     assert status == 0 and err == "warning: tiles are not even\n"
+
+
+@pytest.mark.parametrize("target", ["out", "out.gguf", "out --to dcp", "out --dtype bfloat16"])
+def test_a_model_of_another_family_needs_no_export(call, tmp_path, target):
+    """Its folder is in transformers' form already; the line says how an adapter is merged."""
+    made("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "adapter").mkdir()
+    name, *options = target.split()
+    status, out, err = call("convert", tmp_path / "model", tmp_path / name, *options)
+    assert status == 2 and not out and err.count("\n") == 1 and not (tmp_path / name).exists()
+    for words in ("llama", "needs no export", str(tmp_path / "adapter"), "bessemer convert RUN/NN-STAGE/adapter DST"):
+        assert words in err

@@ -91,6 +91,8 @@ def convert(
     if adapter and (to is not Format.hf or fp8 or mtp):
         raise UserError(f"{src} is an adapter; merge it into a model directory first (leave --to, --fp8 and --mtp out)")
     source = Path(src) if trained or distributed or adapter else model_dir(src)
+    if not (trained or distributed or adapter):
+        _check_ours(source)
     check_not_of_a_run(dst)
     from bessemer.addons.families.conversion import check_target
 
@@ -133,6 +135,22 @@ def convert(
 
         rewrite(source, dst, fp8=fp8_scales, **how)
     print(dst)
+
+
+def _check_ours(source: Path) -> None:
+    """UserError for a model of another family, which is stored in transformers' form from the start."""
+    from bessemer.hf.families import architecture_of
+    from bessemer.hf.mapping import FAMILIES
+
+    if (architecture := architecture_of(source)) in FAMILIES:
+        return
+    beside = source.parent / "adapter"
+    merged = f"; the adapter of {beside} is merged into it" if beside.is_dir() else ""
+    raise UserError(
+        f"{source}: a model of type {architecture!r} needs no export: the folder is in transformers' form, which vLLM, "
+        f"SGLang and llama.cpp's convert_hf_to_gguf.py read{merged}. Copy it where you need it; only models of the "
+        "DeepSeek V2 and V3 family are rewritten, and LoRA adapters merged: bessemer convert RUN/NN-STAGE/adapter DST"
+    )
 
 
 def push(
