@@ -1,6 +1,7 @@
 """The start gate: what a base solves decides, and how it fails determines the advice."""
 
 import pytest
+from rl_parts import reward
 
 from bessemer.rl.heldout import start_gate
 
@@ -47,3 +48,18 @@ def test_a_base_that_will_learn_little_gets_a_warning():
     assert start_gate(form, 0.02, format_reward=0.0).warnings == ()
     forced = start_gate(GOOD | {"accuracy": 0.0, "accuracy_k": 0.0}, 0.0)  # a minimum of 0 admits any base
     assert forced.passed and "0%" in forced.warnings[0]
+
+
+def test_the_form_is_no_fault_where_nothing_is_paid_for_it():
+    """A reward of one's own reads what it likes."""
+    unformed = GOOD | {"formatted": 0.0, "accuracy": 0.0, "accuracy_k": 0.0, "graded": 1.0, "contrast": 0.5}
+    assert start_gate(unformed, 0.0).warnings and not start_gate(unformed, 0.0, pays_form=False).warnings
+    refused = start_gate(unformed | {"contrast": 0.0}, 0.02, pays_form=False)
+    assert not refused.passed and "SFT" not in refused.message
+
+
+def test_accuracy_and_format_pay_for_the_form(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("def own(problem, answer, verdict): return 1.0")
+    assert reward("accuracy").pays_form and reward(f"{own}:own", ("format", 0.1)).pays_form
+    assert not reward(f"{own}:own").pays_form and not reward(f"{own}:own", "language").pays_form

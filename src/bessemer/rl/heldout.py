@@ -81,8 +81,10 @@ class GateDecision:
     warnings: tuple[str, ...] = ()
 
 
-def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: float = 0.0) -> GateDecision:
-    """`row` has keys of `heldout_row`; accuracy and accuracy_k are needed.
+def start_gate(
+    row: Mapping[str, object], minimum_pass: float, format_reward: float = 0.0, pays_form: bool = True
+) -> GateDecision:
+    """`row` has keys of `heldout_row`; accuracy and accuracy_k are needed. `pays_form` as in `Reward`.
 
     A reward with partial credit may teach a model that solves nothing yet. So where answers are graded, the share of
     problems whose answers earn different rewards counts, too. With a `minimum_pass` of 0 every model passes, with
@@ -93,7 +95,7 @@ def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: fl
     contrast = _share(row, "contrast") if row.get("graded") else None
     if contrast is not None:
         measured += f", and answers to {contrast:.1%} of them earn different rewards"
-    faults = _faults(row)
+    faults = _faults(row, pays_form)
     if max(solved, contrast or 0.0) < minimum_pass:
         parts = [
             *faults,
@@ -122,7 +124,7 @@ def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: fl
     return GateDecision(True, measured, tuple(warnings))
 
 
-def _faults(row: Mapping[str, object]) -> list[str]:
+def _faults(row: Mapping[str, object], pays_form: bool) -> list[str]:
     """How the answers fail, each with its remedy."""
     faults = []
     cut, form = _share(row, "truncated"), _share(row, "formatted")
@@ -131,7 +133,7 @@ def _faults(row: Mapping[str, object]) -> list[str]:
             f"{cut:.0%} of the answers are cut off at the cap: raise max_new_tokens, or teach the model to end its "
             "answers"
         )
-    if form is not None and form < UNFORMED:
+    if pays_form and form is not None and form < UNFORMED:
         faults.append(
             f"{form:.0%} of the answers have the form the verifier reads: begin with SFT on answers in that form (a "
             "cold start), or check that the chat template is the one the model was trained in"

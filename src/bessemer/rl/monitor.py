@@ -154,8 +154,8 @@ class Evaluator:
     def gate(self, cap: int) -> None:
         """Evaluates the base; UserError if it solves too little for RL to start."""
         mean = self.evaluate(cap)
-        minimum, form = self.settings.heldout.minimum_pass, self.generator.reward.weight("format")
-        decision = start_gate(self.ctx.agree(lambda: mean), minimum, form)
+        minimum, reward = self.settings.heldout.minimum_pass, self.generator.reward
+        decision = start_gate(self.ctx.agree(lambda: mean), minimum, reward.weight("format"), reward.pays_form)
         for warning in decision.warnings:
             self.ctx.say(f"warning: {warning}")
         if not decision.passed:

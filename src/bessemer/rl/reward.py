@@ -204,6 +204,11 @@ class Reward:
         return any(term.own for term in self.terms)
 
     @property
+    def pays_form(self) -> bool:
+        """Whether an answer in another form than the verifier reads loses something for that."""
+        return any(term.name in ("accuracy", "format") for term in self.terms)
+
+    @property
     def judges(self) -> set[str]:
         """The aims of general prompts that terms judge in place of reward models: the attribute `judges` of such a term
         takes its settings."""
