@@ -27,6 +27,8 @@ A row is one model on one task at one way of sampling:
                            an *_interval, too
     reasons                {verdict: answers}
     score                  mean credit of the answers, 0 to 1; absent for a task that gives no partial credit
+    reward                 mean reward of the answers, if an RL stage that leads to a model has one of its own for this
+                           task; also reward_by_problem, and reward_interval if all lie between 0 and 1
     shots, shot_kind       examples before each question, and their kind (`shots.py`); absent if there are none
     prefix                 text before every question; absent if there is none
     turns, called, failed  for an environment: the model's turns per episode, the share of episodes in which a tool
@@ -58,6 +60,9 @@ from bessemer.train.runtime import ALONE, Share
 from bessemer.train.setup import batch_rows
 
 FIGURES = ("pass_at_1", "pass_at_k", "maj_at_k")
+Rewards = Callable[[Sequence[tuple[Task, Problem]], Sequence[list[int]], Sequence[Sequence[Outcome]], str], list[float]]
+"""Takes problems, their prompts' ids, the answers to each, and what the template has already written of every answer;
+returns the mean reward of each problem's answers."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ def evaluate(
     context: int = 0,
     once: Callable[[Callable[[], Any]], Any] = lambda make: make(),
     share: Share = ALONE,
+    rewards: Rewards | None = None,
 ) -> dict[str, Any]:
     """One evaluation row over `problems` problems of the test split after the first `skip`; `context` and `once` as in
     `play_of`, for environments; `share` as in `judge_all`."""
@@ -95,16 +101,29 @@ def evaluate(
         raise UserError(f"k is {k}; choose between 1 and the {samples} samples per problem")
     chosen = heldout(task, problems, skip)
     seeds = prompt_seeds(task, seed, range(skip, skip + problems))
-    _, groups = played(
-        engine, [(task, problem) for problem in chosen], encode, samples=samples, seeds=seeds, cap=max_new_tokens,
-        context=context, once=once, temperature=temperature, top_p=top_p, batch_rows=batch_rows(problems * samples),
+    asked = [(task, problem) for problem in chosen]
+    prompts, groups = played(
+        engine, asked, encode, samples=samples, seeds=seeds, cap=max_new_tokens, context=context, once=once,
+        temperature=temperature, top_p=top_p, batch_rows=batch_rows(problems * samples),
     )  # fmt: skip
     answers = [[answer_of(outcome, engine.tokenizer.opening) for outcome in group] for group in groups]
     row = judge(
         task, chosen, answers, k=k, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed,
         share=share,
     )  # fmt: skip
+    if rewards is not None:
+        row |= _rewarded(chosen, rewards(asked, prompts, groups, engine.tokenizer.opening), seed)
     return row | {"skip": skip}
+
+
+def _rewarded(problems: Sequence[Problem], values: list[float], seed: int) -> dict[str, Any]:
+    """Keys of the reward. It may be any number, and only between 0 and 1 has its mean an interval."""
+    interval = _interval("reward", values, seed) if min(values) >= 0 and max(values) <= 1 else {}
+    return {
+        "reward": fmean(values),
+        **interval,
+        "reward_by_problem": dict(zip(_named(problems), values, strict=True)),
+    }
 
 
 def prompt_seeds(task: Task, seed: int, indices: Iterable[int]) -> list[int]:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from bessemer.config.rl import RLConfig
+from bessemer.engine.answers import Outcome
 from bessemer.rl.reward import Reward
-from bessemer.rl.rollout import Group, in_form
+from bessemer.rl.rollout import Group, TaskProblems, in_form, verify
 from bessemer.tasks import Verdict, verdict_metrics
 
 FEW_ALIVE = 0.1
@@ -70,6 +72,21 @@ def heldout_row(
 def _some(verdicts: Sequence[Sequence[Verdict]], k: int) -> float:
     """pass@k."""
     return fmean(verdict_metrics.pass_at_k(len(group), sum(v.correct for v in group), k) for group in verdicts)
+
+
+def mean_rewards(
+    settings: RLConfig,
+    seed: int,
+    problems: TaskProblems,
+    prompts: Sequence[list[int]],
+    outcomes: Sequence[Sequence[Outcome]],
+    begun: str,
+) -> list[float]:
+    """The mean reward of the answers to each problem, whoever wrote them, as the stage's held-out evaluation after its
+    last step gives it; `begun` as in `verify`."""
+    groups = verify(problems, prompts, outcomes, begun, settings.accuracy_needs_format)
+    Reward.of_config(settings).score(groups, settings.rollouts * settings.updates_per_rollout, seed=seed)
+    return [fmean(row.reward for row in group) for group in groups]
 
 
 @dataclass(frozen=True)

@@ -36,15 +36,21 @@ class Measure:
     key: str
     name: str
     share: bool = True
-    """A share between 0 and 1, shown in percent; otherwise a plain number."""
+    """A share between 0 and 1, shown in percent; otherwise a plain number, with so many `digits`."""
+    digits: int = 0
     higher_is_better: bool = True
     """Whether the best value of a row is marked."""
     by_problem: str = ""
     """Key of the same measure by problem."""
 
+    def figure(self, value: float, digits: int = 1) -> str:
+        """A value in words; `digits` of a share."""
+        return f"{100 * value:.{digits}f}" if self.share else f"{value:.{self.digits}f}"
+
 
 MEASURES = (
     Measure("pass_at_1", "pass@1", by_problem="by_problem"),
+    Measure("reward", "reward", share=False, digits=3),
     Measure("pass_at_k", "pass@{k}"),
     Measure("maj_at_k", "cons@{k}"),
     Measure("readable", "readable", by_problem="readable_by_problem"),

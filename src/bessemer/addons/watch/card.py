@@ -274,14 +274,14 @@ def _origin(recipe: dict[str, Any]) -> str:
 
 def _tiles(facts: RunFacts) -> list[Html]:
     tiles = []
-    for task, scores, temperature in _headline(facts):
+    for what, scores, temperature in _headline(facts):
         first, last = next(iter(scores)), facts.recipe.get("main")
         last = last if last in scores else [*scores][-1]
-        baseline = _percent(scores[first]) if last != first else ""
+        baseline = scores[first] if last != first else ""
         detail = " → ".join(dict.fromkeys((first, last)))
         if isinstance(temperature, int | float):
             detail += f", T\u00a0{temperature:g}"
-        tiles.append(page.tile(f"pass@1, {task}", _percent(scores[last]), detail, baseline))
+        tiles.append(page.tile(what, scores[last], detail, baseline))
     for stage in facts.stages:
         finals = [series.values[-1] for name, series in stage.series.items() if name.startswith("val/bpb/")]
         numbers = [value for value in finals if isinstance(value, int | float)]
@@ -323,25 +323,27 @@ def _summary(stage: StageFacts) -> str:
     return ", ".join(words)
 
 
-def _headline(facts: RunFacts) -> list[tuple[str, dict[str, float], Any]]:
-    """(what, {model: pass@1}, temperature) of one or two tasks with the first sampling settings; of more tasks, their
-    mean and the first."""
+def _headline(facts: RunFacts) -> list[tuple[str, dict[str, str], Any]]:
+    """(what, {model: its figure}, temperature) with the first sampling settings: the run's own reward, if it has one,
+    and pass@1 of one or two tasks; of more tasks, their mean and the first."""
     rows = comparisons.main_rows(facts)
     if not (tables := stage_tables(rows)):
         return []
     lines = [line for _, lines in tables[0].accuracy for line in lines]
     if len(lines) > 2:
         lines.insert(0, replace(tables[0].overall[0], label=f"mean of {len(lines)} rows"))
+    shown = [(f"pass@1, {line.label}", line) for line in lines[:2]]
+    shown = [(line.label, line) for line in tables[0].overall if line.measure.key == "reward"] + shown
     parts = []
-    for line in lines[:2]:
-        scores = {model: cell.value for model, cell in zip(tables[0].models, line.cells, strict=True) if cell}
+    for what, line in shown:
+        scores = {
+            model: line.measure.figure(cell.value, 0) + (" %" if line.measure.share else "")
+            for model, cell in zip(tables[0].models, line.cells, strict=True)
+            if cell
+        }
         if scores:
-            parts.append((line.label, scores, rows[0].get("temperature")))
+            parts.append((what, scores, rows[0].get("temperature")))
     return parts
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
 
 
 def _stages(facts: RunFacts) -> Html:

@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Any
 
 from bessemer.addons.evals.intervals import over_seeds
-from bessemer.addons.evals.tables import LONG_FILE, Row, Score, StageTable, TableRow, short_loss, stage_tables
+from bessemer.addons.evals.tables import LONG_FILE, Row, StageTable, TableRow, short_loss, stage_tables
 from bessemer.addons.watch import charts, page, panels
 from bessemer.addons.watch.charts import Curve
 from bessemer.addons.watch.facts import RunFacts, StageFacts
@@ -64,19 +64,17 @@ def _score(line: TableRow, column: int) -> Html:
     if score is None:
         return Html("–")
     best = score.value == line.best
-    shown = f"<b>{_figure(line, score)}</b>" if best else _figure(line, score)
+    shown = line.measure.figure(score.value)
+    shown = f"<b>{shown}</b>" if best else shown
     if len(line.cells) == 2 and column == 1 and line.cells[0] is not None and line.measure.higher_is_better:
-        points = 100 * (score.value - line.cells[0].value)
-        shown = f'<span class="gain{" loss" if points < 0 else ""}">{points:+.1f}</span> {shown}'
+        gain = score.value - line.cells[0].value
+        points = ("+" if gain >= 0 else "") + line.measure.figure(gain)
+        shown = f'<span class="gain{" loss" if gain < 0 else ""}">{points}</span> {shown}'
     if score.interval is None:
         return Html(shown)
     low, high = score.interval
-    between = f"<small>{100 * low:.1f}–{100 * high:.1f}</small>"
+    between = f"<small>{line.measure.figure(low)}–{line.measure.figure(high)}</small>"
     return Html(f"{shown}{between}{page.meter(score.value, score.interval, strong=best)}")
-
-
-def _figure(line: TableRow, score: Score) -> str:
-    return f"{100 * score.value:.1f}" if line.measure.share else f"{score.value:.0f}"
 
 
 def stage_table_text(rows: Sequence[Row]) -> str:
@@ -86,10 +84,11 @@ def stage_table_text(rows: Sequence[Row]) -> str:
 
 def _stage_table_text(table: StageTable) -> str:
     def figures(line: TableRow) -> list[str]:
-        return [_figure(line, score) if score else "-" for score in line.cells]
+        return [line.measure.figure(score.value) if score else "-" for score in line.cells]
 
-    def interval(score: Score | None) -> str:
-        return f"{100 * score.interval[0]:.0f}-{100 * score.interval[1]:.0f}" if score and score.interval else ""
+    def intervals(line: TableRow) -> list[str]:
+        ends = [score.interval if score else None for score in line.cells]
+        return ["-".join(line.measure.figure(end, 0) for end in pair) if pair else "" for pair in ends]
 
     grid, mean = [["", *table.models]], "mean " if sum(len(lines) for _, lines in table.accuracy) > 1 else ""
     for domain, lines in table.accuracy:
@@ -97,11 +96,11 @@ def _stage_table_text(table: StageTable) -> str:
             label = f"{domain}: {line.label}" if domain else line.label
             grid.append([f"{label}, pass@1 %", *figures(line)])
             if any(score and score.interval for score in line.cells):
-                grid.append(["  95 % interval", *map(interval, line.cells)])
+                grid.append(["  95 % interval", *intervals(line)])
     for line in table.overall:
         grid.append([mean + line.label + (" %" if line.measure.share else ""), *figures(line)])
         if any(score and score.interval for score in line.cells):
-            grid.append(["  95 % interval", *map(interval, line.cells)])
+            grid.append(["  95 % interval", *intervals(line)])
     return f"held-out problems: {table.problems} per task, {table.sampling}\n{page.grid(grid)}"
 
 

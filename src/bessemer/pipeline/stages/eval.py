@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from bessemer import plugins, tasks
 from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig, is_changed, stage_refs
 from bessemer.errors import UserError
 from bessemer.eval import scoring
@@ -23,6 +24,8 @@ from bessemer.eval.preamble import Preamble, preamble
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import LOADED, StageWork, answers
+from bessemer.rl.heldout import mean_rewards
+from bessemer.rl.reward import Reward
 from bessemer.rl.sampler import answering, facts_of_answers
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
@@ -115,18 +118,32 @@ class Eval(Stage[EvalConfig]):
                     engine, shots.encoder(engine.tokenizer, task, room, ctx.cache), task,
                     problems=_size(config, task), samples=config.samples, k=config.k, temperature=temperature,
                     top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
-                    context=engine.model.cfg.max_seq_len,
+                    context=engine.model.cfg.max_seq_len, rewards=_rewards(config, ctx, task),
                 )  # fmt: skip
                 rows.append({"model": model, **row, **shots.facts()})
                 tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"
                 tag += f"/{shots.facts().get('shots', 0)}-shot" if len(config.shots) > 1 else ""
                 # The line first: if a kill loses the row, its line is dropped; a row that is kept always has its line.
-                columns = [key for key in (*scoring.FIGURES, "readable") if key in row]
+                columns = [key for key in (*scoring.FIGURES, "readable", "reward") if key in row]
                 ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in columns})
                 write_atomic(path, json.dumps(rows))
-                ctx.progress.advance(1, f"{model} {task.name} {row['language']}: pass@1 {row['pass_at_1']:.3f}")
+                reward = f", reward {row['reward']:.3f}" if "reward" in row else ""
+                figures = f"pass@1 {row['pass_at_1']:.3f}{reward}"
+                ctx.progress.advance(1, f"{model} {task.name} {row['language']}: {figures}")
                 if ctx.stop:
                     ctx.interrupt()
+
+
+def _rewards(config: EvalConfig, ctx: StageContext, task: Task) -> scoring.Rewards | None:
+    """The reward of the last RL stage among the models and what they come from that has one of its own for this task,
+    at any difficulty and of either split; None without such a stage."""
+    name = task.name.partition("@")[0]
+    for stage in reversed(ancestors(ctx.recipe, config.models)):
+        if not isinstance(stage, RLConfig) or not Reward.of_config(stage).own:
+            continue
+        if name in {other.partition("@")[0] for other in (*stage.tasks, *stage.heldout.tasks)}:
+            return partial(mean_rewards, stage, ctx.seed)
+    return None
 
 
 CUT = 0.05
