@@ -37,7 +37,7 @@ import transformers
 from machine import processor
 
 from bessemer.addons.distributed.fsdp_collective import of_fsdp
-from bessemer.addons.distributed.on_ranks import OnFSDPRanks
+from bessemer.addons.distributed.on_fsdp_ranks import OnFSDPRanks
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.addons.families import causal_lm
 from bessemer.config.recipe import LayoutConfig

@@ -117,6 +117,19 @@ def test_losses_gradients_and_bytes(bases, kind):
         assert abs(weights / (4 * parameters) - 0.5) < 0.01 and moments == 2 * weights
 
 
+def test_a_step_of_two_rows_on_four_ranks(bases, tmp_path):
+    """Two ranks have no row. Losses and gradients are those of one process, and a checkpoint goes on anywhere."""
+    base, few = bases / "llama-tied", {"batch_rows": 2, "tokens": 4 * 2 * 24}
+    losses, expected, _ = trained(None, 1, base, None, **few)
+    for own, grads, _ in on_ranks(4, partial(trained, **few), 4, base, None):
+        assert close(own, losses)
+        for name, gradient in expected.items():
+            assert (grads[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+    (first, _, _), *_ = on_ranks(4, partial(trained, **few), 4, base, tmp_path, 4, None, 2)
+    (rest, _, _), *_ = on_ranks(4, partial(trained, **few), 4, base, tmp_path)
+    assert len(first) == len(rest) == 2 and close([*first, *rest], losses)
+
+
 @pytest.mark.parametrize("resumes", [1, 4, None], ids=["one rank", "four ranks", "one process"])
 def test_two_ranks_save_and_any_number_resumes(bases, tmp_path, resumes):
     """With the losses of a run that never stopped."""

@@ -207,6 +207,25 @@ def test_a_killed_run_resumes(folder, runs, tmp_path):
         assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items()), stage
 
 
+def test_a_rank_without_rows_waits_and_a_killed_run_resumes(folder, tmp_path):
+    """Steps of one row on two ranks: the metrics of one process, also after kill -9 of all of them."""
+    text = RECIPE.format(more="").partition('[[stage]]\nkind = "rl"')[0]
+    (folder / "few.toml").write_text(text.replace("batch_rows = 4", "batch_rows = 1"))
+    status, log = run(folder, tmp_path / "alone", 1, recipe="few.toml")
+    assert status == 0, log[-3000:]
+    process, state = started(folder, tmp_path / "few", 2, recipe="few.toml"), tmp_path / "few" / "02-sft" / "state"
+    deadline = time.monotonic() + 600
+    while not (state / "step-00000002").exists():
+        assert process.poll() is None and time.monotonic() < deadline, Path(f"{tmp_path}/few.log").read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    status, log = run(folder, tmp_path / "few", 2, recipe="few.toml")
+    assert status == 0 and "1 of 2 ranks without any" in log, log[-3000:]
+    expected, actual = (metrics(tmp_path / name, "02-sft", "train/loss") for name in ("alone", "few"))
+    assert len(expected) > 3 and actual == [pytest.approx(row, rel=1e-5) for row in expected]
+
+
 def test_lora_and_more_pretraining(folder, tmp_path):
     """RL of adapters on two ranks, its merged model trained further on a corpus."""
     text = RECIPE.format(more=LORA).partition('[[stage]]\nkind = "distill"')[0] + PRETRAIN

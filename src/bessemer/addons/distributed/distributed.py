@@ -29,7 +29,6 @@ def check(
     source = recipe.stage(stage).source
     if cfg is None and lineage.imported_folder(recipe, source) and lineage.config_of(recipe, source) is None:
         check_foreign(recipe, stage)
-        check_rows(stage, rows, n)
         return
     layout, schedule, slices = layout_of(layout_config, n, split_rows)
     if cfg is not None:
@@ -61,10 +60,15 @@ def check_foreign(recipe: Recipe, stage: str) -> None:
         )
 
 
-def check_rows(stage: str, rows: Iterable[float], n: int) -> None:
-    """UserError if a step has fewer rows than there are data-parallel ranks."""
-    if min(rows) < n:
-        raise UserError(f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {n} ranks; raise batch_rows')
+def without_rows(rows: float, n: int) -> str:
+    """A line about the data-parallel ranks that have no row of their own in a step of so many; "" if all have some."""
+    idle = n - int(rows)
+    if idle <= 0:
+        return ""
+    return (
+        f"a step of {rows:,.0f} rows leaves {idle:,} of {n:,} ranks without any: they hold their shards and compute "
+        "nothing that counts"
+    )
 
 
 def layout_of(layout_config: LayoutConfig, n: int, split_rows: bool = True) -> tuple[mesh.Layout, str, int]:

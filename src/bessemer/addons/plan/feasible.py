@@ -46,8 +46,8 @@ def add(
             examined.found.append(need.describe())
             compared = device is not None or world is None
             examined.faults += filter(None, [stage_memory.fault(recipe, need, device) if compared else None])
-        faults = [stage_memory.too_few_rows(recipe, config, world), stage_memory.unsupported(recipe, config)]
-        examined.faults += filter(None, faults)
+        examined.found += filter(None, [stage_memory.without_rows(recipe, config, world)])
+        examined.faults += filter(None, [stage_memory.unsupported(recipe, config)])
     if device is not None:
         _planned(recipe, stages, ClusterSpec(device, world or recipe.layout.fewest))
     elif world is None:

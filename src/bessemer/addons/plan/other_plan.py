@@ -60,6 +60,7 @@ class OtherPlan:
     """Tokens per second per GPU of a training step."""
     needs: dict[str, StageMemory]
     faults: list[str]
+    notes: list[str]
     times: list[StageTime]
 
     @property
@@ -71,7 +72,7 @@ class OtherPlan:
         return {
             "name": self.recipe.name, "family": self.model.family, "params_total": self.model.count(),
             "params_active": self.model.active(), "device": self.cluster.device.name, "gpus": self.cluster.size,
-            "tokens_per_second_per_gpu": self.rate, "fits": self.fits, "faults": self.faults,
+            "tokens_per_second_per_gpu": self.rate, "fits": self.fits, "faults": self.faults, "notes": self.notes,
             "interval": record.of_facts(interval),
             "stage_memory": {name: need.facts() for name, need in self.needs.items()},
             "stages": [
@@ -90,6 +91,7 @@ class OtherPlan:
             "",
             *describe_memory(self.needs.values(), self.cluster),
             *self.faults,
+            *self.notes,
         ]
         if self.times:
             width = max(5, *(len(time.name) for time in self.times))
@@ -113,10 +115,13 @@ def plan_other(recipe: Recipe, model: OtherModel, cluster: ClusterSpec) -> Other
     with places.of_recipe(recipe.folder):
         needs = stage_memory.of_stages(recipe, cluster.size, cluster.device)
         faults = [fault for need in needs.values() if (fault := stage_memory.fault(recipe, need, cluster.device))]
-        faults += filter(None, (stage_memory.too_few_rows(recipe, stage, cluster.size) for stage in recipe.stages))
+        notes = [
+            f'stage "{stage.name}": {note}' for stage in recipe.stages
+            if (note := stage_memory.without_rows(recipe, stage, cluster.size))
+        ]  # fmt: skip
         rate = training_rate(recipe, model, cluster)
         times = [time for stage in recipe.stages if (time := _time(stage, model, cluster, rate)) is not None]
-    return OtherPlan(recipe, model, cluster, rate, needs, faults, times)
+    return OtherPlan(recipe, model, cluster, rate, needs, faults, notes, times)
 
 
 def training_rate(recipe: Recipe, model: OtherModel, cluster: ClusterSpec) -> float:

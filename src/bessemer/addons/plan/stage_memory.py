@@ -463,22 +463,17 @@ def _network(recipe: Recipe, stage: StageConfig) -> tuple[ModelConfig | None, Ot
     return preset(named), None, "by its published config"
 
 
-def too_few_rows(recipe: Recipe, stage: StageConfig, world: int | None = None) -> str | None:
-    """Why a model of another family cannot be trained on as many ranks: each takes whole rows. None if it can."""
+def without_rows(recipe: Recipe, stage: StageConfig, world: int | None = None) -> str:
+    """What to know if a step has fewer rows than ranks that shard a model of another family; "" otherwise."""
     ranks, model = world or recipe.layout.fewest, _network(recipe, stage)[1]
-    if model is None or ranks == 1 or not isinstance(stage, OptimizerConfig):
-        return None
+    if model is None or not isinstance(stage, OptimizerConfig):
+        return ""
     if isinstance(stage, RLConfig):
-        rows, key = stage.prompts_per_rollout * stage.samples // stage.updates_per_rollout, "prompts_per_rollout"
+        rows = stage.prompts_per_rollout * stage.samples // stage.updates_per_rollout
     else:
-        examples = getattr(stage, "batch_examples", 0)
-        rows, key = examples or getattr(stage, "batch_rows", None) or 0, "batch_examples" if examples else "batch_rows"
-    if not rows or rows >= ranks:
-        return None
-    return (
-        f'stage "{stage.name}": a step of {rows:,} rows is too small for {ranks:,} ranks that shard a model of another '
-        f"family; raise {key}, or train it in a run of its own on {rows:,} ranks or fewer"
-    )
+        rows = getattr(stage, "batch_examples", 0) or getattr(stage, "batch_rows", None) or ranks
+        rows = min(getattr(rows, "values", [rows]))
+    return distributed.without_rows(rows, ranks)
 
 
 def unsupported(recipe: Recipe, stage: StageConfig) -> str | None:
