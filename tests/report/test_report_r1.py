@@ -10,7 +10,7 @@ import pytest
 from test_card import Page
 
 from bessemer.addons.evals import tables
-from bessemer.addons.watch import card, comparisons, facts
+from bessemer.addons.watch import card, comparisons, facts, transcripts
 from bessemer.addons.watch.facts import read
 
 MAIN = ["pretrain", "zero", "dev1", "dev2", "dev3", "r1", "student", "alone"]
@@ -64,7 +64,7 @@ def test_the_stage_table(text):
 
 
 def test_the_stage_table_on_a_terminal(root):
-    main, beside = card.table(root).split("\n\n")
+    main, beside, _ = card.table(root).split("\n\n")
     lines = main.split("\n")
     assert lines[0] == "held-out problems: 100 per task, 16 samples each at temperature 1"
     assert lines[1].split() == MAIN
@@ -261,8 +261,8 @@ def test_long_runs_leave_small_rollouts(tmp_path):
         for _ in range(2)
     ]
     (run / "04-zero" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    html = card.rollouts(read(run))
+    html = transcripts.rollouts(read(run))
     assert len(html) < 400_000 and 'data-step="0"' in html and 'data-step="199"' in html
     short = [line | {"completion": "x"} for line in lines]
     (run / "04-zero" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in short))
-    assert card.rollouts(read(run)).count('class="when"') == 8 * 24
+    assert transcripts.rollouts(read(run)).count('class="when"') == 8 * 24

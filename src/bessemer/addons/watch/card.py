@@ -4,13 +4,10 @@
 page: each section is a function from facts to HTML, "" if the run has nothing for it; such sections are named in one
 line at the end.
 
-Transcripts show what the model wrote: samples of each stage, and answers to the same prompts during training. Rollouts
-are a list of folded prompts, each with its answers from first to last. Where scripts run, `card.js` turns the list into
-a browser: pick a prompt, step through training. It opens on the prompt whose answers changed most, at the moment they
-became correct.
+What the model wrote is there as samples of each stage, and as answers to the same prompts during training
+(`transcripts.py`).
 """
 
-import json
 import shlex
 import time
 from collections import Counter
@@ -23,24 +20,19 @@ from typing import Any
 from bessemer import __version__
 from bessemer.addons.evals import contamination
 from bessemer.addons.evals.tables import stage_tables
-from bessemer.addons.watch import comparisons, page, panels, why_text
+from bessemer.addons.watch import comparisons, page, panels, transcripts, why_text
 from bessemer.addons.watch.charts import short
 from bessemer.addons.watch.facts import RunFacts, StageFacts, read
 from bessemer.addons.watch.page import Html
+from bessemer.addons.watch.transcripts import cut, spread
 from bessemer.config.units import show_seconds, show_tokens
 from bessemer.runs.files import explained, write_atomic
 
-Answer = dict[str, Any]
-"""A line of rollouts.jsonl."""
 Sample = tuple[str, str]
 """Heading and text of a sample in samples.md."""
 
 _SAMPLES = 8  # shown per stage with one prompt, spread from first to last
 _PER_PROMPT, _SAMPLED = 5, 4  # samples shown of each of several prompts, and the number of these
-_PROMPTS = 8  # rollout prompts shown per stage: those asked most often
-_FEWEST, _MOMENTS = 6, 24  # moments shown per prompt, spread over training
-_PER_MOMENT = 2  # answers of one moment shown side by side
-_CHARACTERS = 150_000  # about as many per stage, so that a long run leaves a small page
 
 CONFORMANCE_STATES = ("as published", "scaled", "adapted", "off")
 """How closely a run follows an item of the papers, closest first; `addons/plan/conformance.py` decides which."""
@@ -51,7 +43,7 @@ def samples(facts: RunFacts) -> Html:
     parts = []
     for stage in facts.stages:
         prompts = _by_prompt(stage.samples)
-        shown = [_spread(lines, _PER_PROMPT if len(prompts) > 1 else _SAMPLES) for lines in prompts[:_SAMPLED]]
+        shown = [spread(lines, _PER_PROMPT if len(prompts) > 1 else _SAMPLES) for lines in prompts[:_SAMPLED]]
         if shown:
             count = f"{len(stage.samples)} samples" if len(stage.samples) != 1 else "1 sample"
             count += f" of {len(prompts)} prompts" if len(prompts) > 1 else ""
@@ -87,112 +79,7 @@ def _opening(lines: list[Sample]) -> str:
     texts = [text for _, text in lines]
     pairs = zip(min(texts), max(texts), strict=False)  # what the first and the last of an order share, all share
     shared = "".join(char for char, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) if len(texts) > 1 else ""
-    return _cut(" ".join(shared.split()), 160) or "…"
-
-
-def rollouts(facts: RunFacts) -> Html:
-    """Answers to the same prompts during training, for each stage; "" if no stage left rollouts."""
-    parts = []
-    for stage in facts.stages:
-        by_prompt: dict[str, list[Answer]] = {}
-        for line in stage.rollouts:
-            by_prompt.setdefault(str(line.get("id", line.get("prompt", ""))), []).append(line)
-        # prompts asked at the largest number of steps show most; if none was asked twice, spread over training
-        chosen = sorted(by_prompt.values(), key=lambda lines: -_steps(lines))[:_PROMPTS]
-        if chosen and _steps(chosen[0]) == 1:
-            chosen = _spread(list(by_prompt.values()), _PROMPTS)
-        if chosen:
-            rivals = [lines for lines in by_prompt.values() if _steps(lines) == _steps(chosen[0])]
-            telling = max(rivals, key=_gain)  # the first of equals
-            chosen = [telling, *(lines for lines in chosen if lines is not telling)][:_PROMPTS]
-            most = _most_moments(chosen)
-            body = "\n".join(_prompt(lines, most, opened=not i) for i, lines in enumerate(chosen))
-            first = ", first the one whose answers changed most" if _gain(chosen[0]) > 0 else ""
-            parts.append(page.heading(stage.name, f"{len(chosen)} of {len(by_prompt)} prompts{first}"))
-            parts.append(Html(f'<div class="browser">{body}</div>'))
-    return page.join(*parts)
-
-
-def _most_moments(prompts: list[list[Answer]]) -> int:
-    """How many moments of every prompt fit in a stage's share of the page."""
-    lengths = [min(page.LONGEST, len(str(line.get("completion", "")))) for lines in prompts for line in lines]
-    moment = _PER_MOMENT * max(1.0, sum(lengths) / len(lengths))
-    return max(_FEWEST, min(_MOMENTS, int(_CHARACTERS / (moment * len(prompts)))))
-
-
-def _prompt(lines: list[Answer], most: int, opened: bool) -> Html:
-    steps: dict[Any, list[Answer]] = {}
-    for line in lines:
-        steps.setdefault(line.get("step", 0), []).append(line)
-    moments = _spread(list(steps.items()), most)
-    if len(moments) == 1:  # nothing over time, so the answers of the group one by one
-        moments = [(step, [line]) for step, group in moments for line in group[:_FEWEST]]
-    trail = "".join(_dot(group) for _, group in moments)
-    prompt = " ".join(str(lines[0].get("prompt", "")).split())
-    summary = f'<span class="prompt">{page.text(_cut(prompt, 160))}</span><span class="trail">{trail}</span>'
-    right = [any(line.get("correct") for line in group) for _, group in moments]
-    turns = [i for i in range(1, len(right)) if right[i] and not right[i - 1]]
-    telling = turns[-1] if turns else len(moments) - 1  # where the answers became right for good, or the last
-    answers = "".join(_moment(step, group, i == telling) for i, (step, group) in enumerate(moments))
-    return page.fold(Html(summary), Html(f'<div class="answers">{answers}</div>'), opened)
-
-
-def _steps(lines: list[Answer]) -> int:
-    return len({line.get("step") for line in lines})
-
-
-def _gain(lines: list[Answer]) -> float:
-    """Share of correct answers in the last third of training, minus that in the first; 0 if unknown."""
-    steps: dict[Any, list[bool]] = {}
-    for line in lines:
-        if line.get("correct") is not None:
-            steps.setdefault(line.get("step", 0), []).append(bool(line["correct"]))
-    shares = [sum(group) / len(group) for _, group in sorted(steps.items())]
-    few = max(1, len(shares) // 3)
-    return sum(shares[-few:]) / few - sum(shares[:few]) / few if len(shares) > 1 else 0.0
-
-
-def _moment(step: object, group: list[Answer], telling: bool) -> str:
-    right = f", {sum(bool(line.get('correct')) for line in group)} of {len(group)} in the group correct"
-    when = f"step {step}" + (right if len(group) > 1 and any("correct" in line for line in group) else "")
-    row = f'<div class="answers-row">{"".join(_answer(line) for line in group[:_PER_MOMENT])}</div>'
-    head = f'<div class="moment">{_dot(group)}{page.text(when)}</div>'
-    opens = " data-telling" if telling else ""
-    return f'<div class="when" data-step="{page.text(step)}"{opens}>{head}{row}</div>'
-
-
-def _answer(line: Answer) -> str:
-    facts = []
-    if isinstance(line.get("reward"), int | float):
-        facts.append(f"reward {short(line['reward'])}")
-    if isinstance(line.get("length"), int | float):
-        facts.append(f"{short(line['length'])} tokens")
-    if line.get("formatted") is False:
-        facts.append("not well-formed")
-    if line.get("answer") is not None:
-        facts.append(f"answer {_cut(json.dumps(line['answer'], ensure_ascii=False), 60)}")
-    head = f'<div class="moment">{_dot([line])}{page.text(" · ".join(facts))}</div>'
-    return f"<div>{head}{page.block(line.get('completion', ''))}</div>"
-
-
-def _dot(group: list[Answer]) -> str:
-    """A mark for whether any answer is correct, by colour, shape and title."""
-    verdicts = [line["correct"] for line in group if line.get("correct") is not None]
-    if not verdicts:
-        return ""
-    correct = any(verdicts)
-    return '<i class="right" title="correct">✓</i>' if correct else '<i class="wrong" title="wrong">✗</i>'
-
-
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def _spread(items: list[Any], most: int) -> list[Any]:
-    """At most `most` items, evenly spaced, with the first and the last."""
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return cut(" ".join(shared.split()), 160) or "…"
 
 
 @dataclass(frozen=True)
@@ -222,11 +109,12 @@ def summary(root: Path) -> tuple[Path, str]:
 
 
 def table(root: Path) -> str:
-    """The tables of a run for a terminal: stages, controls, formats, long contexts; "" when it has none of them."""
+    """The tables of a run for a terminal: stages, controls, formats, long contexts, and a problem before and after RL;
+    "" when it has none of them."""
     facts = read(root)
     main = comparisons.stage_table_text(comparisons.main_rows(facts))
     sections = (text(facts) for text in (comparisons.controls_text, comparisons.formats_text, comparisons.long_text))
-    return "\n\n".join(filter(None, (main, *sections)))
+    return "\n\n".join(filter(None, (main, *sections, transcripts.before_and_after(facts))))
 
 
 def render(facts: RunFacts) -> str:
@@ -384,8 +272,9 @@ SECTIONS = (
             "Problems never trained on. Small figures and whiskers: 95 % intervals. Bold: the best in its row."),
     PageSection("learning", "Watching it learn", _learning, "no rl/ metrics",
             "Noisy curves: faint as measured, bold smoothed."),
-    PageSection("rollouts", "Rollouts", rollouts, "no rollouts.jsonl in a stage",
-            "The model's answers as it learned, at several moments, for prompts that the run asked repeatedly."),
+    PageSection("rollouts", "Rollouts", transcripts.rollouts, "no rollouts.jsonl in a stage",
+            "The model's answers as it learned, at several moments, for prompts that the run asked repeatedly. "
+            "After a line with equations: whether they hold."),
     PageSection("why", "Why the reward rose", why_text.html, "",
             "Answers before and after: what became more frequent, and what that earns among answers to one problem. "
             "Associations, not experiments."),

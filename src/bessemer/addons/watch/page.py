@@ -9,7 +9,7 @@ one with its hash.
 import base64
 import hashlib
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 
 from rich.cells import cell_len
@@ -35,11 +35,12 @@ def join(*parts: str, by: str = "\n") -> Html:
     return Html(by.join(text(part) for part in parts if part))
 
 
-def block(value: object) -> Html:
-    """Model output, verbatim line by line, cut if too long."""
-    full = str(value)
+def block(value: object, after: Callable[[str], Html] = lambda line: Html()) -> Html:
+    """Model output, verbatim line by line, cut if too long; `after` gives what follows a line."""
+    full = str(value).replace("\r\n", "\n")
     cut = f"\n… {len(full) - LONGEST:,} more characters" if len(full) > LONGEST else ""
-    return Html(f"<pre>{text(full[:LONGEST] + cut)}</pre>")
+    lines = "\n".join(text(line) + after(line) for line in (full[:LONGEST] + cut).split("\n"))
+    return Html(f"<pre>{lines}</pre>")
 
 
 def document(title: str, body: str, styles: str = "", script: str = "") -> str:
