@@ -357,9 +357,10 @@ def found(monkeypatch, flags: str, tmp_path) -> list[str]:
     [("Skylake laptop, Zen 3, Alder Lake", "", ["avx2", "baseline"]),
      ("Skylake server", "avx512f avx512bw avx512cd avx512dq avx512vl", ["avx512", "avx2", "baseline"]),
      ("Knights Landing", "avx512f avx512cd avx512er avx512pf", ["avx2", "baseline"]),
-     ("Zen 4", "avx512f avx512bw avx512cd avx512dq avx512vl avx512_bf16", ["avx512", "avx2", "baseline"]),
+     ("Zen 4", "avx512f avx512bw avx512cd avx512dq avx512vl avx512_bf16",
+      ["avx512bf16", "avx512", "avx2", "baseline"]),
      ("Sapphire Rapids", "avx512f avx512bw avx512cd avx512dq avx512vl avx512_bf16 amx_bf16 amx_tile amx_int8",
-      ["amx", "avx512", "avx2", "baseline"])],
+      ["amx", "avx512bf16", "avx512", "avx2", "baseline"])],
 )  # fmt: skip
 def test_instruction_sets_of_processors(monkeypatch, tmp_path, processor, more, expected):
     assert found(monkeypatch, f"fpu sse2 ssse3 fma movbe f16c bmi1 avx avx2 bmi2 {more}", tmp_path) == expected
@@ -409,7 +410,7 @@ def test_a_processor_that_lists_amx_and_may_not_use_it(monkeypatch, tmp_path):
         library.forget()
         return library.status()
 
-    assert forked(without_permission) == ("avx512", "avx512 (the system does not let this process use AMX)")
+    assert forked(without_permission) == ("avx512bf16", "avx512bf16 (the system does not let this process use AMX)")
 
 
 def state(monkeypatch, **environment: str) -> library.Status:
@@ -444,12 +445,13 @@ def test_a_library_without_our_functions(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86")
 @pytest.mark.parametrize("command", [GXX, CLANG])
-def test_amx_compiles(command, tmp_path, monkeypatch):
-    """No other test builds this code. Code generation, which takes most of the time, is left out."""
+@pytest.mark.parametrize("instructions", ["amx", "avx512bf16"])
+def test_code_for_bf16_compiles(command, instructions, tmp_path, monkeypatch):
+    """Few machines build this code. Code generation, which takes most of the time, is left out."""
     if command is None:
         pytest.skip("no clang++")
     monkeypatch.setattr(build, "SOURCES", ROOT / "src/bessemer/addons/accelerate/kernels/cpp")
-    flags, until = [*build.COMMON, *build.FLAGS["amx"]], time.monotonic() + 100
+    flags, until = [*build.COMMON, *build.FLAGS[instructions]], time.monotonic() + 100
     start = [command, *flags, *build._shared_header([command], flags, until, str(tmp_path)), "-fsyntax-only"]
     assert (tmp_path / "shared.hpp.gch").exists()
     build._run([[*start, str(source)] for source in build.SOURCES.glob("*.cpp")], until, str(tmp_path))

@@ -26,9 +26,10 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 CPUINFO = Path("/proc/cpuinfo")
 AVX2 = {"avx2", "fma", "bmi1", "bmi2"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-AMX = AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
-"""Processor features that the kernels need, by the system's names. AMD has AVX-512 since Zen 4 and no AMX; processors
-with two kinds of cores have AVX2."""
+AVX512BF16 = AVX512 | {"avx512_bf16"}
+AMX = AVX512BF16 | {"amx_tile", "amx_bf16"}
+"""Processor features that the kernels need, by the system's names. AMD has AVX-512 with BF16 since Zen 4 and no AMX;
+processors with two kinds of cores have AVX2."""
 
 
 class Status(NamedTuple):
@@ -47,7 +48,7 @@ def _candidates() -> list[str]:
         return ["neon"]
     if machine not in ("x86_64", "amd64"):
         return ["baseline"]
-    features, needs = _features(), {"amx": AMX, "avx512": AVX512, "avx2": AVX2}
+    features, needs = _features(), {"amx": AMX, "avx512bf16": AVX512BF16, "avx512": AVX512, "avx2": AVX2}
     return [*(name for name, needed in needs.items() if needed <= features), "baseline"]
 
 

@@ -75,9 +75,9 @@ struct Operands<FloatGemm> {
     }
 };
 
-#if defined(BESSEMER_TILES)
+#if defined(BESSEMER_BF16)
 template <>
-struct Operands<TileGemm> {
+struct Operands<Bf16Gemm> {
     typedef bf16 E;
     static constexpr i64 QUERIES = 64, KEYS = 64, STEP = 32;
     static constexpr bool ROWS_SERVE = false;
@@ -114,7 +114,7 @@ struct Operands<TileGemm> {
         store((float*)place(to, K, k, n), (vf)(bf16_bits(p0) | bf16_bits(p1) << 16));
     }
     static void multiply(i64 M, i64 N, i64 K, Left<E> a, Right<E> b, float* c, i64 ldc, bool add) {
-        TileGemm::multiply(M, N, K, a.at, a.rs, b.at, c, ldc, add);
+        Bf16Gemm::multiply(M, N, K, a.at, a.rs, b.at, c, ldc, add);
     }
 
    private:
@@ -288,14 +288,14 @@ void number(int32_t* to, const i64* from, i64 n) {
 constexpr float LOWEST = -3e38f;  // below any score, and finite, so that -inf is never subtracted from -inf
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
-#if defined(BESSEMER_TILES)
+#if defined(BESSEMER_BF16)
 template <class T>
 struct Best {
     typedef FloatGemm Gemm;
 };
 template <>
 struct Best<bf16> {
-    typedef TileGemm Gemm;
+    typedef Bf16Gemm Gemm;
 };
 #else
 template <class T>

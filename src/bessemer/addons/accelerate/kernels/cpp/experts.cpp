@@ -369,10 +369,10 @@ template <class T>
 struct Products {
     typedef FloatGemm Gemm;
 };
-#if defined(BESSEMER_TILES)
+#if defined(BESSEMER_BF16)
 template <>
 struct Products<bf16> {
-    typedef TileGemm Gemm;
+    typedef Bf16Gemm Gemm;
 };
 #endif
 

@@ -1,4 +1,4 @@
-// The float32 products, compiled once for all kernels.
+// The products on vector units, compiled once for all kernels.
 #include "gemm.hpp"
 
 namespace {
@@ -109,3 +109,75 @@ void FloatGemm::multiply_rows(i64 M, i64 N, i64 K, const float* a, i64 ars, i64 
         }
     }
 }
+
+#if defined(BESSEMER_BF16) && !defined(BESSEMER_TILES)
+namespace {
+
+// R rows and V vectors of C, `last` the mask of the last vector. An instruction multiplies a pair of A's elements, the
+// same for all lanes, with a pair of every lane's column.
+template <int R, int V>
+__attribute__((noinline)) void pairs_of(i64 K, const bf16* a, i64 lda, const bf16* b, i64 panel, float* c, i64 ldc,
+                                        bool add, __mmask16 last) {
+    __m512 sum[R][V];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j)
+            sum[i][j] = add ? _mm512_maskz_loadu_ps(j == V - 1 ? last : 0xffff, c + i * ldc + j * 16) : _mm512_setzero_ps();
+    constexpr int NEAR = R > 6 ? 3 : R, GROUPS = (R + NEAR - 1) / NEAR;  // as in `registers`
+    const bf16* rows[GROUPS];
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUPS; ++i) rows[i] = a + NEAR * i * lda;
+    for (i64 k = 0; k < K; k += 2, b += 32) {
+        __m512bh right[V];
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) right[j] = (__m512bh)_mm512_loadu_si512(b + j * panel);
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) {
+            int32_t pair;
+            memcpy(&pair, rows[i / NEAR] + i % NEAR * lda, 4);
+            __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int j = 0; j < V; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < GROUPS; ++i) rows[i] += 2;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) _mm512_mask_storeu_ps(c + i * ldc + j * 16, j == V - 1 ? last : 0xffff, sum[i][j]);
+}
+
+template <int R, int V>
+INLINE void pairs_of(i64 rows, i64 K, const bf16* a, i64 lda, const bf16* b, i64 panel, float* c, i64 ldc, bool add,
+                     __mmask16 last) {
+    if constexpr (R > 1) {
+        if (rows < R) return pairs_of<R - 1, V>(rows, K, a, lda, b, panel, c, ldc, add, last);
+    }
+    pairs_of<R, V>(K, a, lda, b, panel, c, ldc, add, last);
+}
+
+template <int V>
+INLINE void pairs_panel(i64 M, i64 columns, i64 K, const bf16* a, i64 lda, const bf16* b, i64 panel, float* c, i64 ldc,
+                        bool add) {
+    i64 over = columns - (V - 1) * 16, blocks = (M + 11) / 12;
+    __mmask16 last = over >= 16 ? 0xffff : (__mmask16)((1u << over) - 1);
+    for (i64 i = 0, m = 0; i < blocks; ++i) {
+        i64 end = (i + 1) * M / blocks;
+        pairs_of<12, V>(end - m, K, a + m * lda, lda, b, panel, c + m * ldc, ldc, add, last);
+        m = end;
+    }
+}
+
+}  // namespace
+
+void Bf16Gemm::multiply(i64 M, i64 N, i64 K, const bf16* a, i64 lda, const bf16* b, float* c, i64 ldc, bool add) {
+    i64 panel = round_up(K, 32) * 16;
+    for (i64 n = 0; n < N; n += 32, b += 2 * panel)
+        if (N - n > 16)
+            pairs_panel<2>(M, N - n, K, a, lda, b, panel, c + n, ldc, add);
+        else
+            pairs_panel<1>(M, N - n, K, a, lda, b, panel, c + n, ldc, add);
+}
+#endif

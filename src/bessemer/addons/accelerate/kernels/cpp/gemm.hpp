@@ -2,7 +2,8 @@
 // interface:
 //
 //     FloatGemm   operands in float32, on the vector units
-//     TileGemm    operands in BF16, on the tiles of AMX (or their emulation, which a test compiles)
+//     Bf16Gemm    operands in BF16, on the tiles of AMX (or their emulation, which a test compiles), or where there are
+//                 none by vdpbf16ps, which adds the products of two pairs to each lane of a vector
 //
 // A is [M, K], row-major, written by `pack_a` or the caller; B is [K, N], written by `pack_b`. Every element of C is a
 // sum over k in ascending order, whatever M and N are, so a row's result does not depend on the other rows.
@@ -103,6 +104,9 @@ struct FloatGemm {
 
 #if defined(__AMX_BF16__) || defined(BESSEMER_EMULATE_TILES)
 #define BESSEMER_TILES 1
+#endif
+#if defined(BESSEMER_TILES) || defined(__AVX512BF16__)
+#define BESSEMER_BF16 1
 
 #if defined(BESSEMER_EMULATE_TILES)
 // The AMX instructions in plain C++, for machines without them.
@@ -136,7 +140,7 @@ INLINE void release() {}
 #define TILE_STORE(t, p, stride) tiles::store(t, p, stride)
 #define TILE_ZERO(t) tiles::zero(t)
 #define TILE_MULTIPLY(c, a, b) tiles::multiply(c, a, b)
-#else
+#elif defined(BESSEMER_TILES)
 namespace tiles {
 INLINE void configure() {
     struct {
@@ -163,7 +167,7 @@ INLINE void release() { _tile_release(); }
 #define TILE_MULTIPLY(c, a, b) _tile_dpbf16ps(c, a, b)
 #endif
 
-struct TileGemm {
+struct Bf16Gemm {
     typedef bf16 Element;
     static constexpr int KB = 32;
     static constexpr int NR = 32;  // columns per register block
@@ -258,7 +262,9 @@ struct TileGemm {
     }
 
     // C [M, N] with rows of ldc. A has a_rows(M) readable rows of lda elements, the first K rounded up to 32 defined.
-    static void multiply(i64 M, i64 N, i64 K, const bf16* a, i64 lda, const bf16* b, float* c, i64 ldc, bool add) {
+    static void multiply(i64 M, i64 N, i64 K, const bf16* a, i64 lda, const bf16* b, float* c, i64 ldc, bool add)
+#if defined(BESSEMER_TILES)
+    {
         i64 KP = round_up(K, 32), panel = KP * 16;
         for (i64 n = 0; n < N; n += 32)
             for (i64 m = 0; m < M; m += 32) {
@@ -318,16 +324,23 @@ struct TileGemm {
                     for (i64 i = 0; i < rows; ++i) memcpy(to + i * ldc, part + i * 32, columns * 4);
             }
     }
+#else
+        ;  // gemm.cpp
+#endif
 
     static void multiply(i64 M, i64 N, i64 K, Left a, const bf16* b, float* c, i64 ldc, bool add) {
         multiply(M, N, K, a.p, a.ld, b, c, ldc, add);
     }
 
     // This thread's tile configuration; released at the end, since oneDNN shares it.
+#if defined(BESSEMER_TILES)
     struct Session {
         Session() { tiles::configure(); }
         ~Session() { tiles::release(); }
     };
+#else
+    struct Session {};
+#endif
 
    private:
     static INLINE void store_pairs(bf16* p, vu x) { *(vf_mem*)p = (vf)x; }

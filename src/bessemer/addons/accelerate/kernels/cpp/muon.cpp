@@ -52,12 +52,12 @@ struct Rows<FloatGemm> {
     i64 ld;
     Rows(float* room, const float* x, i64 R, i64 C) : p(x), ld(C) {}
 };
-#if defined(BESSEMER_TILES)
+#if defined(BESSEMER_BF16)
 template <>
-struct Rows<TileGemm> {
+struct Rows<Bf16Gemm> {
     const bf16* p;
     i64 ld;
-    Rows(bf16* room, const float* x, i64 R, i64 C) : p(room), ld(TileGemm::a_width(C)) {
+    Rows(bf16* room, const float* x, i64 R, i64 C) : p(room), ld(Bf16Gemm::a_width(C)) {
         for (i64 r = 0; r < R; ++r, room += ld) {
             each_vector(C, [&](i64 i, int n) { store_some(room + i, load_some(x + r * C + i, n), n); });
             for (i64 i = C; i < ld; ++i) room[i] = bf16{0};
@@ -140,8 +140,8 @@ extern "C" EXPORT void newton_schulz_float32(float* x, i64 N, i64 R, i64 C, i64 
 }
 extern "C" EXPORT void newton_schulz_bfloat16(float* x, i64 N, i64 R, i64 C, i64 steps, float a, float b, float c,
                                               float scale, i64 threads) {
-#if defined(BESSEMER_TILES)
-    orthogonalise<TileGemm>(x, N, R, C, {steps, a, b, c, scale}, threads);
+#if defined(BESSEMER_BF16)
+    orthogonalise<Bf16Gemm>(x, N, R, C, {steps, a, b, c, scale}, threads);
 #else
     orthogonalise<FloatGemm>(x, N, R, C, {steps, a, b, c, scale}, threads);
 #endif

@@ -20,8 +20,8 @@ extern "C" EXPORT void product_float32(i64 M, i64 N, i64 K, const float* a, i64 
 }
 extern "C" EXPORT void product_bfloat16(i64 M, i64 N, i64 K, const bf16* a, i64 ars, i64 acs, const bf16* b, i64 brs, i64 bcs,
                                         float* c, i64 ldc, i64 add) {
-#if defined(BESSEMER_TILES)
-    product<TileGemm>(M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add != 0);
+#if defined(BESSEMER_BF16)
+    product<Bf16Gemm>(M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add != 0);
 #else
     product<FloatGemm>(M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add != 0);
 #endif

@@ -122,8 +122,8 @@ static __attribute__((noinline)) void product_panel(const Input& in, const T* w,
             i64 MP = round_up(in.M, 16);
             float* out = scratch<53, float>(columns * MP);
             {
-                TileGemm::Session session;
-                TileGemm::multiply(columns, MP, in.K, w, ldw, in.packed, out, MP, false);
+                Bf16Gemm::Session session;
+                Bf16Gemm::multiply(columns, MP, in.K, w, ldw, in.packed, out, MP, false);
             }
             for (i64 m = 0; m < in.M; m += W)
                 for (i64 n = 0; n < columns; n += W) {
