@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import rl_stage
 import torch
+from rl_parts import collective_of
 
 from bessemer.addons.distributed import ray_cluster, ray_worker, worker_pool
+from bessemer.addons.distributed.rank0_sampler import TrainedPolicy
 from bessemer.addons.distributed.ray_sampler import RaySampler
 from bessemer.addons.distributed.ray_worker import RolloutWorker
 from bessemer.addons.distributed.worker_pool import WorkerPool
@@ -23,6 +25,7 @@ from bessemer.errors import UserError
 from bessemer.hf.model_directory import load
 from bessemer.pipeline.stages.rl import RL
 from bessemer.train import setup
+from bessemer.train.runtime import Runtime, Whole
 from bessemer.workers import side_by_side
 
 COIN = rl_stage.COIN
@@ -79,7 +82,8 @@ def start(base, n, kind):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker_pool, "RolloutWorker", kind)
         make = lambda: WorkerPool(ray_cluster.RayCluster(weights=0), "ray", directory, n, 0, print)  # noqa: E731
-        sampler = RaySampler(Engine(model, tokenizer), model.state_dict, lambda: next(version), make)
+        trained = TrainedPolicy(Whole(model), collective_of(model), lambda: next(version), Runtime())
+        sampler = RaySampler(Engine(model, tokenizer), trained, make)
         sampler.open()
     return sampler
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from bessemer.addons.distributed import json_server, vllm_engine
+from bessemer.addons.distributed.rank0_sampler import TrainedPolicy
 from bessemer.addons.distributed.ray_settings import VLLMOptions
 from bessemer.addons.distributed.ray_worker import NewWeights, RolloutWorker, pack_weights
 from bessemer.addons.distributed.sampler_check import Probe, dtype_of, logprobs
@@ -32,6 +33,8 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
+from bessemer.train.collective import Collective
+from bessemer.train.runtime import Runtime, Whole
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="needs tools/vllm_cpu.sh")]
 SETTINGS = VLLMOptions(max_model_len=128)
@@ -487,7 +490,9 @@ def test_a_server_with_another_model_is_refused(engine, serving, directory, tmp_
 
 def test_rl_on_a_server_without_a_gpu_is_refused(engine, serving, directory):
     server = VLLMServer(serving[1], directory, engine.tokenizer)
-    sampler = ServerSampler(engine, engine.model.state_dict, lambda: 0, server, print)
+    sampler = ServerSampler(
+        engine, TrainedPolicy(Whole(engine.model), Collective(), lambda: 0, Runtime()), server, print
+    )
     with pytest.raises(UserError, match=r"runs on a CPU .*rollout\.engine"):
         sampler.open()
 

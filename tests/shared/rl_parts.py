@@ -1,11 +1,18 @@
 """Parts of an RL stage as a recipe writes them."""
 
 from functools import partial
+from types import SimpleNamespace
+
+import torch
 
 from bessemer import plugins
 from bessemer.config.rl import RLConfig
 from bessemer.rl import algorithms
+from bessemer.rl.losses import logprobs_of
 from bessemer.rl.reward import Reward
+from bessemer.rl.rollout import Packing
+from bessemer.train.collective import Collective
+from bessemer.workers import Workers
 
 LOSSES = ("grpo", "gspo", "cispo", "reinforce")
 assert algorithms.LOSS
@@ -33,3 +40,28 @@ def assign(groups, advantage):
     """Sets the advantages of scored samples."""
     config = RLConfig(kind="rl", name="zero", tasks=["sums"], advantage=advantage)
     algorithms.advantage_of(config)(None).assign(groups)
+
+
+def to_batches(samples, pad_id, max_tokens, normalise, n_pipelines=1, packs=False):
+    """The batches of these samples, on one process or for several pipelines; by default each has a row."""
+    packing = Packing(max_tokens, pad_id, normalise, n_pipelines, packs=packs)
+    return [packing.batch(part, part) for part in packing.parts(samples)]
+
+
+@torch.no_grad()
+def policy_logprobs(model, batch, temperature):
+    """log pi of every trained token, [B, T], 0 elsewhere."""
+    out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
+    return logprobs_of(out, model.head_weight, batch, temperature=temperature)
+
+
+def reference_logprobs(model, batch, temperature):
+    """The same of a model that chooses its experts itself."""
+    return policy_logprobs(model, batch.unrouted(), temperature)
+
+
+def collective_of(model):
+    """That of one process, of a model that no trainer trains."""
+    collective = Collective()
+    collective.trainer = SimpleNamespace(model=model, plan=SimpleNamespace(workers=Workers()))
+    return collective

@@ -63,9 +63,10 @@ class Whole:
         """Gives the memory of the weights back until the next `refresh`, if they are a copy of some elsewhere."""
 
     def weights(self, receivers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The current weights in these processes (None: in all): name and tensor, in the order of the state dict. A
-        tensor may change when the next one comes. Collective: all processes exhaust it."""
-        yield from self.model.state_dict().items()
+        """The current weights in these processes (None: in all), without those that are never trained: name and tensor,
+        in the order of the state dict. A tensor may change when the next one comes. Collective: all exhaust it."""
+        frozen = self.model.frozen()
+        yield from ((name, tensor) for name, tensor in self.model.state_dict().items() if name not in frozen)
 
     def rounded(self, trainer: Trainer, dtype: torch.dtype, workers: Workers) -> Whole:
         """The same network in another dtype, for sampling."""

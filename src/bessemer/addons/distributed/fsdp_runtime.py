@@ -86,7 +86,10 @@ class GatheredWhole(Whole):
     def weights(self, receivers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every rank gathers each tensor for a moment; the receivers keep it."""
         self._sharded.reshard()
+        frozen = self.model.frozen()
         for name, own in self.model.state_dict().items():
+            if name in frozen:
+                continue
             tensor = self._sharded.gather(name, own.dtype)
             if receivers is None or self._trainer.collective.me in receivers:
                 yield name, tensor

@@ -1,8 +1,8 @@
 """Rollout workers as Ray actors, separate from the trainer: numbered weights go out, samples come back.
 
-Before the first sample after an update, the trainer's weights are put into Ray's object store once (one copy); every
-node fetches them once and its workers map them. A policy keeps its weights there as long as a rollout may still need
-them, so samples that are late, or regenerated after a worker died, come from bitwise the same weights.
+Before the first sample after an update, the trainer's weights are put into Ray's object store once, tensor by tensor;
+every node fetches them once and its workers map them. A policy keeps its weights there as long as a rollout may still
+need them, so samples that are late, or regenerated after a worker died, come from bitwise the same weights.
 
 All jobs of a rollout are submitted at once, each to the worker with the fewest queued rows, so workers keep going while
 the trainer computes. A worker that dies (a signal, a lost node, out of memory) is replaced, and the others generate its
@@ -15,21 +15,20 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
-from torch import Tensor
 
 from bessemer.addons.accelerate.helpers import Helpers
 from bessemer.addons.distributed import ray_cluster
 from bessemer.addons.distributed.folder_sampling import FolderEngine
-from bessemer.addons.distributed.rank0_sampler import on_rank_0
+from bessemer.addons.distributed.rank0_sampler import TrainedPolicy, on_rank_0
 from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLMOptions, VLLMSettings, settings_of
-from bessemer.addons.distributed.ray_worker import LOADED, NewWeights, pack_weights
-from bessemer.addons.distributed.sampler_check import Probe, check, dtype_of, logprobs, short_answer
+from bessemer.addons.distributed.ray_worker import LOADED, NewWeights, pack
+from bessemer.addons.distributed.sampler_check import Probe, check, short_answer
 from bessemer.addons.distributed.worker_pool import RolloutJob, WorkerPool
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import RolloutConfig, is_changed, validate
@@ -102,32 +101,31 @@ def _start_pool(
 ROUTING = "record_routing"
 
 
-def adapters_of(model: Any) -> Mapping[str, Tensor]:
-    """The adapters of a model with LoRA, under peft's names."""
-    return model.adapters()
+def peft_names(model: Any) -> dict[str, str]:
+    """The names that peft gives in files to the adapters of a model with LoRA, by those of the model's state."""
+    return {item.sources[0]: item.key for item in model.adapter_exports()}
 
 
 class RaySampler:
-    """`state()` returns the weights by name, `moment()` a value that changes whenever they do, `start()` the pool.
-    `engine` is the trainer's: it plans the batches and runs none. A `FolderEngine` stands for weights that stay."""
+    """`start()` returns the pool. `engine` is the trainer's: it plans the batches and runs none. With a `FolderEngine`
+    the weights stay, and no policy is trained."""
 
     Settings: type[RaySettings] = RaySettings
 
     def __init__(
         self,
         engine: Engine | FolderEngine,
-        state: Callable[[], Mapping[str, Tensor]],
-        moment: Callable[[], Hashable],
+        trained: TrainedPolicy | None,
         start: Callable[[], WorkerPool],
         workers: int = 1,
     ) -> None:
-        self.engine, self.state, self.moment, self._start, self.workers = engine, state, moment, start, workers
+        self.engine, self.trained, self._start, self.workers = engine, trained, start, workers
         self.tokenizer: Tokenizer = engine.tokenizer
         self._pool: WorkerPool | None = None
         self._version = 0
-        self._moment: Hashable = None
+        self._moment: int | None = None
         self._weights: ObjectRef | None = None
-        """Number, moment and reference of the newest weights in Ray's store."""
+        """Number, the policy's version and reference of the newest weights in Ray's store."""
         self.lora, self._adapter_config = False, ""
         """Whether adapters alone are exchanged, and their settings in peft's words."""
         self._probe: list[int] | None = None
@@ -163,8 +161,8 @@ class RaySampler:
         return on_rank_0(loop, partial(cls._make, loop, engine))
 
     @classmethod
-    def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> RaySampler:
-        config, ctx, trainer, settings = loop.settings, loop.ctx, loop.trainer, settings_of(loop.settings)
+    def _make(cls, loop: LoopParts, engine: Engine, trained: TrainedPolicy) -> RaySampler:
+        config, ctx, settings = loop.settings, loop.ctx, settings_of(loop.settings)
         samples, workers = config.prompts_per_rollout * config.samples, settings.workers
         rows = cls.batch_rows(samples, workers)
         idle = workers - (batches := -(-samples // rows))
@@ -174,18 +172,10 @@ class RaySampler:
                 f"{workers} rollout workers will have nothing to do; lower rollout.workers"
             )
 
-        def state() -> Mapping[str, Tensor]:
-            refresh()
-            weights = engine.model.state_dict() if config.lora is None else adapters_of(engine.model)
-            # on ranks the network may give its memory back, which numpy, for Ray, would hold on to
-            return weights if ctx.runtime.n == 1 else {name: tensor.clone() for name, tensor in weights.items()}
-
         assert ctx.source is not None
-        size = sum(tensor.nbytes for tensor in engine.model.state_dict().values()) if config.lora is None else 0
         folder, needs = ctx.source / "model", cls.needs(config)
-        start = partial(_start_pool, config.rollout.engine, settings, folder, ctx.say, size, **needs)
-        # every update adds to `trainer.rows`, even one after which the guard goes back to an earlier step
-        sampler = cls(engine, state, lambda: trainer.rows, start, workers)
+        start = partial(_start_pool, config.rollout.engine, settings, folder, ctx.say, trained.size, **needs)
+        sampler = cls(engine, trained, start, workers)
         sampler.lora = config.lora is not None
         return sampler
 
@@ -203,7 +193,7 @@ class RaySampler:
         if isinstance(settings, VLLMSettings) and settings.sleep_level == 2:
             raise UserError(f"{where}: rollout.sleep = 2 drops the weights, and this stage exchanges none; set it to 1")
         start = partial(_start_pool, rollout.engine, settings, folder, say)
-        sampler = cls(FolderEngine(folder), dict, lambda: 0, start, settings.workers)
+        sampler = cls(FolderEngine(folder), None, start, settings.workers)
         sampler.open()
         return sampler
 
@@ -226,39 +216,45 @@ class RaySampler:
 
     def open(self) -> None:
         """Starts the workers, and checks on a short answer that they compute what the trainer does."""
-        if isinstance(self.engine, FolderEngine):
+        if self.trained is None:
+            assert isinstance(self.engine, FolderEngine)
             self.engine.check(self.generate, self.pool.dtype, "the sampler", self.pool.say)
             return
         prompt, answer = short_answer(self.generate, self.tokenizer)
         ids = [*prompt, *answer.tokens]
-        trainer = logprobs(self.engine.model, ids)[len(prompt) - 1 :]
-        check(answer.logprobs, trainer, (self.pool.dtype, dtype_of(self.engine.model)), "the sampler")
+        trainer = self.trained.logprobs(ids)[len(prompt) - 1 :]
+        check(answer.logprobs, trainer, (self.pool.dtype, self.trained.dtype), "the sampler")
         self._probe = ids
 
     def policy(self) -> Submit:
-        if isinstance(self.engine, FolderEngine):
+        if self.trained is None:
             return partial(self._submit, LOADED, None)
-        moment, pool = self.moment(), self.pool
-        if self._weights is None or self._moment != moment:
+        version, pool = self.trained.version(), self.pool
+        if self._weights is None or self._moment != version:
             began = time.monotonic()
-            packed = pack_weights(self.state())
-            self._weights = pool.ray.put(NewWeights(packed, self._expected(), self._adapter()))
-            self._version, self._moment = self._version + 1, moment
+            tensors = self.trained.weights(lambda tensor: pool.ray.put(pack(tensor)))
+            adapter = ""
+            if self.lora:
+                names = peft_names(self.engine.model)
+                tensors = {names[name]: reference for name, reference in tensors.items()}
+                adapter = self._adapter(tensors)
+            self._weights = pool.ray.put(NewWeights(tensors, self._expected(self.trained), adapter))
+            self._version, self._moment = self._version + 1, version
             self.handover += time.monotonic() - began
         return partial(self._submit, self._version, self._weights)
 
-    def _adapter(self) -> str:
-        """The adapters' adapter_config.json; "" for a whole model."""
-        if self.lora and not self._adapter_config:
+    def _adapter(self, names: Iterable[str]) -> str:
+        """The adapter_config.json of the adapters with these names."""
+        if not self._adapter_config:
             with tempfile.TemporaryDirectory() as folder:
-                cast(Any, self.engine.model).save_adapter(Path(folder) / "adapter")
+                nothing = torch.empty(0)
+                cast(Any, self.engine.model).save_adapter(Path(folder) / "adapter", dict.fromkeys(names, nothing))
                 self._adapter_config = (Path(folder) / "adapter" / "adapter_config.json").read_text(encoding="utf-8")
         return self._adapter_config
 
-    def _expected(self) -> Probe | None:
+    def _expected(self, trained: TrainedPolicy) -> Probe | None:
         """What a worker should compute from the weights of this moment; None before the check at the start."""
-        model, ids = self.engine.model, self._probe
-        return Probe(ids, logprobs(model, ids), dtype_of(model)) if ids else None
+        return Probe(self._probe, trained.logprobs(self._probe), trained.dtype) if self._probe else None
 
     def _submit(
         self, version: int, weights: ObjectRef | None, prompts: Sequence[Prompt], on_text: OnText | None = None,
@@ -338,13 +334,13 @@ class VLLMSampler(RaySampler):
         }
 
     @classmethod
-    def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> RaySampler:
+    def _make(cls, loop: LoopParts, engine: Engine, trained: TrainedPolicy) -> RaySampler:
         if setup.device().type != "cpu" and not any(hook.name == "correction" for hook in loop.settings.hooks):
             loop.ctx.say(
                 "warning: vLLM samples in BF16 with kernels of its own, and there is no correction of the difference "
                 'between its probabilities and the trainer\'s; consider the hook "correction"'
             )
-        return super()._make(loop, engine, refresh)
+        return super()._make(loop, engine, trained)
 
     @staticmethod
     def batch_rows(samples: int, workers: int) -> int:

@@ -1,11 +1,10 @@
 """A rollout worker: one process with the whole network, which generates each job's samples from the job's weights.
 
 Every job carries weights with a version number, and a worker loads them if that number differs from its own, and checks
-that its network then computes what the trainer's does (`sampler_check`). So a new
-worker needs nothing from the one it replaces. Weights travel as plain bytes by name, not pickled: `pack_weights`
-returns views of the tensors in the trainer's memory, so an object store copies them once, and a worker maps that copy
-and loads it into its network. The network then has the trainer's dtypes and, bit for bit, its values, routing biases
-included.
+that its network then computes what the trainer's does (`sampler_check`). So a new worker needs nothing from the one it
+replaces. Weights travel as plain bytes by name, not pickled: `pack` returns a view of a tensor in the trainer's memory,
+so an object store copies it once, and a worker maps that copy and loads it into its network. The network then has the
+trainer's dtypes and, bit for bit, its values, routing biases included.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +31,9 @@ from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import load
 from bessemer.train import setup
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
 Kind = Literal["ray", "vllm"]
 LOADED = 0
 """The version of the weights that a worker loads from its directory."""
@@ -47,13 +49,26 @@ class PackedTensor(NamedTuple):
     """Its bytes, uint8."""
 
 
+def pack(tensor: Tensor) -> PackedTensor:
+    """On the CPU nothing is copied."""
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return PackedTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.numpy())
+
+
 def pack_weights(state: Mapping[str, Tensor]) -> dict[str, PackedTensor]:
-    """Packs a model's state dict in its order. Tensors on the CPU are not copied."""
+    """Packs a model's state dict in its order."""
+    return {name: pack(tensor) for name, tensor in state.items()}
+
+
+def fetched(tensors: Mapping[str, PackedTensor | ObjectRef]) -> dict[str, PackedTensor]:
+    """The tensors, from the store if they are references."""
+    references = {name: item for name, item in tensors.items() if not isinstance(item, PackedTensor)}
     packed = {}
-    for name, tensor in state.items():
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        packed[name] = PackedTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.numpy())
-    return packed
+    if references:
+        import ray
+
+        packed = dict(zip(references, ray.get([*references.values()]), strict=True))
+    return {name: item if isinstance(item, PackedTensor) else packed[name] for name, item in tensors.items()}
 
 
 def unpack_weights(packed: Mapping[str, PackedTensor]) -> dict[str, Tensor]:
@@ -79,9 +94,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 class NewWeights(NamedTuple):
-    """What the trainer puts into the store after its updates."""
+    """What the trainer puts into the store after its updates; each tensor may lie there by itself."""
 
-    tensors: dict[str, PackedTensor]
+    tensors: Mapping[str, PackedTensor | ObjectRef]
     probe: Probe | None = None
     """With which a worker checks what it loaded."""
     adapter: str = ""
@@ -165,7 +180,7 @@ class RolloutWorker:
         assert self.engine is not None
         if version != self.version or self.engine.sleeps_empty():
             assert weights is not None, "an engine whose weights stay does not drop them"
-            self.engine.load(unpack_weights(weights.tensors), weights.adapter)
+            self.engine.load(unpack_weights(fetched(weights.tensors)), weights.adapter)
             if weights.probe is not None:
                 name = f"the rollout worker on {socket.gethostname()} ({self.kind})"
                 check(

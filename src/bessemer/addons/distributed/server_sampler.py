@@ -12,20 +12,18 @@ turns of its episodes are of one policy.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from torch import Tensor
-
 from bessemer import heartbeat
 from bessemer.addons.distributed.folder_sampling import FolderEngine
-from bessemer.addons.distributed.rank0_sampler import on_rank_0
+from bessemer.addons.distributed.rank0_sampler import TrainedPolicy, on_rank_0
 from bessemer.addons.distributed.ray_sampler import VLLMSampler
 from bessemer.addons.distributed.ray_settings import ServerSettings
-from bessemer.addons.distributed.sampler_check import check, dtype_of, logprobs, short_answer
+from bessemer.addons.distributed.sampler_check import check, short_answer
 from bessemer.addons.distributed.vllm_engine import check_length
 from bessemer.addons.distributed.vllm_server import AT_ONCE, VLLMServer
 from bessemer.config.rl import RLConfig
@@ -45,21 +43,25 @@ BATCH = 1 << 30
 
 
 class ServerSampler:
-    """`engine`, `state` and `moment` as in `RaySampler`."""
+    """`engine` and `trained` as in `RaySampler`."""
 
     Settings = ServerSettings
 
     def __init__(
-        self, engine: Engine | FolderEngine, state: Callable[[], Mapping[str, Tensor]], moment: Callable[[], Hashable],
-        server: VLLMServer, say: Callable[[str], None], temperature: float = 1.0,
-    ) -> None:  # fmt: skip
-        self.engine, self.state, self.moment, self.server, self.say = engine, state, moment, server, say
+        self,
+        engine: Engine | FolderEngine,
+        trained: TrainedPolicy | None,
+        server: VLLMServer,
+        say: Callable[[str], None],
+        temperature: float = 1.0,
+    ) -> None:
+        self.engine, self.trained, self.server, self.say = engine, trained, server, say
         self.tokenizer, self.temperature = engine.tokenizer, temperature
         self.waited = self.handover = 0.0
         self._since = (time.monotonic(), 0.0, 0.0)
         self._threads = ThreadPoolExecutor(AT_ONCE, "vllm-server")
         self._running: set[Future[Completion]] = set()
-        self._moment: Hashable = None
+        self._moment: int | None = None
         self._probe: list[int] = []
         """The ids with which the weights are checked."""
 
@@ -90,24 +92,19 @@ class ServerSampler:
         return on_rank_0(loop, partial(cls._make, loop, engine))
 
     @classmethod
-    def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> ServerSampler:
-        config, trainer = loop.settings, loop.trainer
+    def _make(cls, loop: LoopParts, engine: Engine, trained: TrainedPolicy) -> ServerSampler:
+        config = loop.settings
         settings = validate(ServerSettings, config.rollout.settings, f'stage "{config.name}"', ": rollout")
         assert loop.ctx.source is not None
         server = VLLMServer(settings.url, loop.ctx.source / "model", engine.tokenizer)
-
-        def state() -> Mapping[str, Tensor]:
-            refresh()
-            return engine.model.state_dict()
-
-        return cls(engine, state, lambda: trainer.rows, server, loop.ctx.say, config.temperature)
+        return cls(engine, trained, server, loop.ctx.say, config.temperature)
 
     @classmethod
     def of_folder(cls, rollout: RolloutConfig, folder: Path, say: Callable[[str], None], where: str) -> ServerSampler:
         """For the model in a directory, whose weights stay; opened."""
         settings = validate(ServerSettings, rollout.settings, where, ": rollout")
         engine = FolderEngine(folder)
-        sampler = cls(engine, dict, lambda: 0, VLLMServer(settings.url, folder, engine.tokenizer), say)
+        sampler = cls(engine, None, VLLMServer(settings.url, folder, engine.tokenizer), say)
         sampler.open()
         return sampler
 
@@ -119,38 +116,38 @@ class ServerSampler:
     def open(self) -> None:
         """Finds the server, gives it the trainer's weights, since an earlier attempt may have left others there, and
         checks on a short answer that it computes what the trainer does."""
-        fixed = isinstance(self.engine, FolderEngine)
-        if warning := self.server.open(trains=not fixed):
+        trained = self.trained
+        if warning := self.server.open(trains=trained is not None):
             self.say(warning)
-        self._moment = self.moment()
-        if isinstance(self.engine, FolderEngine):
+        if trained is None:
+            assert isinstance(self.engine, FolderEngine)
             self.engine.check(self._sample_now, self.server.dtype, self.name, self.say)
             return
-        self.server.load(self.state())
+        self._hand_over(trained)
         prompt, answer = short_answer(self._sample_now, self.tokenizer, self.temperature)
         self._probe = [*prompt, *answer.tokens]
-        trainer = logprobs(self.engine.model, self._probe, self.temperature)[len(prompt) - 1 :]
-        check(answer.logprobs, trainer, self._dtypes(), self.name)
+        expected = trained.logprobs(self._probe, self.temperature)[len(prompt) - 1 :]
+        check(answer.logprobs, expected, (self.server.dtype, trained.dtype), self.name)
 
     @property
     def name(self) -> str:
         return f"the vLLM server at {self.server.url}"
 
-    def _dtypes(self) -> tuple[str, str]:
-        assert isinstance(self.engine, Engine)
-        return self.server.dtype, dtype_of(self.engine.model)
-
     def policy(self) -> Submit:
-        moment = self.moment()
-        if moment != self._moment:
+        trained = self.trained
+        if trained is not None and trained.version() != self._moment:
             began = time.monotonic()
             self._finish()
-            self.server.load(self.state())
-            trainer = logprobs(self.engine.model, self._probe)
-            check(self.server.score(self._probe), trainer, self._dtypes(), self.name)
-            self._moment = moment
+            self._hand_over(trained)
+            dtypes = self.server.dtype, trained.dtype
+            check(self.server.score(self._probe), trained.logprobs(self._probe), dtypes, self.name)
             self.handover += time.monotonic() - began
         return self._submit
+
+    def _hand_over(self, trained: TrainedPolicy) -> None:
+        """The server loads the weights of this moment, which this process holds for that time on the CPU."""
+        self.server.load(trained.weights(lambda tensor: tensor.to("cpu", copy=True)))
+        self._moment = trained.version()
 
     def _sample_now(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> Completions:
         return self._submit(prompts, **options).take()
