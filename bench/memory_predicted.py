@@ -25,9 +25,10 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "shared"))
+from step_memory import LENGTH, MICRO, ROWS, Step, random_batch, storages  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results" / "memory_predicted.json"
 BOUND = 0.05
-ROWS, LENGTH, MICRO = 4, 128, 4
 STATE = ("weights", "gradients", "masters", "moments", "reference")
 
 
@@ -73,11 +74,6 @@ OTHER = {
 EXPERTS = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 
 
-def storages(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind tensors, each once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
-
-
 # --- models of the DeepSeek V3 family ----------------------------------------------------------------------------
 
 
@@ -89,66 +85,27 @@ def own_config() -> Any:
 
 def count_own(rank: int, case: Case) -> dict[str, int]:
     """Bytes of a rank, by kind."""
-    from allocator import live_and_highest
-    from train_config import train_config
-
-    from bessemer.addons.distributed.collective import trainer_of
     from bessemer.addons.distributed.mesh import Layout, Mesh
     from bessemer.addons.distributed.model_shard import ModelShard
-    from bessemer.addons.distributed.table import actions
-    from bessemer.data.batch import Batch
     from bessemer.model.transformer import Transformer
-    from bessemer.train.objective import next_token
 
-    cfg, terms = own_config(), {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
-    settings = train_config(
-        tokens=1, lr=1e-3, gamma=1e-3, batch_rows=1, micro_rows=1, terms=terms, moments=case.moments,
-        compute_dtype=getattr(torch, case.dtype),
-    )  # fmt: skip
+    cfg, layout, dtype = own_config(), Layout(**case.layout), getattr(torch, case.dtype)
     model = Transformer(cfg).initialise(1)
     if case.recompute:
         model.set_recompute(["attend", "experts"])
-    shard = ModelShard(model, Mesh(Layout(**case.layout), cfg), "1f1b")
-    training = trainer_of(shard, next_token, None, *settings)
-
-    def batch(number: int) -> Batch:
-        tokens = torch.randint(0, cfg.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(number))
-        loss = torch.ones(ROWS, LENGTH)
-        loss[:, 0] = 0
-        return Batch(tokens, loss).at(shard.context.positions(LENGTH))
-
-    executor = training.collective.executor_for(MICRO)
-    model.rope_table(LENGTH)
-    batches = [batch(100 * rank + number) for number in range(MICRO)]
-    training.update(batches)
-    groups = training.optimizer.groups
+    step = Step(rank, model, layout, "1f1b", moments=case.moments, compute_dtype=dtype)
+    step.trainer.update(step.batches)
     state = {
-        "weights": storages(g.compute for g in groups),
-        "gradients": storages(t for g in groups for t in (g.grad, g.summed)),
-        "masters": storages(g.master for g in groups if g.compute.dtype != torch.float32),
-        "moments": storages(t for g in groups for t in g.moments.values()),
+        "weights": storages(g.compute for g in step.groups),
+        "gradients": storages(t for g in step.groups for t in (g.grad, g.summed)),
+        "masters": storages(g.master for g in step.groups if g.compute.dtype != torch.float32),
+        "moments": storages(t for g in step.groups for t in g.moments.values()),
     }
     if case.reference:  # a shard of its own, in the compute dtype
-        network = Transformer(cfg).initialise(1).to_compute(getattr(torch, case.dtype))
-        frozen = ModelShard(network, Mesh(Layout(**case.layout), cfg), "1f1b")
+        network = Transformer(cfg).initialise(1).to_compute(dtype)
+        frozen = ModelShard(network, Mesh(layout, cfg), "1f1b")
         state["reference"] = storages(p for part in frozen.slices.values() for p in part.parameters())
-
-    work = training.collective._work(executor, batches, terms)
-    table = executor.table
-    alone = tuple(tuple(a for a in actions(steps) if a.kind == "F") for steps in table.steps)
-
-    def forwards() -> None:
-        executor._work, executor._losses = work, []
-        executor.channels.begin(executor._room)
-        for action in alone[training.collective.mesh.pp]:
-            executor._do(action)
-        executor.channels.end()
-
-    from dataclasses import replace
-
-    executor.set_table(replace(table, steps=alone))
-    saved, _ = live_and_highest(forwards)
-    return state | {"activations": saved, "pp": training.collective.mesh.pp}
+    return state | {"activations": step.saved(), "pp": step.collective.mesh.pp}
 
 
 def predict_own(case: Case, pp: int) -> dict[str, int]:
@@ -189,7 +146,6 @@ def count_other(rank: int, case: Case) -> dict[str, int]:
     from bessemer.addons.families.causal_lm import CausalLM
     from bessemer.addons.families.lora import attach
     from bessemer.config.training import LoRAConfig
-    from bessemer.data.batch import Batch
     from bessemer.train.objective import next_token
     from bessemer.train.trainer import Trainer
 
@@ -213,10 +169,7 @@ def count_other(rank: int, case: Case) -> dict[str, int]:
         if case.lora:  # the base, which no optimizer casts
             model.to_compute(dtype)
         trainer = Trainer(model, next_token, None, *settings)
-    tokens = torch.randint(0, OTHER["vocab_size"], (ROWS, LENGTH), generator=torch.Generator().manual_seed(rank))
-    loss = torch.ones(ROWS, LENGTH)
-    loss[:, 0] = 0
-    batch = Batch(tokens, loss)
+    batch = random_batch(OTHER["vocab_size"], rank)
     if case.ranks > 1:
         trainer.collective.accumulate([batch], terms)
         gradients = storages(fsdp.local(p.grad) for p in model.parameters() if p.grad is not None)
@@ -238,7 +191,7 @@ def count_other(rank: int, case: Case) -> dict[str, int]:
     if case.reference:
         reference = CausalLM(transformers.AutoModelForCausalLM.from_config(other_config(case))).to_compute(dtype)
         state["reference"] = storages(reference.parameters())
-    return state | {"activations": saved_bytes(model, tokens, [*model.parameters(), *model.buffers()], case)}
+    return state | {"activations": saved_bytes(model, batch.tokens_BT, [*model.parameters(), *model.buffers()], case)}
 
 
 def saved_bytes(model: Any, tokens: torch.Tensor, weights: Iterable[torch.Tensor], case: Case) -> int:

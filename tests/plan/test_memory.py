@@ -7,14 +7,12 @@ import torch
 import torch.distributed as dist
 from allocator import live_and_highest
 from ranks import on_ranks
-from train_config import train_config
+from step_memory import LENGTH, MICRO, ROWS, Step, storages
 
 from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
 from bessemer.addons.accelerate.precision.fp8_linear import PAPER
 from bessemer.addons.accelerate.precision.operand import quantise, transpose
-from bessemer.addons.distributed.collective import trainer_of
-from bessemer.addons.distributed.mesh import Layout, Mesh
-from bessemer.addons.distributed.model_shard import ModelShard
+from bessemer.addons.distributed.mesh import Layout
 from bessemer.addons.distributed.model_slice import cut
 from bessemer.addons.distributed.schedules import schedule
 from bessemer.addons.distributed.table import Action, Pair, actions, fullest
@@ -23,11 +21,9 @@ from bessemer.addons.plan.cost import setup_memory
 from bessemer.addons.plan.hardware import parse_cluster
 from bessemer.addons.plan.memory import NumberFormats
 from bessemer.config.recipe import Recipe
-from bessemer.data.batch import Batch
 from bessemer.hf.mapping import slots
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.train.objective import next_token
 from bessemer.train.optimizer import Optimizer
 
 BEFORE = ("weights", "gradients", "masters", "moments", "routing")
@@ -109,53 +105,16 @@ def test_planning_v3_allocates_nothing():
 # --- while training --------------------------------------------------------------------------------------------
 
 
-ROWS, LENGTH, MICRO = 4, 128, 4
-TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
-
-
-def batch(number):
-    tokens = torch.randint(0, TINY.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(number))
-    loss = torch.ones(ROWS, LENGTH)
-    loss[:, 0] = 0
-    return Batch(tokens, loss)
-
-
-def config(dtype):
-    return train_config(tokens=1, lr=1e-3, gamma=1e-3, batch_rows=1, micro_rows=1, terms=TERMS, compute_dtype=dtype)
-
-
 def on_a_rank(rank, name, layout, dtype, fp8):
     """Bytes held before a step, bytes kept by a step's forwards, and a lower and an upper bound of a step's peak on
     top. The profiler misses what gloo's threads free: what it still counts at the end is what it missed."""
     model = set_fp8(Transformer(TINY).initialise(1), PAPER if fp8 else None)
-    training = trainer_of(ModelShard(model, Mesh(layout, TINY), name), next_token, None, *config(dtype))
-    executor = training.collective.executor_for(MICRO)
-    model.rope_table(LENGTH)
-    batches = [
-        batch(100 * rank + number).at(training.collective.shard.context.positions(LENGTH)) for number in range(MICRO)
-    ]
-    groups = training.optimizer.groups
-    tensors = [t for g in groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values())]
-    before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-    training.update(batches)
-    work = training.collective._work(executor, batches, TERMS)
-
-    table = executor.table
-    alone = tuple(tuple(a for a in actions(steps) if a.kind == "F") for steps in table.steps)
-
-    def forwards():
-        executor._work, executor._losses = work, []
-        executor.channels.begin(executor._room)
-        for action in alone[training.collective.mesh.pp]:
-            executor._do(action)
-        executor.channels.end()
-
-    executor.set_table(replace(table, steps=alone))
-    saved, _ = live_and_highest(forwards)
-    executor._chunks.clear()
-    executor.set_table(table)
+    step = Step(rank, model, layout, name, compute_dtype=dtype)
+    before = storages(t for g in step.groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values()))
+    step.trainer.update(step.batches)
+    saved, work = step.saved(), step.work()
     dist.barrier()
-    missed, most = live_and_highest(lambda: executor.run(work))
+    missed, most = live_and_highest(lambda: step.executor.run(work))
     return before, saved, most - missed, most
 
 
