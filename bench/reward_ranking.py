@@ -14,12 +14,13 @@ from pathlib import Path
 from statistics import fmean
 
 from bessemer import tasks
-from bessemer.addons.r1.preference import judged_ids, score_ids
+from bessemer.addons.r1.preference import judged_ids, score_by
 from bessemer.addons.tasks.general_requests import GOOD, HARMLESS, MANNERS, answer_in_manner, sample_request
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import load_engine
 from bessemer.hf.model_directory import load_scorer
 from bessemer.tasks.answer import r1_form
+from bessemer.train.collective import outputs_of
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
 
         def scores(pairs: list[tuple[str, list[str]]], model=model) -> list[list[float]]:
             ids = [judged_ids(tokenizer, "helpful", prompt, text) for prompt, texts in pairs for text in texts]
-            scores_left = iter(score_ids(model, ids, tokenizer.pad_id))
+            scores_left = iter(score_by(outputs_of(model), ids, tokenizer.pad_id))
             return [[next(scores_left) for _ in texts] for _, texts in pairs]
 
         ranked = defaultdict(list)

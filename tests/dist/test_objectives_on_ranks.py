@@ -108,7 +108,7 @@ class Rewards(Run):
         return self.trainer.on_device.micro_batches()
 
     def scores(self):
-        return score_by(self.trainer, TEXTS, PAD)
+        return score_by(self.trainer.collective.outputs, TEXTS, PAD)
 
 
 class Distilled(Run):

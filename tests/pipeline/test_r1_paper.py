@@ -192,6 +192,24 @@ def test_preferences_come_at_the_end_and_evaluations_are_whole_files(run):
         assert {row["n"] for row in rows} == {len(ASKED[kind])}
 
 
+def test_a_dry_run_of_2048_ranks_walks_to_the_end(call, tmp_path, monkeypatch):
+    """The recipe as it stands, student included: every stage fits an H200, and nothing is in its way."""
+    (tmp_path / "data").mkdir()
+    write_data(tmp_path / "data")
+    other = (tmp_path / "data" / "others.jsonl").read_text().splitlines()[0]
+    (tmp_path / "data" / "others.jsonl").write_text(f"{other}\n" * 200_000)
+    monkeypatch.chdir(tmp_path)
+    command = ("run", PAPER, "--dry-run", "--world", "2048", "--device", "H200", "--json")
+    status, out, err = call(*command)
+    stages = {stage["name"]: stage for stage in json.loads(out)["stages"]}
+    assert status == 0, err
+    assert [*stages] == Recipe.load(PAPER).names() and not any(stage["faults"] for stage in stages.values())
+    assert any("1,984 of 2,048 ranks without any" in line for line in stages["distilled"]["found"])
+    assert not (tmp_path / "runs").exists()
+    status, out, _ = call(*command, "--set", "layout.recompute=[]")
+    assert status == 2 and json.loads(out)["stages"][2]["faults"], "R1-Zero's rows do not fit without"
+
+
 def test_every_number_has_its_source():
     """The source is cited on the line, or the line says `undocumented`. Sizes in the header are those of B.3.1."""
     text = PAPER.read_text()

@@ -70,20 +70,19 @@ def test_recipe_that_fits_prints_time_and_memory(call, tmp_path, monkeypatch):
 
 
 def test_rl_of_v2_lite_on_eight_h200():
-    """The reference is sharded like the policy, reward models are whole; a trainer that samples gathers the network."""
+    """Reference and reward models are sharded like the policy; a trainer that samples gathers the network."""
     needs, refused = faults("node", H200)
     zero, count = needs["zero"], main_params(preset("v2-lite"))
     assert not refused and zero.bytes["reference"] == zero.bytes["weights"] and "gathered" not in zero.bytes
     assert zero.worker_bytes["weights"] == 2 * count // 4 and not zero.workers
     _, twice = faults("r1-paper", H200, "layout.schedule=dualpipe", world=2048)
     assert "zero" in twice, "two stages a rank, as the recipe says"
-    assert needs["r1"].bytes["judges"] == 2 * 2 * count and needs["r1"].total > 0.9 * H200.room
+    assert 2 * 2 * count / 8 < needs["r1"].bytes["judges"] < 2 * 2 * count / 3, "their experts are divided by eight"
     local, _ = faults("node", H200, 'zero.rollout={engine="local"}')
     assert local["zero"].bytes["gathered"] == 2 * count
     apart, _ = faults("node", H200, 'zero.rollout={engine="vllm", workers=4}')
     assert apart["zero"].workers == 4 and apart["zero"].worker_bytes["weights"] == 2 * count
-    _, refused = faults("node", H200, "layout.ep=4")
-    assert refused.keys() == {"r1"} and "smallest [layout] that fits: ep = 8" in refused["r1"]
+    assert not faults("node", H200, "layout.ep=4")[1]
 
 
 def test_updates_and_sampling_take_turns():
@@ -92,16 +91,16 @@ def test_updates_and_sampling_take_turns():
 
 
 def test_r1_paper_on_one_process_and_on_2048_ranks():
-    """671B: what its header says does not fit, and nothing else."""
+    """671B: all of it fits where the recipe says."""
     alone = ("layout.pp=1", "layout.ep=1", "layout.cp=1")
     _, unsplit = faults("r1-paper", H200, *alone)
     assert {"zero", "dev1", "dev3", "helpful", "r1"} <= unsplit.keys()
     needs, split = faults("r1-paper", H200, world=2048)
-    assert split.keys() == {"r1"} and needs["dev1"].ranks == 2048 and len(needs) == 17
+    assert not split and needs["dev1"].ranks == 2048 and len(needs) == 17
     assert needs["zero"].bytes["activations"] > 0.5 * needs["zero"].total and "gathered" not in needs["zero"].bytes
     _, twice = faults("r1-paper", H200, "layout.schedule=dualpipe", world=2048)
     assert "zero" in twice, "two stages a rank, as the recipe says"
-    assert needs["r1"].bytes["judges"] > 2500 * GIB
+    assert 2500 * GIB / 256 < needs["r1"].bytes["judges"] < 1.5 * 2500 * GIB / 256
     assert all(needs[name].workers == 1024 and not needs[name].bytes for name in ("cold-start", "maths", "aime"))
     recipe = Recipe.load(RECIPES / "r1-paper.toml")
     few = {stage.name: note for stage in recipe.stages if (note := stage_memory.without_rows(recipe, stage, 2048))}

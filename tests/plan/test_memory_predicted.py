@@ -18,7 +18,8 @@ CASES = {case.name: case for case in memory_predicted.CASES}
 
 FAST = "qwen3_moe, 1 rank"
 SLOW = ["own, 2 ranks, ep 2", "own, 2 ranks, ep 2, reference", "llama, 1 rank, LoRA",
-        "qwen2, 1 rank, recomputed, reference", "llama, 2 ranks, FSDP2, recomputed"]  # fmt: skip
+        "qwen2, 1 rank, recomputed, reference", "llama, 2 ranks, FSDP2, recomputed",
+        "own, 2 ranks, pp 2, reward model", "qwen2, 2 ranks, FSDP2, reward model"]  # fmt: skip
 
 
 def check(name):

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from bessemer.addons.r1 import preference
-from bessemer.addons.r1.preference import FACTS, RewardModel, Scale, judged_ids, score_ids
+from bessemer.addons.r1.preference import FACTS, RewardModel, Scale, judged_ids, score_by
 from bessemer.data.chat import EOS
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import load_scorer
 from bessemer.model.transformer import Scorer
+from bessemer.train.collective import outputs_of
 
 THOUGHT = "<think>\nthe code is 47\n</think>\n\nI cannot say it."
 ITEMS = [
@@ -71,14 +74,14 @@ def test_a_score_matches_that_of_the_last_token_on_the_scale(directory):
     prompt, answer = ITEMS[3]
     ids = judged_ids(model.tokenizer, "harmless", prompt, answer)
     with torch.no_grad():
-        raw = model.network(torch.tensor([ids]))[0, -1].item()
+        raw = load_scorer(directory)(torch.tensor([ids]))[0, -1].item()
     assert model.score([ITEMS[3]]) == pytest.approx([(raw + 0.5) / 2.0], abs=1e-5)
     assert model.aim == "harmless"
 
 
 def test_scoring_leaves_the_network_in_its_mode_and_without_gradients(directory):
-    network = RewardModel.load(directory).network.train()
-    score_ids(network, [[0, 5, 6, 1]], pad_id=2)
+    network = load_scorer(directory).train()
+    score_by(outputs_of(network), [[0, 5, 6, 1]], pad_id=2)
     assert network.training and all(parameter.grad is None for parameter in network.parameters())
 
 
@@ -116,8 +119,9 @@ def test_another_tokenizer_is_refused_by_name(directory):
 
 
 def test_a_score_that_is_not_finite_is_an_error(directory):
-    model = RewardModel.load(directory)
-    model.network.score.weight.data.fill_(math.nan)
+    network = load_scorer(directory)
+    network.score.weight.data.fill_(math.nan)
+    model = RewardModel(outputs_of(network), load_tokenizer(directory), Scale.read(directory / FACTS))
     with pytest.raises(UserError, match=r"'Make 0 from 3, 6, 7.' as nan"):
         model.score(ITEMS)
 

@@ -8,6 +8,7 @@ from completions import completion
 from rl_parts import reward, rewarded
 
 from bessemer.errors import UserError
+from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import ScoredSample, in_form
 from bessemer.tasks.base import Problem, Verdict
 
@@ -60,7 +61,9 @@ def test_a_judge_pays_the_prompts_of_its_aim_and_the_verifier_the_others():
     helpful, harmless = Judge(lambda answer: 0.75), Judge(lambda answer: 0.25)
     groups = [[sampled(True, True, aim="helpful"), sampled(True, True, aim="helpful")],
               [sampled(False, True, aim="harmless")], [sampled(True, False)]]  # fmt: skip
-    reward("accuracy", ("format", 0.5)).score(groups, 9, {"helpful": helpful, "harmless": harmless})
+    paid = reward("accuracy", ("format", 0.5))
+    paid.set_preferences(groups, {"helpful": helpful, "harmless": harmless})
+    paid.score(groups)
     assert [[row.reward for row in group] for group in groups] == [[1.25, 1.25], [0.75], [1.0]]
     assert [[row.preference for row in group] for group in groups] == [[0.75, 0.75], [0.25], [None]]
     assert helpful.heard == [[("ask", "text")] * 2] and harmless.heard == [[("ask", "text")]]
@@ -68,8 +71,10 @@ def test_a_judge_pays_the_prompts_of_its_aim_and_the_verifier_the_others():
 
 
 def test_a_reward_that_is_no_number_names_its_source():
+    groups = [[sampled(aim="helpful")]]
+    Reward.set_preferences(groups, {"helpful": Judge(lambda answer: math.nan)})
     with pytest.raises(UserError, match=r"p/0 is nan; .*finite"):
-        reward("accuracy").score([[sampled(aim="helpful")]], 9, {"helpful": Judge(lambda answer: math.nan)})
+        reward("accuracy").score(groups)
 
 
 def test_the_control_arms_do_not_look_at_the_verdict():

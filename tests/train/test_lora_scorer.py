@@ -15,10 +15,11 @@ from bessemer.addons.families import lora
 from bessemer.addons.families.causal_lm import CausalLM, CausalScorer, load
 from bessemer.addons.r1 import preference_rows
 from bessemer.addons.r1.objectives import pairwise
-from bessemer.addons.r1.preference import score_ids
+from bessemer.addons.r1.preference import score_by
 from bessemer.config.training import LoRAConfig
 from bessemer.errors import UserError
 from bessemer.hf.model_directory import load_scorer
+from bessemer.train.collective import outputs_of
 from bessemer.train.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -107,9 +108,9 @@ def test_transformers_and_peft_read_what_is_saved_and_it_merges(bases, call, tmp
     base, texts = bases["llama-tied"], [text for pair in PAIRS for text in pair]
     model = adapted(base, targets=["q_proj", "down_proj"])
     model.save(tmp_path / "model")
-    expected = score_ids(model, texts, PAD)
+    expected = score_by(outputs_of(model), texts, PAD)
     read = load_scorer(tmp_path / "model")
-    assert type(read) is CausalScorer and score_ids(read, texts, PAD) == pytest.approx(expected, abs=1e-5)
+    assert type(read) is CausalScorer and score_by(outputs_of(read), texts, PAD) == pytest.approx(expected, abs=1e-5)
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     over = peft.PeftModel.from_pretrained(theirs_of(base), tmp_path / "adapter").eval()
     for reference in (merged, over):
@@ -125,7 +126,8 @@ def test_transformers_and_peft_read_what_is_saved_and_it_merges(bases, call, tmp
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == weights[0]
     further = lora.attach(read, LORA, 5, tmp_path / "model", "helpful-2")  # `previous`: its head is trained on
     further.save(tmp_path / "next" / "model")
-    assert score_ids(load_scorer(tmp_path / "next" / "model"), texts, PAD) == pytest.approx(expected, abs=1e-5)
+    read = load_scorer(tmp_path / "next" / "model")
+    assert score_by(outputs_of(read), texts, PAD) == pytest.approx(expected, abs=1e-5)
     assert call("convert", tmp_path / "next" / "adapter", tmp_path / "next" / "again")[0] == 0
     with pytest.raises(UserError, match="holds a reward model"):
         load(tmp_path / "model")

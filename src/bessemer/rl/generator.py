@@ -162,19 +162,20 @@ class RolloutGenerator:
         step: int,
         seed: int = 0,
     ) -> list[Group]:
-        """Verifies the samples and sets their rewards: verdicts are each rank's own, reward models are rank 0's.
-        `step` and `seed` as in `Reward.score`."""
+        """Verifies the samples and sets their rewards: verdicts are each rank's own, reward models are divided over all
+        ranks, rewards are rank 0's. `step` and `seed` as in `Reward.score`."""
         opening, needs_format = self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
         holders = None if self.carrier is None else self.carrier.holders([*chain.from_iterable(outcomes)])
         groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share, holders)
         rows = [row for group in groups for row in group]
+        self.reward.set_preferences(groups, self.reward_models)
 
-        def scored() -> list[tuple[float, float | None, str]]:
-            self.reward.score(groups, step, self.reward_models, seed)
-            return [(row.reward, row.preference, row.failure) for row in rows]
+        def scored() -> list[tuple[float, str]]:
+            self.reward.score(groups, step, seed)
+            return [(row.reward, row.failure) for row in rows]
 
-        for row, (reward, preference, failure) in zip(rows, self.once(scored), strict=True):
-            row.reward, row.preference, row.failure = reward, preference, failure
+        for row, (reward, failure) in zip(rows, self.once(scored), strict=True):
+            row.reward, row.failure = reward, failure
         return groups
 
     def round_seed(self, number: int, round: int) -> int:

@@ -209,6 +209,7 @@ class Evaluator:
             once=generator.once,
         )
         groups = rollout.verify(problems, prompts, outcomes, generator.sampler.tokenizer.opening, share=generator.share)
+        generator.reward.set_preferences(groups, generator.reward_models)
 
         def make() -> dict[str, float]:
             return heldout_row(groups, generator.reward, settings.accuracy_needs_format, self._score)
@@ -217,7 +218,7 @@ class Evaluator:
         return row
 
     def _score(self, groups: Sequence[Group]) -> None:
-        self.generator.reward.score(groups, self.trainer.step, self.generator.reward_models, self.ctx.seed)
+        self.generator.reward.score(groups, self.trainer.step, self.ctx.seed)
 
     def _probe(self, cap: int) -> None:
         """Records answers to the same few held-out problems every time, to show how they change over the run."""
@@ -237,6 +238,7 @@ class Evaluator:
             once=generator.once,
             share=generator.share,
         )
+        generator.reward.set_preferences(groups, generator.reward_models)
         self._score(groups)
         self.ctx.rollouts([_line(row, step) for group in groups for row in group])
         for group in groups[:2]:

@@ -161,23 +161,21 @@ class Reward:
             terms.append(Term(table.name, table.weight, partial(member, **table.settings), single, own, member))
         return cls(tuple(terms))
 
-    def score(
-        self,
-        groups: Sequence[Group],
-        step: int = 0,
-        reward_models: Mapping[str, PreferenceScorer] | None = None,
-        seed: int = 0,
-    ) -> None:
-        """Sets the reward of every sample, and its preference if `reward_models` has one for the prompt's aim. A
-        sample that failed, by its environment or in a term, gets the mean of its group, so that it makes no dead group
-        alive. `step` as in
-        `Samples`; `seed`, the rollout's, as in `Term.values`."""
-        rows = [row for group in groups for row in group]
-        for aim, model in (reward_models or {}).items():
-            judged = [row for row in rows if row.problem.meta.get("aim") == aim]
+    @staticmethod
+    def set_preferences(groups: Sequence[Group], reward_models: Mapping[str, PreferenceScorer]) -> None:
+        """Sets the preference of every sample whose prompt's aim a reward model is for. Collective: all processes pass
+        the same samples."""
+        for aim, model in reward_models.items():
+            judged = [row for group in groups for row in group if row.problem.meta.get("aim") == aim]
             scores = model.score([(row.problem.prompt, row.answer) for row in judged]) if judged else []
             for row, score in zip(judged, scores, strict=True):
                 row.preference = score
+
+    def score(self, groups: Sequence[Group], step: int = 0, seed: int = 0) -> None:
+        """Sets the reward of every sample. A sample that failed, by its environment or in a term, gets the mean of its
+        group, so that it makes no dead group alive. `step` as in `Samples`; `seed`, the rollout's, as in
+        `Term.values`."""
+        rows = [row for group in groups for row in group]
         samples = Samples(rows, [number for number, group in enumerate(groups) for _ in group], step)
         values = [term.values(samples, seed) for term in self.terms]
         for row, of_row in zip(rows, zip(*values, strict=True), strict=True):

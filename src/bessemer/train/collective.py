@@ -38,6 +38,21 @@ if TYPE_CHECKING:
 
 Read = Callable[["TrainOutputs", Tensor, "Batch"], Tensor]
 """Numbers of a batch, one float32 vector, from the network's outputs and the weight of its head."""
+Outputs = Callable[[Sequence["Batch"], Read, Sequence[int]], list[Tensor]]
+"""`Collective.outputs` of a network."""
+
+
+@torch.no_grad()
+def output_of(model: LanguageModel, read: Read, batch: Batch) -> Tensor:
+    """`read` of a batch, on the CPU, after a forward pass in eval mode, without MTP or gradients."""
+    batch = batch.to(model.embed.weight.device)
+    with evaluating(model):
+        return read(model.train_outputs(batch.tokens_BT, batch.segments, mtp=False), model.head_weight, batch).cpu()
+
+
+def outputs_of(model: LanguageModel) -> Outputs:
+    """Those of a whole network in this process."""
+    return lambda batches, read, sizes: [output_of(model, read, batch) for batch in batches]
 
 
 class Collective:
@@ -147,17 +162,12 @@ class Collective:
         return values
 
     def outputs(self, batches: Sequence[Batch], read: Read, sizes: Sequence[int]) -> list[Tensor]:
-        """`read` of every batch after a forward pass in eval mode, without MTP or gradients, on the CPU of all
-        processes. `sizes`: of the vectors."""
+        """`output_of` of every batch, in all processes. `sizes`: of the vectors."""
         work = self._reads.setdefault(read, partial(self._output, read))  # one object: another restarts the helpers
         return list(self.trainer.plan.workers.map(work, batches))
 
-    @torch.no_grad()
     def _output(self, read: Read, batch: Batch) -> Tensor:
-        model = self.trainer.model
-        batch = batch.to(model.embed.weight.device)
-        with evaluating(model):
-            return read(model.train_outputs(batch.tokens_BT, batch.segments, mtp=False), model.head_weight, batch).cpu()
+        return output_of(self.trainer.model, read, batch)
 
     def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
         """(cross entropy in nats, loss tokens), both summed over held-out batches."""

@@ -20,6 +20,7 @@ from bessemer.hf.model_directory import load_scorer, read_into
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import Transformer
 from bessemer.train import setup
+from bessemer.train.collective import outputs_of
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from bessemer.data.tokenizer import Tokenizer
     from bessemer.model.config import ModelConfig
     from bessemer.tasks import Task
-    from bessemer.train.collective import Read
+    from bessemer.train.collective import Outputs, Read
 
 _Made = TypeVar("_Made")
 
@@ -247,6 +248,11 @@ class Runtime:
     def frozen_copy(self, trainer: Trainer, read: Read) -> FrozenCopy:
         """A frozen copy of the network as it is now, divided as that is. Collective."""
         return FrozenCopy(trainer, read)
+
+    def reward_model(self, folder: Path) -> Outputs:
+        """What reads the outputs of the reward model in a directory, which is frozen, and in BF16 on a GPU. Collective,
+        as is what it returns."""
+        return outputs_of(load_scorer(folder, setup.choose_precision("device").dtype, setup.device()))
 
     def whole(self, trainer: Trainer) -> Whole:
         return Whole(trainer.model)

@@ -65,10 +65,7 @@ def without_rows(rows: float, n: int) -> str:
     idle = n - int(rows)
     if idle <= 0:
         return ""
-    return (
-        f"a step of {rows:,.0f} rows leaves {idle:,} of {n:,} ranks without any: they hold their shards and compute "
-        "nothing that counts"
-    )
+    return f"a step of {rows:,.0f} rows leaves {idle:,} of {n:,} ranks without any; they only hold their shards"
 
 
 def layout_of(layout_config: LayoutConfig, n: int, split_rows: bool = True) -> tuple[mesh.Layout, str, int]:

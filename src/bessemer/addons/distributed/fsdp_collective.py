@@ -19,7 +19,7 @@ from bessemer.addons.distributed.rank_sums import RankSums
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
 from bessemer.train.checkpointed import Checkpointed, CheckpointStore
-from bessemer.train.collective import Collective, Read
+from bessemer.train.collective import Collective, Read, output_of
 from bessemer.train.loss import heldout_nats
 from bessemer.train.objective import Loss, Sums
 from bessemer.train.trainer import Trainer
@@ -101,6 +101,9 @@ class FSDPCollective(RankSums):
             values = [self._output(read, batch) for batch in self.mine(batches)]
         own = {number: value for number, value in zip(numbers, values, strict=True) if number is not None}
         return self.exchanged(own, sizes)
+
+    def _output(self, read: Read, batch: Batch) -> Tensor:
+        return output_of(self.sharded.model, read, batch)
 
     def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
         with watchdog.waiting("layers of the other ranks", range(self.devices)):

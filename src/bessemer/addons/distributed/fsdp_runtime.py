@@ -14,15 +14,15 @@ from torch.distributed.tensor import DTensor
 
 from bessemer.addons.distributed import watchdog
 from bessemer.addons.distributed.fsdp import ShardedModel, layers_of, local, own_part, shard_, whole
-from bessemer.addons.distributed.fsdp_collective import of_fsdp
+from bessemer.addons.distributed.fsdp_collective import FSDPCollective, of_fsdp
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.hf.model_directory import is_own
+from bessemer.hf.model_directory import is_own, load_scorer
 from bessemer.hf.safetensors_reader import cast as rounded
 from bessemer.model.protocol import LanguageModel
 from bessemer.train import setup
-from bessemer.train.collective import Read
+from bessemer.train.collective import Outputs, Read
 from bessemer.train.objective import teacher_states, with_states
 from bessemer.train.runtime import Frozen, FrozenCopy, Whole
 from bessemer.train.trainer import Trainer
@@ -58,6 +58,20 @@ def read(load: Load, folder: Path, ranks: Ranks) -> LanguageModel:
     if error := ranks.agree(error):
         raise UserError(error)
     return model if model is not None else load(folder, torch.float32, torch.device("meta"))
+
+
+def reward_model(folder: Path, ranks: Ranks, dtype: torch.dtype) -> Outputs:
+    """`Collective.outputs` of the reward model in a directory, whose shards are frozen."""
+    model = read(load_scorer, folder, ranks).requires_grad_(False)
+    collective = FSDPCollective(ShardedModel(model, ranks.device, dtype))
+
+    def outputs(batches: Sequence[Batch], of: Read, sizes: Sequence[int]) -> list[Tensor]:
+        try:
+            return collective.outputs(batches, of, sizes)
+        finally:
+            collective.sharded.reshard()
+
+    return outputs
 
 
 class GatheredWhole(Whole):

@@ -15,7 +15,7 @@ import torch
 
 from bessemer.addons.distributed import distributed, mesh, sharded_checkpoint
 from bessemer.addons.distributed.apart import Carrier, stays
-from bessemer.addons.distributed.collective import of_ranks, trainer_of
+from bessemer.addons.distributed.collective import RankCollective, of_ranks, trainer_of
 from bessemer.addons.distributed.dealing import DealtEngine, Helper, deal
 from bessemer.addons.distributed.frozen import FrozenOnRanks, ShardedCopy
 from bessemer.addons.distributed.launcher_cores import all_cores
@@ -34,7 +34,8 @@ from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.runs.context import Interrupted
 from bessemer.tasks import Task
-from bessemer.train.collective import Read
+from bessemer.train import setup
+from bessemer.train.collective import Outputs, Read
 from bessemer.train.runtime import Frozen, FrozenCopy, Runtime, Share, Whole
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
@@ -135,6 +136,26 @@ class OnRanks(Runtime):
 
     def frozen_copy(self, trainer: Trainer, read: Read) -> FrozenCopy:
         return ShardedCopy(trainer, read)
+
+    def reward_model(self, folder: Path) -> Outputs:
+        """As shards, as if the stage trained it; in a layout that does not fit it, whole on every rank."""
+        dtype = setup.choose_precision("device").dtype
+        if (cfg := own_config(folder)) is None:
+            # torch's FSDP2 takes a second to import
+            from bessemer.addons.distributed import fsdp_runtime
+
+            return fsdp_runtime.reward_model(folder, self.ranks, dtype)
+        layout, *_ = distributed.layout_of(self.layout, self.n, split_rows=False)
+        headed = mesh.headed(cfg)
+        if why := mesh.refusal(layout, headed, self.n):
+            self.say(f"{folder.parent.name} is whole on every rank: {why}")
+            layout = mesh.Layout(1, self.n, 1)
+        backend = mesh.choose_exchange(self.layout.exchange, layout, cfg, self.ranks, self.say)
+        own = mesh.Mesh(layout, headed, device=self.ranks.device, backend=backend)
+        own = own.of(cfg.model_copy(update={"n_mtp": 0}))
+        shard = ModelShard.read(folder, own, "1f1b", self.ranks.device, kind=Scorer, mtp=False)
+        shard.model.to_compute(dtype).requires_grad_(False)
+        return RankCollective(shard).outputs
 
     def whole(self, trainer: Trainer) -> Whole:
         return GatheredModel(trainer)

@@ -95,6 +95,11 @@ class OtherModel:
         """Parameters on the rank with the largest part of every tensor."""
         return sum(_part(shape, ranks) for shape in self.tensors())
 
+    def scorer(self, ranks: int) -> int:
+        """Parameters of a reward model on that rank: a score in place of the head."""
+        tensors = [(self.vocab, self.dim), (self.dim,), (1, self.dim), *[*self.layer_tensors()] * self.layers]
+        return sum(_part(shape, ranks) for shape in tensors)
+
     def adapters(self, rank: int, ranks: int = 1) -> int:
         """Parameters of LoRA's adapters on one of `ranks`."""
         return self.layers * sum(

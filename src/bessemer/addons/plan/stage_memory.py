@@ -2,8 +2,8 @@
 
     training       `plan.memory` for the stage's network on its layout, or `plan.other_memory` for a model of another
                    family, which several ranks shard (FSDP2)
-    beside it      RL's reference, sharded like the policy; a critic; teachers; reward
-                   models, whole; a rounded copy for sampling
+    beside it      RL's reference and reward models, sharded like the policy; a critic; teachers; a rounded copy for
+                   sampling
     sampling       the whole network gathered from its shards, if the trainer's own processes sample; the cache of the
                    answers that are sampled together; vLLM on the trainer's GPUs; one tensor on its way to a sampler
     workers        processes elsewhere that sample: weights, and the cache of one answer
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bessemer.addons.distributed import distributed, schedules
+from bessemer.addons.distributed import distributed, mesh, schedules
 from bessemer.addons.distributed.mesh import Layout
 from bessemer.addons.distributed.ray_settings import VLLMSettings
 from bessemer.addons.families.tables import ImportConfig
@@ -247,7 +247,7 @@ def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | N
         else:
             assert model is not None
             by_kind = _other_training(recipe, stage, model, world, number, on_gpu)
-        by_kind["judges"] = _judges(recipe, stage, 2 if on_gpu else 4)
+        by_kind["judges"] = _judges(recipe, stage, world, 2 if on_gpu else 4)
         n_params, largest = _sizes(cfg, model)
         by_kind |= _sampling(stage, cfg, model, number, world, device)
         if isinstance(stage, RLConfig) and (stage.rollout.engine != "local" or by_kind.get("gathered")):
@@ -358,10 +358,20 @@ def _beside(
     return beside
 
 
-def _judges(recipe: Recipe, stage: OptimizerConfig, number: int) -> int:
-    """Bytes of the reward models that score RL's answers: whole, in every process."""
-    names = stage.reward_models if isinstance(stage, RLConfig) else []
-    return sum(number * _sizes(*_network(recipe, recipe.stage(name))[:2])[0] for name in names)
+def _judges(recipe: Recipe, stage: OptimizerConfig, world: int, number: int) -> int:
+    """Bytes of the reward models that score RL's answers, divided over the ranks as they were in their own training."""
+    total = 0
+    for name in stage.reward_models if isinstance(stage, RLConfig) else []:
+        cfg, model, _ = _network(recipe, recipe.stage(name))
+        if cfg is not None:
+            layout, *_ = distributed.layout_of(recipe.layout, world, split_rows=False)
+            fits = mesh.refusal(layout, mesh.headed(cfg), world) is None
+            total += memory.scorer_bytes(cfg, layout if fits else Layout(), number)
+        elif model is not None:
+            total += number * model.scorer(world)
+        else:
+            total += number * -(-_parameters(recipe, recipe.stage(name).source)[0] // world)
+    return total
 
 
 def _sampling(

@@ -31,11 +31,11 @@ from bessemer.data.model_files import read_object
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
-from bessemer.hf.model_directory import load_scorer
-from bessemer.model.protocol import LanguageModel, TrainOutputs
+from bessemer.model.protocol import TrainOutputs
 from bessemer.model.transformer import scores
 from bessemer.tasks.answer import summary
-from bessemer.train.trainer import Trainer
+from bessemer.train.collective import Outputs
+from bessemer.train.runtime import Runtime
 
 AIMS = ("helpful", "harmless")
 FACTS = "reward.json"
@@ -89,11 +89,12 @@ def judged_ids(tokenizer: Tokenizer, aim: str, prompt: Prompt, answer: str) -> l
     return render_ids(tokenizer, [*messages_of(prompt), {"role": "assistant", "content": read}])
 
 
-def score_by(trainer: Trainer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
-    """`score_ids` for the network being trained, computed by all ranks that train it. Collective."""
+def score_by(outputs: Outputs, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
+    """The score at the last token of each text. Texts of similar length share a forward; padding follows them, so no
+    text attends to it. Collective, as `outputs` is."""
     parts = [*_batches(texts)]
     batches = [_last_marked([texts[i] for i in part], pad_id) for part in parts]
-    scored = trainer.collective.outputs(batches, _marked_scores, [*map(len, parts)])
+    scored = outputs(batches, _marked_scores, [*map(len, parts)])
     of_texts = [0.0] * len(texts)
     for part, score_S in zip(parts, scored, strict=True):
         for i, score in zip(part, score_S.tolist(), strict=True):
@@ -115,24 +116,6 @@ def _marked_scores(out: TrainOutputs, weight_1D: Tensor, batch: Batch) -> Tensor
     return scores(out.hidden_BTD[trained_places(batch)], weight_1D)
 
 
-@torch.no_grad()
-def score_ids(network: LanguageModel, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
-    """The score at the last token of each text. Texts of similar length share a forward; padding follows them, so no
-    text attends to it."""
-    device, was_training = network.embed.weight.device, network.training
-    network.eval()
-    scores = [0.0] * len(texts)
-    try:
-        for batch in _batches(texts):
-            marked = _last_marked([texts[i] for i in batch], pad_id).to(device)
-            last_B = network(marked.tokens_BT)[trained_places(marked)]
-            for i, score in zip(batch, last_B.tolist(), strict=True):
-                scores[i] = score
-    finally:
-        network.train(was_training)
-    return scores
-
-
 def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Batches of text indices, longest first, each at most BATCH_TOKENS padded tokens (at least one text)."""
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
@@ -145,7 +128,7 @@ def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 class RewardModel:
     """A trained reward model; RL calls `score`."""
 
-    def __init__(self, network: LanguageModel, tokenizer: Tokenizer, scale: Scale, name: str = "reward model"):
+    def __init__(self, outputs: Outputs, tokenizer: Tokenizer, scale: Scale, name: str = "reward model"):
         if tokenizer.fingerprint != scale.tokenizer:
             raise UserError(
                 f"{name}: the tokenizer is not the one that the model was trained with; put back its tokenizer.json, "
@@ -153,15 +136,14 @@ class RewardModel:
             )
         if not tokenizer.renders:
             raise UserError(f"{name}: its tokenizer has none of our chat templates; train the reward model again")
-        self.network, self.tokenizer, self.scale, self.name = network, tokenizer, scale, name
+        self.outputs, self.tokenizer, self.scale, self.name = outputs, tokenizer, scale, name
 
     @classmethod
-    def load(
-        cls, directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> RewardModel:
-        directory = Path(directory)
+    def load(cls, directory: str | Path, runtime: Runtime | None = None) -> RewardModel:
+        """`runtime`: divides it over its processes; None: whole, in this one."""
+        directory, runtime = Path(directory), runtime or Runtime()
         scale = Scale.read(directory / FACTS)
-        return cls(load_scorer(directory, dtype, device), load_tokenizer(directory), scale, str(directory))
+        return cls(runtime.reward_model(directory), load_tokenizer(directory), scale, str(directory))
 
     @property
     def aim(self) -> str:
@@ -169,9 +151,10 @@ class RewardModel:
         return self.scale.aim
 
     def score(self, items: Sequence[tuple[str, str]]) -> list[float]:
-        """The reward of each (prompt, whole answer): 0 for a typical bad answer, 1 for a typical good one."""
+        """The reward of each (prompt, whole answer): 0 for a typical bad answer, 1 for a typical good one.
+        Collective."""
         texts = [judged_ids(self.tokenizer, self.aim, prompt, answer) for prompt, answer in items]
-        scores = score_ids(self.network, texts, self.tokenizer.pad_id)
+        scores = score_by(self.outputs, texts, self.tokenizer.pad_id)
         for (prompt, _), score in zip(items, scores, strict=True):
             if not math.isfinite(score):
                 raise UserError(f"{self.name} scores an answer to {prompt[:80]!r} as {score}; train it again")

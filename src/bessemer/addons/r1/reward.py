@@ -345,7 +345,7 @@ class _Monitor(StepLog):
         if trainer.tokens < trainer.plan.tokens:
             return
         units = [_texts(line, self.config.aim, self.tokenizer) for line in self.heldout]
-        flat = score_by(trainer, [ids for unit in units for ids, _ in unit], self.tokenizer.pad_id)
+        flat = score_by(trainer.collective.outputs, [ids for unit in units for ids, _ in unit], self.tokenizer.pad_id)
         scores = iter(flat)
         scored = [[(next(scores), mark) for _, mark in unit] for unit in units]
         good, bad = (

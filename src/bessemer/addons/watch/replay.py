@@ -279,7 +279,7 @@ def _play(
                 source=folders.get(config.source or ""), recipe=recipe, cache=cache_dir(None),
                 metrics=StageMetrics(metrics, config.name), progress=progress.begin(config.name), stop_flag=stop,
             )  # fmt: skip
-            loop = Loop(config, ctx, load_reward_models(config, ctx.inputs))
+            loop = Loop(config, ctx, load_reward_models(config, ctx.inputs, ctx.runtime))
             return [
                 Played(number + offset, loop.trainer.step, plain(values), rollout)
                 for offset, (rollout, values) in enumerate(loop.replay(first, number, count))

@@ -24,6 +24,7 @@ from bessemer.runs.directory import read_done, stage_folders
 from bessemer.runs.files import write_json
 from bessemer.tasks import Task, get
 from bessemer.train import setup
+from bessemer.train.runtime import Runtime
 
 AT_ONCE = 16
 """Problems that a model answers between two signs of progress."""
@@ -45,7 +46,7 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
     with places.of_recipe(recipe.folder, root / places.REVISIONS):
         chosen = _problems(config, problems, recipe.seed_of(config))
         cap = round(config.max_new_tokens(config.rollouts * config.updates_per_rollout))
-        judges = load_reward_models(config, folders)
+        judges = load_reward_models(config, folders, Runtime())
         reward, seed = Reward.of_config(config), recipe.seed_of(config)
         progress = TimedProgress(dict.fromkeys((config.source, config.name), 1.0))
         progress.say(f"{config.source} and {config.name} each answer {len(chosen)} problems {samples} times")
@@ -54,7 +55,8 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
             for stage in (config.source, config.name)
         )
         for groups in (before, after):
-            reward.score(groups, 0, judges)
+            reward.set_preferences(groups, judges)
+            reward.score(groups)
     explanation = why.explain(before, after, reward, sum(_split(task) == "train" for task, _ in chosen))
     models = {stage: digests[stage] for stage in (config.source, config.name)}
     write_json(root / f"why-{config.name}.json", explanation.facts() | {"models": models})

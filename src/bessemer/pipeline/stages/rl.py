@@ -28,6 +28,7 @@ from bessemer.rl.reward import PreferenceScorer, Reward
 from bessemer.rl.sampler import sampler_of
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, setup
+from bessemer.train.runtime import Runtime
 
 
 class RL(Stage[RLConfig]):
@@ -127,7 +128,7 @@ class RL(Stage[RLConfig]):
             yield from (problem for _, problem in chain(*round_problems))
 
     def run(self, config: RLConfig, ctx: StageContext) -> dict[str, Any]:
-        return Loop(config, ctx, load_reward_models(config, ctx.inputs)).run()
+        return Loop(config, ctx, load_reward_models(config, ctx.inputs, ctx.runtime)).run()
 
 
 def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
@@ -149,14 +150,11 @@ def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
             )
 
 
-def load_reward_models(config: RLConfig, folders: Mapping[str, Path]) -> dict[str, PreferenceScorer]:
-    """The reward models by aim; `folders` by the names of their stages. UserError for two of one aim."""
+def load_reward_models(config: RLConfig, folders: Mapping[str, Path], runtime: Runtime) -> dict[str, PreferenceScorer]:
+    """The reward models by aim; `folders` by the names of their stages. UserError for two of one aim. Collective."""
     models: dict[str, PreferenceScorer] = {}
     for name in config.reward_models:
-        dtype = setup.choose_precision("device").dtype
-        model: PreferenceScorer = plugins.find("hooks", "reward-model").load(
-            folders[name] / "model", setup.device(), dtype
-        )
+        model: PreferenceScorer = plugins.find("hooks", "reward-model").load(folders[name] / "model", runtime)
         if model.aim in models:
             raise UserError(f'stage "{config.name}": two reward models are for {model.aim}; give one for each aim')
         models[model.aim] = model
