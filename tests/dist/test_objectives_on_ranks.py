@@ -25,7 +25,7 @@ from bessemer.addons.r1.preference_rows import BAD, GOOD
 from bessemer.config.recipe import LayoutConfig
 from bessemer.hf import deepseek
 from bessemer.model.transformer import Scorer, Transformer
-from bessemer.rl import rollout
+from bessemer.rl.rollout import Packing
 from bessemer.train.runtime import Runtime
 
 T, LR, ROWS, STEPS, SEED = 40, 3e-3, 6, 2, 5
@@ -123,10 +123,11 @@ class Distilled(Run):
         rows = [row for group in groups(self.trainer.step, 4) for row in group]
         for row in rows:
             row.completion = replace(row.completion, routing=None)
+        packing = Packing(30, PAD, n_pipelines=self.trainer.collective.n_pipelines)
         batches = [
-            replace(batch, teacher=number)
+            replace(packing.batch(part, part), teacher=number)
             for number in range(len(TEACHERS))
-            for batch in rollout.to_batches(rows[number::3], PAD, 30, "token", self.trainer.collective.n_pipelines)
+            for part in packing.parts(rows[number::3])
         ]
         return self.teachers.read(self.trainer, batches)
 

@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 import tiny_run
 import torch
+from completions import completion
 
 from bessemer.addons.r1.distill import Distill
 from bessemer.addons.r1.objectives import OnPolicyDistillation
 from bessemer.addons.r1.tables import DistillConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
+from bessemer.rl.rollout import Packing, ScoredSample
+from bessemer.tasks.base import Problem, Verdict
 
 
 @pytest.fixture
@@ -85,6 +88,36 @@ def test_every_row_follows_its_own_teacher(pair):
         alone = OnPolicyDistillation((teacher,))(student, made).total
         assert objective(student, replace(made, teacher=number)).total.item() == alone.item()
     assert replace(made, teacher=1).as_filler().teacher == replace(made, teacher=1).to("cpu").teacher == 1
+
+
+def test_packed_samples_give_the_loss_and_gradient_of_a_row_for_each(pair):
+    """Two teachers, in float64; the padded rows hold more positions."""
+    student, *teachers = (tiny_run.model(seed, max_seq_len=64).double() for seed in (1, 2, 3))
+    drawn = torch.Generator().manual_seed(5)
+    samples = []
+    for number in range(24):
+        ids = torch.randint(3, tiny_run.V, (2 + number % 3 + 1 + 5 * number % 23,), generator=drawn).tolist()
+        prompt = 2 + number % 3
+        verdict, problem = Verdict(True, True, "", None), Problem("p", "", "en")
+        samples.append(ScoredSample(problem, ids[:prompt], completion(ids[prompt:]), verdict, 1.0))
+    objective, sums, positions = OnPolicyDistillation(tuple(teachers), 0.9), [], []
+    for packs in (False, True):
+        packing = Packing(60, 2, packs=packs)
+        batches = [
+            replace(packing.batch(part, part), teacher=teacher)
+            for teacher in (0, 1)
+            for part in packing.parts(samples[teacher::2])
+        ]
+        student.zero_grad()
+        losses = [objective(student, made) for made in batches]
+        sum(loss.total for loss in losses).backward()
+        gradient = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+        sums.append((sum(float(loss.total) for loss in losses), sum(float(loss.tokens) for loss in losses), gradient))
+        positions.append(sum(made.tokens_BT.numel() for made in batches))
+        assert sum(made.counted[0] for made in batches) == len(samples)
+    (padded, tokens, expected), (packed, same_tokens, actual) = sums
+    assert packed == pytest.approx(padded, rel=1e-6) and tokens == same_tokens
+    assert (actual - expected).norm() <= 1e-6 * expected.norm() and positions[1] < positions[0]
 
 
 def test_a_task_without_a_teacher_is_refused():

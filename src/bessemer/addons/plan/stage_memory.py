@@ -285,7 +285,7 @@ def _training(
 ) -> dict[str, int]:
     """Bytes of the fullest rank's part of a training, by kind."""
     on_gpu = device is not None or torch.cuda.is_available()
-    packed = bool(getattr(stage, "document_mask", not isinstance(stage, DistillConfig)))
+    packed = bool(getattr(stage, "document_mask", True))
     padded = number == 2 and device is not None and (packed or not device.cudnn)
     rows, length = _micro_batch(recipe, stage, cfg.max_seq_len)
     name, micro = schedules.of_step(recipe.layout.schedule, layout.pp, 2 * layout.pp)
@@ -338,7 +338,8 @@ def _beside(
 ) -> dict[str, int]:  # fmt: skip
     """Networks beside the trained one, in bytes."""
     count = _sizes(cfg, None)[0]
-    gathered = number * count * ((layout.pp, layout.ep) != (1, 1))
+    rollout = getattr(stage, "rollout", None)
+    gathered = number * count * ((layout.pp, layout.ep) != (1, 1) and rollout is not None and rollout.engine == "local")
     if isinstance(stage, DistillConfig):
         teachers = len({*stage.teachers.values(), *([stage.teacher] if stage.teacher else [])})
         return {"teachers": teachers * trained["weights"], "gathered": gathered}
@@ -346,11 +347,10 @@ def _beside(
         return {}
     beside = {"reference": trained["weights"] * (stage.kl.weight > 0 and stage.lora is None)}
     rounded = stage.rollout.precision == "bfloat16" and number == 4
-    if stage.rollout.engine == "local":
-        if gathered:
-            beside["gathered"] = gathered // 2 if rounded else gathered
-        elif rounded:
-            beside["rounded"] = 2 * count
+    if gathered:
+        beside["gathered"] = gathered // 2 if rounded else gathered
+    elif rounded and stage.rollout.engine == "local":
+        beside["rounded"] = 2 * count
     if stage.advantage.name == "critic":  # a score in place of the head, no MTP modules
         own = sum(trained[kind] for kind in ("weights", "gradients", "masters", "moments"))
         head = 0 if cfg.tie_embeddings else embedding_params(cfg)

@@ -25,7 +25,7 @@ from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import PROMPT, TRAINED, StageWork, answers
 from bessemer.rl import rollout
-from bessemer.rl.rollout import ScoredSample
+from bessemer.rl.rollout import Packing, ScoredSample
 from bessemer.rl.sampler import LocalSampler, Sampler, sampler_of
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, setup
@@ -114,6 +114,12 @@ class _Run:
             config, TrainingPlan(workers=workers, compute_dtype=dtype, counts_padding=False), ctx.state,
             stop=lambda: ctx.stop, model_config=student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
+        among, networks = self.trainer.collective, (self.trainer.model, *self.teachers.networks)
+        keep = ctx.share.merge({ctx.share.me: all([network.keeps_segments() for network in networks])})
+        self.packing = Packing(
+            config.micro_tokens, self.tokenizer.pad_id, "token", among.n_pipelines, among.row_multiple,
+            all(keep.values()),
+        )  # fmt: skip
         self.policy = self.sampler_model = runtime.whole(self.trainer)
         self.engine = self._sampler(Engine(self.policy.model, self.tokenizer, workers), source)
 
@@ -189,12 +195,11 @@ class _Run:
         for (task, _), group in zip(chosen, groups, strict=True):
             rows.setdefault(self.names.index(teacher_of(config, task.name)), []).extend(group)
         batches = [
-            replace(batch, teacher=teacher)
+            replace(self.packing.batch(part, part), teacher=teacher)
             for teacher, own in sorted(rows.items())
-            for batch in rollout.to_batches(
-                own, self.tokenizer.pad_id, config.micro_tokens, "token", self.trainer.collective.n_pipelines
-            )
+            for part in self.packing.parts(own)
         ]
+        self.policy.release()  # nobody samples during the update
         right = [row.verdict.correct for group in groups for row in group]
         return self.trainer.update(self.teachers.read(self.trainer, batches)) | {
             "distill/accuracy": sum(right) / len(right)
