@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hf_cases import made
 from safetensors.torch import load_file
 
@@ -224,6 +225,31 @@ def test_a_rank_without_rows_waits_and_a_killed_run_resumes(folder, tmp_path):
     assert status == 0 and "1 of 2 ranks without any" in log, log[-3000:]
     expected, actual = (metrics(tmp_path / name, "02-sft", "train/loss") for name in ("alone", "few"))
     assert len(expected) > 3 and actual == [pytest.approx(row, rel=1e-5) for row in expected]
+
+
+def test_the_experts_of_a_qwen3_moe_are_replayed_on_ranks_too(folder, tmp_path):
+    """Routing replay (R3): two ranks train as one process does, and their own choice is the sampler's."""
+    words = Tokenizer.train(["1 + 1 = 2"] * 8, 270)
+    shape = dict(
+        vocab_size=words.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24,
+        max_position_embeddings=512, initializer_range=0.2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shape)).save_pretrained(folder / "qwen3moe")
+    words.save(folder / "qwen3moe")
+    text = RECIPE.format(more='hooks = ["routing-replay"]').partition('[[stage]]\nkind = "distill"')[0]
+    (folder / "moe.toml").write_text(text.replace('model = "qwen2"', 'model = "qwen3moe"'))
+    names = ("rl/reward", "rl/grad_norm", "rl/kl", "rl/routing_disagreement", "rl/sampler_gap_max")
+    rows = []
+    for n in (1, 2):
+        status, log = run(folder, tmp_path / f"moe{n}", n, recipe="moe.toml")
+        assert status == 0, log[-3000:]
+        rows.append(metrics(tmp_path / f"moe{n}", "03-zero", *names))
+    one, two = rows
+    assert len(one) == len(two) == 3 and two[0][:3] == pytest.approx(one[0][:3], rel=1e-3), "then samples may differ"
+    assert all(row[3] < 0.02 and row[4] < 1e-4 for row in rows[0] + rows[1])
+    assert min(row[1] for row in rows[1]) > 0, "it trained"
 
 
 def test_lora_and_more_pretraining(folder, tmp_path):

@@ -161,7 +161,7 @@ class CallOptions:
     def check(self, model: LanguageModel) -> None:
         """UserError for options that do not go together or that the model cannot meet."""
         check_positive(samples=self.samples, max_new_tokens=self.max_new_tokens, batch_rows=self.batch_rows)
-        if self.record_routing and all(layer.dense for layer in model.layers):
+        if self.record_routing and not model.routes:
             raise UserError("record_routing: no layer of this model has routed experts; leave it off")
         if check_drafts(model, self.drafts) and self.record_routing:
             raise UserError("record_routing and drafts cannot be combined; leave one of them off")

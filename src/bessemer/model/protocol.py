@@ -125,6 +125,11 @@ class LanguageModel(nn.Module):
         """Makes training recompute these phases of `layers` in backward."""
         raise UserError("recompute is for models of the DeepSeek V3 family; leave it out")
 
+    @property
+    def routes(self) -> bool:
+        """Whether its tokens go to routed experts, which can be recorded and replayed."""
+        return not all(layer.dense for layer in self.layers)
+
     def chosen_experts(self, tokens_BT: Tensor, segments: Segments = None) -> Tensor:
         """The experts that the gates choose without replay, [B, T, L, K]."""
         raise NotImplementedError

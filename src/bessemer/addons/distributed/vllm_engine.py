@@ -21,7 +21,7 @@ import os
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,7 +67,8 @@ class VLLMEngine:
     """One vLLM engine over `gpus` GPUs."""
 
     def __init__(self, directory: Path, gpus: int, options: VLLMOptions = DEFAULTS) -> None:
-        if mla_off(json.loads((directory / "config.json").read_text(encoding="utf-8"))):
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if mla_off(config):
             os.environ.setdefault(MLA_OFF, "1")  # read when the engine is created
         system.without_segments()  # its memory pool, if it sleeps, refuses them
         if not gpus:
@@ -83,6 +84,7 @@ class VLLMEngine:
         self.params = SamplingParams
         self.tokenizer = load_tokenizer(directory)
         self.cfg = own_config(directory)
+        self.routed = self.cfg or routed_sizes(config)
         mapped = bool(gpus) and not options.lora_rank and transfers(LLM)
         self.kind = LLM
         self.arguments = {**llm_arguments(gpus, options), **settings(mapped), "tokenizer": str(directory)}
@@ -163,12 +165,30 @@ class VLLMEngine:
             logprobs=logprobs,
             finish_reason="stop" if output.finish_reason == "stop" else "length",
             prompt_tokens=len(request.prompt),
-            routing=routing_of(output, self.cfg, len(request.prompt)) if batch.record_routing else None,
+            routing=routing_of(output, self.routed, len(request.prompt)) if batch.record_routing else None,
             kept=kept_of(output) if batch.record_kept else None,
         )
 
 
-def routing_of(output: Any, cfg: ModelConfig | None, prompt_tokens: int) -> Tensor:
+class RoutedSizes(NamedTuple):
+    """The part of `ModelConfig` that `routing_of` needs, of a model of another family."""
+
+    n_layers: int
+    n_dense_layers: int
+    n_routed_experts: int
+    n_activated_experts: int
+
+
+def routed_sizes(config: Mapping[str, Any]) -> RoutedSizes | None:
+    """Of a config.json; None if its dense layers do not come first, or if it has no experts."""
+    layers, dense = int(config.get("num_hidden_layers", 0)), config.get("mlp_only_layers") or []
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    if not experts or config.get("decoder_sparse_step", 1) != 1 or sorted(dense) != [*range(len(dense))]:
+        return None
+    return RoutedSizes(layers, len(dense), int(experts), int(config["num_experts_per_tok"]))
+
+
+def routing_of(output: Any, cfg: ModelConfig | RoutedSizes | None, prompt_tokens: int) -> Tensor:
     """`Completion.routing` of a `vllm.outputs.CompletionOutput`, which has the experts [T, L, K] of all tokens but the
     last, in every layer, with zeros in dense ones. UserError if they are not there."""
     experts = getattr(output, "routed_experts", None)

@@ -29,6 +29,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from bessemer.addons.families.routed import recording, replay, routers_of
 from bessemer.addons.families.text_limits import LIMITS, longest_text
 from bessemer.data.chat import render_ids
 from bessemer.data.fingerprints import check_finished
@@ -71,13 +72,10 @@ class CausalLMConfig(BaseModel):
     """Decoder layers."""
     max_seq_len: int
     """Longest supported sequence (`text_limits.longest_text`)."""
+    n_routed_experts: int = 0
+    """Experts of a router that can be replayed (`routed`); 0: there is none."""
     n_mtp: int = 0
     """MTP modules: none."""
-
-    @property
-    def n_routed_experts(self) -> int:
-        """Of gates of our own: none."""
-        return 0
 
     def require_latent(self, what: str) -> None:
         """Attention is not our own."""
@@ -108,7 +106,8 @@ class CausalLM(LanguageModel):
         self.inner = inner
         self.recomputed: list[nn.Module] = []
         """Layers whose activations backward computes again."""
-        self.cfg = _config_of(inner, self.head_layer)
+        self.routers = routers_of(inner)
+        self.cfg = _config_of(inner, self.head_layer, self.routers)
         accepted = inspect.signature(inner.base_model.forward).parameters
         self.cache_word = "cache" if "cache" in accepted else "past_key_values"
         """Name of the KV cache argument in this version of transformers."""
@@ -153,8 +152,16 @@ class CausalLM(LanguageModel):
             parameter.data = parameter.data.to(dtype)
         return self
 
-    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, /, **cached: object) -> Tensor:
+    @property
+    def routes(self) -> bool:
+        return bool(self.routers)
+
+    def hidden(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, choice_BTLK: Tensor | None = None, /,
+        **cached: object,
+    ) -> Tensor:  # fmt: skip
         """Hidden states ready for the head, [B, T, D]. A position of 0 starts a new segment."""
+        replay(self.routers, choice_BTLK)
         out = self.inner.base_model(input_ids=tokens_BT, position_ids=positions_BT, use_cache=bool(cached), **cached)
         return out.last_hidden_state
 
@@ -165,10 +172,16 @@ class CausalLM(LanguageModel):
     def train_outputs(
         self, tokens_BT: Tensor, segments: Segments = None, mtp: bool = False, choice_BTLK: Tensor | None = None
     ) -> TrainOutputs:
-        """Without MTP depths and without a balance term; no experts are replayed."""
-        assert choice_BTLK is None, "a model without layers of our own has no experts to replay"
-        hidden_BTD = self.hidden(tokens_BT, _positions(segments))
+        """Without MTP depths and without a balance term."""
+        assert choice_BTLK is None or self.routes, "no router can be replayed"
+        hidden_BTD = self.hidden(tokens_BT, _positions(segments), choice_BTLK)
         return TrainOutputs(hidden_BTD, [], torch.zeros((), device=tokens_BT.device))
+
+    @torch.no_grad()
+    def chosen_experts(self, tokens_BT: Tensor, segments: Segments = None) -> Tensor:
+        with recording(self.routers) as chosen:
+            self.train_outputs(tokens_BT, segments)
+        return torch.stack(chosen, 1).unflatten(0, tokens_BT.shape)
 
     @torch.no_grad()
     def keeps_segments(self) -> bool:
@@ -452,7 +465,7 @@ def _read(directory: Path, dtype: torch.dtype | None, kind: str) -> Any:
     return inner
 
 
-def _config_of(inner: Any, head: Any) -> CausalLMConfig:
+def _config_of(inner: Any, head: Any, routers: Sequence[Any]) -> CausalLMConfig:
     config = inner.config
     kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION
     if kinds or getattr(inner, "_is_stateful", False):
@@ -466,6 +479,7 @@ def _config_of(inner: Any, head: Any) -> CausalLMConfig:
     return CausalLMConfig(
         model_type=config.model_type, vocab_size=rows, dim=dim, n_layers=config.num_hidden_layers,
         max_seq_len=longest_text(config.to_dict() | limits),
+        n_routed_experts=max((router.num_experts for router in routers), default=0),
     )  # fmt: skip
 
 

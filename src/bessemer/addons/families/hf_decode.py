@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from bessemer.addons.families.causal_lm import CausalLM
+from bessemer.addons.families.routed import recording
 from bessemer.engine.kv_cache import PromptPages, indices
 from bessemer.engine.steps import ForwardOutput, PrefillChunk, RoutingTrace, StepBackend
 
@@ -49,7 +50,11 @@ class ForeignSteps(StepBackend):
         device = self.model.embed.weight.device
         longest = max(chunk.end for chunk in chunks)
         tokens_PT = indices([[*chunk.prompt.ids, *[0] * (longest - chunk.end)] for chunk in chunks], device)
-        hidden_PTD = self._hidden(tokens_PT, cache.for_prompts([chunk.prompt for chunk in chunks]))
+        with recording(self.model.routers) as chosen:
+            hidden_PTD = self._hidden(tokens_PT, cache.for_prompts([chunk.prompt for chunk in chunks]))
+        if trace is not None:
+            for chunk, expert_TLK in zip(chunks, torch.stack(chosen, 1).unflatten(0, tokens_PT.shape), strict=True):
+                chunk.prompt.routing.append(expert_TLK[: chunk.end].to(trace.dtype))
         last_P = indices([chunk.end - 1 for chunk in chunks], device)
         return self._logits(hidden_PTD[torch.arange(len(chunks), device=device), last_P])
 
@@ -58,7 +63,10 @@ class ForeignSteps(StepBackend):
     ) -> ForwardOutput:
         """One token per row."""
         visible_BS = cache.start_step(position_B)
-        hidden_BTD = self._hidden(token_BT, cache, position_B[:, None], attention_mask=visible_BS)
+        with recording(self.model.routers) as chosen:
+            hidden_BTD = self._hidden(token_BT, cache, position_B[:, None], attention_mask=visible_BS)
+        for expert_NK in chosen if trace is not None else ():
+            trace.add_layer(expert_NK)
         return ForwardOutput(hidden_BTD, self._logits(hidden_BTD[:, 0]).unsqueeze(1))
 
     @torch.no_grad()

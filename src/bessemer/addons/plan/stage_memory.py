@@ -488,10 +488,11 @@ def without_rows(recipe: Recipe, stage: StageConfig, world: int | None = None) -
 
 def unsupported(recipe: Recipe, stage: StageConfig) -> str | None:
     """What a stage asks of a model of another family that only V3's has; None if there is nothing."""
-    if _network(recipe, stage)[1] is None or not isinstance(stage, RLConfig):
+    model = _network(recipe, stage)[1]
+    if model is None or not isinstance(stage, RLConfig):
         return None
-    if any(hook.name == "routing-replay" for hook in stage.hooks):
-        return f'stage "{stage.name}": routing-replay replays the experts of the DeepSeek V3 family; leave the hook out'
+    if any(hook.name == "routing-replay" for hook in stage.hooks) and not model.experts:
+        return f'stage "{stage.name}": routing-replay has nothing to replay in a dense model; leave the hook out'
     if stage.advantage.name == "critic" and recipe.layout.fewest > 1:
         return f'stage "{stage.name}": a critic of another family is trained by one process; leave [layout] out'
     return None

@@ -29,8 +29,8 @@ class RoutingReplay(Component):
     everywhere = False
 
     def __init__(self, loop: LoopParts) -> None:
-        self.policy, model = loop.policy, loop.policy.model
-        if all(layer.dense for layer in model.layers):
+        self.policy = loop.policy
+        if not loop.policy.model.routes:
             raise UserError(
                 f'stage "{loop.settings.name}": routing-replay has nothing to replay: no layer of this model has '
                 "routed experts; leave the hook out"
