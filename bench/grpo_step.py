@@ -101,7 +101,9 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
         generated = time.perf_counter() - begin
         reward.score(groups)
         advantage.assign(groups)
-        batches = rollout.to_batches([row for group in groups for row in group], tokenizer.pad_id, 4096, "sequence")
+        packing = rollout.Packing(4096, tokenizer.pad_id, "sequence")
+        parts = packing.parts([row for group in groups for row in group])
+        batches = [packing.batch(part, part) for part in parts]
         reference.before_step(batches)
         trainer.update(batches)
         lengths = {len(row.completion.tokens) for group in groups for row in group}

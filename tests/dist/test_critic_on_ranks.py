@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from completions import completion
 from ranks import on_ranks
+from rl_parts import to_batches
 from test_executor import CFG
 
 from bessemer.addons.distributed import zero1
@@ -20,7 +21,6 @@ from bessemer.addons.distributed.whole import GatheredModel, gather_into
 from bessemer.addons.r1.critic import Critic
 from bessemer.config.rl import RLConfig
 from bessemer.model.transformer import Scorer, Transformer
-from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
@@ -84,9 +84,7 @@ class Run:
         self.critic.assign(rows)
         flat = [row for group in rows for row in group]
         for part in (flat[::2], flat[1::2]):
-            batches = rollout.to_batches(
-                part, PAD, SETTINGS.micro_tokens, "sequence", self.policy.collective.n_pipelines
-            )
+            batches = to_batches(part, PAD, SETTINGS.micro_tokens, "sequence", self.policy.collective.n_pipelines)
             own = list(self.policy.collective.mine(batches))
             self.critic.before_step(own)
             self.policy.update(own)

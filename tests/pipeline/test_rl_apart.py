@@ -81,10 +81,9 @@ def close(one, other):
     for a, b in zip(one, other, strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            # rl/mtp_1 is measured on the first micro-batch of every rank, so on other rows
-            if not any(
-                word in name for word in ("seconds", "time/", "memory", "per_second", "rl/sampler", "gpu/", "mtp")
-            ):
+            # measured on the first micro-batch of every rank, so on other rows: rl/mtp_1, rl/routing_disagreement
+            other = ("seconds", "time/", "memory", "per_second", "rl/sampler", "gpu/", "mtp", "disagreement")
+            if not any(word in name for word in other):
                 assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), name
 
 
@@ -109,6 +108,24 @@ def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, t
     assert 0 < moved <= rows and (moved == rows or layout not in ("layout.pp=2", "layout.cp=2")), (
         "each goes once to each that trains it"
     )
+
+
+STALE = (f"zero.{rl_stage.AHEAD_CORRECTED}", f"zero.{rl_stage.COIN}", "zero.lr=3e-3", "zero.rollouts=3")
+
+
+@pytest.fixture(scope="module")
+def corrected(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corrected")
+    return trained(0, base, folder, in_folder(folder, *STALE))[0]
+
+
+@pytest.mark.parametrize("layout", ["layout.pp=2", "layout.ep=2", "layout.cp=2"])
+def test_importance_weights_come_from_the_shards(base, corrected, tmp_path, layout):
+    """Of a policy that is two steps further than the sampler's, with the sampler's experts."""
+    results = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, layout, *STALE))
+    weights = [line["rl/correction_weight"] for line in corrected if "rl/correction_weight" in line]
+    assert len(weights) == 3 and max(abs(weight - 1) for weight in weights) > 1e-3, weights
+    close(results[0][0], corrected)
 
 
 @pytest.mark.parametrize("change", [f"zero.{rl_stage.COIN}", f"zero.{rl_stage.AHEAD}", 'zero.hooks=["export-samples"]'])

@@ -8,6 +8,7 @@ import signal
 import pytest
 import rl_stage
 import torch
+from rl_parts import policy_logprobs, to_batches
 from test_rl_queue import killed_at, leaves
 from test_rl_ray import TIMES
 
@@ -17,8 +18,6 @@ from bessemer.addons.distributed.ray_sampler import RaySampler
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
-from bessemer.rl.losses import policy_logprobs
-from bessemer.rl.rollout import to_batches
 from bessemer.rl.sampler import ReadySamples
 from bessemer.runs.context import Interrupted
 from bessemer.train import checkpoint, setup

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from rl_parts import LOSSES, loss_of
+from rl_parts import LOSSES, loss_of, policy_logprobs
 from train_config import train_config
 
 from bessemer.addons.r1.critic import ValueLoss
@@ -18,7 +18,7 @@ from bessemer.data.batch import Batch
 from bessemer.model.config import preset
 from bessemer.model.segments import Packed
 from bessemer.model.transformer import Scorer, Transformer
-from bessemer.rl.losses import GRPO, policy_logprobs
+from bessemer.rl.losses import GRPO
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 

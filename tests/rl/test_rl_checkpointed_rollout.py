@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from rl_parts import reward
+from rl_parts import reward, to_batches
 
 from bessemer import tasks
 from bessemer.addons.distributed.sample_ahead import pack, unpack
@@ -55,7 +55,7 @@ def test_nothing_is_lost(groups, record_routing, tmp_path):
                 assert torch.equal(mine, reference) and mine.dtype == reference.dtype == torch.int32
         else:
             assert one.routing is other.routing is one.kept is other.kept is None
-    laid = [rollout.to_batches([row for group in g for row in group], 2, 100, "token") for g in (original, restored)]
+    laid = [to_batches([row for group in g for row in group], 2, 100, "token") for g in (original, restored)]
     for one, other in zip(*laid, strict=True):
         assert all(torch.equal(one.extras[name], other.extras[name]) for name in one.extras)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from completions import completion
-from rl_parts import assign, reward
+from rl_parts import assign, policy_logprobs, reward, to_batches
 
 from bessemer import tasks
 from bessemer.addons.distributed.sample_ahead import pack, unpack
@@ -26,7 +26,7 @@ from bessemer.engine.answers import PlayedEpisode, played
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.rl import rollout
-from bessemer.rl.losses import GRPO, policy_logprobs
+from bessemer.rl.losses import GRPO
 from bessemer.rl.monitor import rollout_metrics
 from bessemer.tasks.base import Problem, Verdict
 
@@ -193,7 +193,7 @@ def test_what_the_model_wrote_and_nothing_else_is_trained_on(model, tokenizer, o
         assert not any(read) and row.completion.routing.shape[0] == len(row.prompt_tokens) + at - 1
         row.advantage = 1.0
     for normalise in ("sequence", "token"):
-        for batch in rollout.to_batches(rows, tokenizer.pad_id, 400, normalise):
+        for batch in to_batches(rows, tokenizer.pad_id, 400, normalise):
             logp_BT = policy_logprobs(model, batch, 0.8)
             own_BT = batch.loss_BT > 0
             # the sampler's log-probabilities are the network's on the whole conversation
@@ -201,7 +201,7 @@ def test_what_the_model_wrote_and_nothing_else_is_trained_on(model, tokenizer, o
             assert not batch.extras["advantage_BT"][~own_BT].any()
             if normalise == "sequence":
                 torch.testing.assert_close(batch.loss_BT.sum(1), torch.ones(batch.n_rows))
-    assert sum(b.n_loss_tokens for b in rollout.to_batches(rows, 2, 400, "token")) == sum(row.length for row in rows)
+    assert sum(b.n_loss_tokens for b in to_batches(rows, 2, 400, "token")) == sum(row.length for row in rows)
     values = metrics_of(groups)
     assert values["rl/turns"] > 1 and values["rl/length"] == sum(row.length for row in rows) / len(rows)
 
@@ -212,7 +212,7 @@ def test_the_gradient_matches_that_of_the_same_tokens_masked_by_hand(model, toke
     rows = [row for group in groups for row in group]
     for n, row in enumerate(rows):
         row.advantage = (-1.0) ** n
-    [batch] = rollout.to_batches(rows, tokenizer.pad_id, 10_000, "token")
+    [batch] = to_batches(rows, tokenizer.pad_id, 10_000, "token")
     loss = GRPO(kl=0.0)(model, batch)
     total = 0.0
     for row in rows:
@@ -313,7 +313,7 @@ def test_an_environment_that_fails_costs_its_own_episodes_alone(tokenizer):
     paid.score(mixed)
     assert failed[0].reward == sum(row.reward for row in sound) / 2
     assign(mixed, "group")
-    [batch] = rollout.to_batches(mixed[0], 2, 10_000, "sequence")
+    [batch] = to_batches(mixed[0], 2, 10_000, "sequence")
     assert int((batch.loss_BT.sum(1) == 0).sum()) == 1 and abs(failed[0].advantage) < 1e-5
     assert metrics_of(groups)["rl/episodes_failed"] == 2
     with pytest.raises(UserError, match=r"every episode \(the server died\); fix it"):
@@ -381,7 +381,7 @@ def test_a_checkpoint_holds_the_turns(model, tokenizer, often):
         r.turns for g in groups for r in g
     ]
     rows, others = ([row for group in which for row in group] for which in (groups, restored))
-    for one, other in zip(*(rollout.to_batches(which, 2, 300, "token") for which in (rows, others)), strict=True):
+    for one, other in zip(*(to_batches(which, 2, 300, "token") for which in (rows, others)), strict=True):
         assert torch.equal(one.loss_BT, other.loss_BT)
         assert all(torch.equal(one.extras[name], other.extras[name]) for name in one.extras)
 

@@ -6,17 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rl_parts import loss_of
+from rl_parts import collective_of, loss_of, policy_logprobs, reference_logprobs, to_batches
 
 from bessemer.addons.r1.correction import ImportanceCorrection
 from bessemer.addons.watch.text_metrics import counts_of, text_metrics
 from bessemer.engine.engine import Engine
-from bessemer.rl import rollout
-from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
+from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.train.runtime import Whole
-from bessemer.workers import Workers
 
 PROMPTS, PAD, T = [[0, 9, 8], [0, 40], [0, *range(5, 30)]], 2, 0.9
 CALL = dict(samples=6, max_new_tokens=40, seed=2, temperature=T, top_p=0.8)
@@ -61,7 +58,7 @@ def naive(model, row):
 
 @pytest.mark.parametrize("max_tokens", [50, 10_000])
 def test_the_policy_that_sampled_has_ratio_one_with_the_mask_alone(model, rows, max_tokens):
-    for batch in rollout.to_batches(rows, PAD, max_tokens, "token"):
+    for batch in to_batches(rows, PAD, max_tokens, "token"):
         trained, old = batch.loss_BT > 0, batch.extras["old_logp_BT"]
         gap = (policy_logprobs(model, batch, T) - old)[trained].abs()
         assert gap.mean() < 1e-6 and gap.max() < 6e-6, "rounding"
@@ -77,7 +74,7 @@ def test_loss_entropy_divergence_and_gradients_equal_float64(make_model, rows):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    batches = rollout.to_batches(rows, PAD, 300, "token")
+    batches = to_batches(rows, PAD, 300, "token")
     total = entropy = kl = 0.0
     for batch in batches:
         batch.extras["ref_logp_BT"] = reference_logprobs(reference, batch, T)
@@ -102,8 +99,9 @@ def test_loss_entropy_divergence_and_gradients_equal_float64(make_model, rows):
 
 
 def test_a_correction_weighs_policies_on_the_same_tokens(make_model, rows):
-    loop = SimpleNamespace(policy=Whole(make_model(3)), workers=Workers(), settings=SimpleNamespace(temperature=T))
-    batches = rollout.to_batches(rows, PAD, 300, "token")
+    trainer = SimpleNamespace(collective=collective_of(make_model(3)))
+    loop = SimpleNamespace(trainer=trainer, settings=SimpleNamespace(temperature=T))
+    batches = to_batches(rows, PAD, 300, "token")
     values = ImportanceCorrection(loop, form="token-truncate").before_updates(batches)
     assert values["rl/correction_weight"] == pytest.approx(1.0, abs=1e-6)
 

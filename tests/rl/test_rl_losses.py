@@ -9,15 +9,14 @@ from collections import namedtuple
 import pytest
 import torch
 from completions import completion
-from rl_parts import LOSSES, loss_of
+from rl_parts import LOSSES, loss_of, reference_logprobs, to_batches
 from torch import nn
 
 from bessemer.data.batch import Batch
 from bessemer.model.transformer import TrainOutputs
-from bessemer.rl import rollout
 from bessemer.rl.algorithms import Surrogate
 from bessemer.rl.algorithms.grpo import compared as group_advantages
-from bessemer.rl.losses import GRPO, k3, reference_logprobs
+from bessemer.rl.losses import GRPO, k3
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.objective import means
@@ -284,7 +283,7 @@ def test_every_surrogate_and_normalisation_against_enumeration(start, name, norm
     sampler, reference, logits = table(4), table(5), table(start).requires_grad_()
     model = Table(logits.detach())
     objective = GRPO(loss_of(name), 0.05, constant=20 if normalise == "constant" else 0)
-    batches = rollout.to_batches(outputs_of(sampler), 0, 12, normalise)
+    batches = to_batches(outputs_of(sampler), 0, 12, normalise)
     assert len(batches) > 1
     losses = []
     for batch in batches:
@@ -318,7 +317,7 @@ def test_only_the_mean_over_outputs_of_means_leans_towards_short_ones(normalise)
     output does not (Dr. GRPO 3.1)."""
     sampler = table(4)
     model = Table(sampler)
-    (batch,) = rollout.to_batches(outputs_of(sampler), 0, 10_000, normalise)
+    (batch,) = to_batches(outputs_of(sampler), 0, 10_000, normalise)
     batch.loss_BT = batch.loss_BT * batch.extras["old_logp_BT"].sum(1, keepdim=True).exp()
     GRPO(kl=0.0)(model, batch).total.backward()
     logits = sampler.clone().requires_grad_()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from completions import completion
 from hf_cases import made
 from hypothesis import given
 from hypothesis import strategies as st
-from rl_parts import loss_of
+from rl_parts import collective_of, loss_of, policy_logprobs, reference_logprobs, to_batches
 
 from bessemer.addons.families.causal_lm import CausalLM
 from bessemer.addons.r1.correction import ImportanceCorrection
@@ -18,13 +19,10 @@ from bessemer.addons.r1.off_policy_mask import off_policy_mask
 from bessemer.engine.answers import Spoken
 from bessemer.engine.engine import Engine
 from bessemer.engine.kept_tokens import KeptTokens
-from bessemer.rl import rollout
-from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
+from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout import Packing, ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train import balance
-from bessemer.train.runtime import Whole
-from bessemer.workers import Workers
 
 PAD, T = 2, 0.9
 PROMPTS = [[0, 9, 8], [0, 40], [0, *range(5, 30)]]
@@ -75,7 +73,7 @@ def policy(make_model, **fields):
 
 def layouts(samples, normalise="sequence", max_tokens=160):
     """(the batches of padded rows, those of packed rows)."""
-    padded, packed = (rollout.to_batches(samples, PAD, max_tokens, normalise, packs=packs) for packs in (False, True))
+    padded, packed = (to_batches(samples, PAD, max_tokens, normalise, packs=packs) for packs in (False, True))
     assert any(batch.samples is not None and batch.samples > batch.n_rows for batch in packed)
     assert sum(batch.tokens_BT.numel() for batch in packed) < sum(batch.tokens_BT.numel() for batch in padded)
     return padded, packed
@@ -167,9 +165,8 @@ def test_log_probabilities_are_those_of_each_sample_alone(make_model, samples):
 @pytest.mark.parametrize("form", ["token-truncate", "sequence-mask"])
 def test_importance_weights_are_per_sample(make_model, samples, form):
     """Weights of a sample depend on its own tokens alone, however rows are laid out."""
-    loop = type("Loop", (), {})()
-    loop.policy, loop.workers = Whole(policy(make_model).eval()), Workers()
-    loop.settings = type("Settings", (), {"temperature": T})()
+    trainer = SimpleNamespace(collective=collective_of(policy(make_model)))
+    loop = SimpleNamespace(trainer=trainer, settings=SimpleNamespace(temperature=T))
     found = []
     for batches in layouts(samples):
         metrics = ImportanceCorrection(loop, form=form, cap=1.2).before_updates(batches)
@@ -191,7 +188,7 @@ def test_a_critic_s_values_and_loss_are_those_of_padded_rows(make_model, samples
         value_N = values(critic, packing.batch(part, part))
         for sample in (sample for row in part for sample in row):  # the order in which the critic reads them
             own_N, value_N = value_N.split([len(sample.trained_N), len(value_N) - len(sample.trained_N)])
-            alone = rollout.to_batches([sample], PAD, 10_000, "token")[0]
+            alone = to_batches([sample], PAD, 10_000, "token")[0]
             assert torch.allclose(own_N, values(critic, alone), atol=1e-6)
 
 
@@ -210,7 +207,7 @@ def test_loads_count_each_episode_up_to_its_last_trained_token(make_model):
     a row either."""
     episodes = [episode(3, [4, 2, 5, 6]), episode(2, [3, 3]), episode(4, [2, 2], "broken"), episode(1, [2, 1, 3])]
     model, objective = policy(make_model), GRPO(loss_of(), 0.0)
-    batches = [rollout.to_batches(episodes, PAD, 10_000, "sequence", packs=packs) for packs in (False, True)]
+    batches = [to_batches(episodes, PAD, 10_000, "sequence", packs=packs) for packs in (False, True)]
     assert batches[1][0].samples == 4 and batches[1][0].n_rows < 4
     padded, packed = (summed(model, objective, of_layout) for of_layout in batches)
     equal(packed, padded, 1e-6)
@@ -244,7 +241,7 @@ def test_padding_of_answers_of_mixed_lengths_nearly_vanishes():
     tokens = sum(20 + len(sample.completion.tokens) for sample in samples)
 
     def padding(packs):
-        return 1 - tokens / sum(b.tokens_BT.numel() for b in rollout.to_batches(samples, PAD, 4096, "token", 1, packs))
+        return 1 - tokens / sum(b.tokens_BT.numel() for b in to_batches(samples, PAD, 4096, "token", 1, packs))
 
     assert padding(True) < 0.02 < 0.04 < padding(False)
 

@@ -5,18 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rl_parts import loss_of
+from rl_parts import collective_of, loss_of, policy_logprobs, reference_logprobs, to_batches
 
 from bessemer.addons.r1.correction import ImportanceCorrection
 from bessemer.addons.r1.routing_replay import routing_disagreement
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Engine
-from bessemer.rl import rollout
-from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
+from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.train.runtime import Whole
-from bessemer.workers import Workers
 
 PROMPTS, PAD = [[0, 9, 8], [0, 40], [0, *range(5, 30)]], 2
 LAYERS, K = 1, 2
@@ -42,7 +39,7 @@ def sampled(tokenizer):
 def gaps(model, rows, see=lambda batch: batch):
     """|log pi - log pi_sampler| of every trained token."""
     values = []
-    for batch in rollout.to_batches(rows, PAD, 10_000, "token"):
+    for batch in to_batches(rows, PAD, 10_000, "token"):
         gap = policy_logprobs(model, see(batch), 1.0) - batch.extras["old_logp_BT"]
         values.append(gap[batch.loss_BT > 0].abs())
     return torch.cat(values)
@@ -66,7 +63,7 @@ def disturbed(model, size=0.02):
 def test_a_batch_holds_what_every_fed_token_chose(sampled, model, max_tokens):
     rows = sampled(model)
     count = 0
-    for batch in rollout.to_batches(rows, PAD, max_tokens, "token"):
+    for batch in to_batches(rows, PAD, max_tokens, "token"):
         choice = batch.extras["choice_BTLK"]
         assert choice.dtype == torch.int16 and choice.shape == (*batch.tokens_BT.shape, LAYERS, K)
         for tokens, mine in zip(batch.tokens_BT.tolist(), choice, strict=True):
@@ -83,7 +80,7 @@ def mine_tokens(row):
 
 
 def test_without_a_record_there_is_nothing_to_replay(sampled, model):
-    for batch in rollout.to_batches(sampled(model, record_routing=False), PAD, 10_000, "token"):
+    for batch in to_batches(sampled(model, record_routing=False), PAD, 10_000, "token"):
         assert "choice_BTLK" not in batch.extras
 
 
@@ -106,12 +103,12 @@ def test_replay_closes_what_other_choices_opened(make_model, sampled, sampler, s
     model = make_model(seed)
     replayed, free = gaps(model, rows), gaps(model, rows, without)
     assert replayed.max() < 0.2 * free.max() and replayed.mean() < 0.9 * free.mean()
-    (batch,) = rollout.to_batches(rows, PAD, 10_000, "token")
+    (batch,) = to_batches(rows, PAD, 10_000, "token")
     assert 0 < routing_disagreement(model, batch) < 0.2
 
 
 def test_disagreement_counts_pairs_of_token_and_layer(sampled, model):
-    (batch,) = rollout.to_batches(sampled(model), PAD, 10_000, "token")
+    (batch,) = to_batches(sampled(model), PAD, 10_000, "token")
     choice = batch.extras["choice_BTLK"]
     pairs = int((choice[..., 0] >= 0).sum())
     assert routing_disagreement(model, batch) * pairs == pytest.approx(0, abs=1)  # a rounding error may flip one
@@ -128,7 +125,7 @@ def test_disagreement_counts_pairs_of_token_and_layer(sampled, model):
 def test_the_objective_replays_and_its_gradient_reaches_the_router(make_model, sampled):
     """If the router moved, the policy's ratios use the recorded experts; the reference routes by itself."""
     rows, model = sampled(disturbed(make_model(3)), stop_ids=[]), make_model(3)
-    (batch,) = rollout.to_batches(rows, PAD, 10_000, "token")
+    (batch,) = to_batches(rows, PAD, 10_000, "token")
     model.train()
     loss = GRPO(loss_of(), 0.0)(model, batch)
     loss.total.backward()
@@ -146,8 +143,9 @@ def test_the_objective_replays_and_its_gradient_reaches_the_router(make_model, s
 
 def test_a_rank_with_nothing_to_correct_has_no_weight_in_the_metrics(sampled, model):
     """Fillers count nowhere, but still need the objective's tensors."""
-    (batch,) = rollout.to_batches(sampled(model), PAD, 10_000, "token")
-    loop = SimpleNamespace(policy=Whole(model), workers=Workers(), settings=SimpleNamespace(temperature=1.0))
+    (batch,) = to_batches(sampled(model), PAD, 10_000, "token")
+    trainer = SimpleNamespace(collective=collective_of(model))
+    loop = SimpleNamespace(trainer=trainer, settings=SimpleNamespace(temperature=1.0))
     correction, filler = ImportanceCorrection(loop, form="token-truncate"), batch.as_filler()
     assert correction.before_updates([filler]) == {"rl/correction_weight": 0.0, "rl/correction_cut": 0.0}
     assert correction.before_updates([batch]) == {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from completions import completion
-from rl_parts import reward
+from rl_parts import reward, to_batches
 
 from bessemer import tasks
 from bessemer.data.chat import jinja, render_ids
@@ -53,7 +53,7 @@ def test_problems_take_the_tasks_in_turn_and_follow_from_their_number():
 def test_a_batch_holds_every_token_where_it_belongs(normalise):
     rows = some_rows()
     lines = []
-    for batch in rollout.to_batches(rows, PAD, 60, normalise):
+    for batch in to_batches(rows, PAD, 60, normalise):
         for b in range(batch.n_rows):
             lines.append([values[b].tolist() for values in (batch.tokens_BT, batch.loss_BT, *batch.extras.values())])
             assert list(batch.extras) == ["advantage_BT", "old_logp_BT"]
@@ -125,9 +125,9 @@ def test_every_pipeline_has_as_many_parts_as_far_as_there_are_rows(max_tokens, n
 def test_rows_for_a_gpu_have_few_lengths(monkeypatch):
     """The tokens and loss weights are the same, padded up to a multiple of BUCKET."""
     rows = some_rows()
-    plain = rollout.to_batches(rows, PAD, 10_000, "token")[0]
+    plain = to_batches(rows, PAD, 10_000, "token")[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    padded = rollout.to_batches(rows, PAD, 10_000, "token")[0]
+    padded = to_batches(rows, PAD, 10_000, "token")[0]
     width = plain.tokens_BT.shape[1]
     assert padded.tokens_BT.shape[1] % rollout.BUCKET == 0 and 0 <= padded.tokens_BT.shape[1] - width < rollout.BUCKET
     assert torch.equal(padded.tokens_BT[:, :width], plain.tokens_BT) and (padded.tokens_BT[:, width:] == PAD).all()

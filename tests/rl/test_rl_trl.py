@@ -28,13 +28,12 @@ import pytest
 import torch
 from completions import completion
 from datasets import Dataset
-from rl_parts import loss_of
+from rl_parts import loss_of, to_batches
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from trl import GRPOConfig, GRPOTrainer
 
 from bessemer.addons.r1.off_policy_mask import off_policy_mask
-from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
@@ -130,7 +129,7 @@ class Rollout:
                 for prompt, answer, logp, advantage
                 in zip(self.prompts, self.answers, logprobs, self.advantage, strict=True)
             ]  # fmt: skip
-            return rollout.to_batches(rows, PAD, 10_000, normalise)
+            return to_batches(rows, PAD, 10_000, normalise)
 
         ((batch,), (reference,)) = batches(self.old), batches(self.ref)
         batch.extras["ref_logp_BT"] = reference.extras["old_logp_BT"]

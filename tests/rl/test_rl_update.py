@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 import torch
-from rl_parts import loss_of
+from rl_parts import loss_of, reference_logprobs, to_batches
 from train_config import train_config
 
-from bessemer.rl import rollout
 from bessemer.rl.algorithms.grpo import compared as group_advantages
-from bessemer.rl.losses import GRPO, reference_logprobs
+from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.trainer import Trainer
@@ -83,10 +82,10 @@ def close(got, expected):
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
 def test_an_update_does_not_depend_on_how_its_rows_were_cut(rows, update, normalise):
-    whole = update(rollout.to_batches(rows, PAD, 10_000, normalise))
+    whole = update(to_batches(rows, PAD, 10_000, normalise))
     assert whole[2][1]["train/ratio"] != pytest.approx(1.0, abs=1e-4), "the second update is off policy"
     for max_tokens in (1, 50):
-        cut = rollout.to_batches(rows, PAD, max_tokens, normalise)
+        cut = to_batches(rows, PAD, max_tokens, normalise)
         assert len(cut) > 2
         close(update(cut), whole)
 
@@ -97,7 +96,7 @@ def test_an_update_is_the_same_bits_on_one_process_and_on_two(rows, make_model, 
     reference, found = make_model(8).eval(), []
     for n in (1, 2):
         run = trainer(make_model(3), GRPO(loss_of(surrogate), 0.001), workers=n)
-        batches = with_reference(rollout.to_batches(rows, PAD, 50, "sequence"), reference)
+        batches = with_reference(to_batches(rows, PAD, 50, "sequence"), reference)
         assert len(batches) >= 5
         logged = [run.update(batches) for _ in range(3)]
         run.plan.workers.stop()
@@ -112,7 +111,7 @@ def test_both_normalisations_against_a_loop(rows, make_model, normalise):
     """The loop takes outputs one at a time, unpadded, in float64: the mean of per-output means or over all tokens."""
     policy, reference = make_model(4), make_model(8)
     objective = GRPO(loss_of(), 0.05, 0.9)
-    batches = with_reference(rollout.to_batches(rows, PAD, 60, normalise), reference, 0.9)
+    batches = with_reference(to_batches(rows, PAD, 60, normalise), reference, 0.9)
     losses = [objective(policy, batch) for batch in batches]
     actual = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
     per_output, clipped, tokens = [], 0, 0
@@ -148,7 +147,7 @@ def test_sampler_and_trainer_agree_on_the_first_update(engine, model, tokenizer,
         for prompt, group in zip(([0, 9, 8], [0, 40]), groups, strict=True)
         for k, completion in enumerate(group)
     ]
-    batches = rollout.to_batches(rows, tokenizer.pad_id, 10_000, "token")
+    batches = to_batches(rows, tokenizer.pad_id, 10_000, "token")
     for batch in batches:
         actual = reference_logprobs(model, batch, temperature)
         assert (actual - batch.extras["old_logp_BT"]).abs().max() < 1e-5
@@ -161,7 +160,7 @@ def test_sampler_and_trainer_agree_on_the_first_update(engine, model, tokenizer,
 
 def test_rewarded_tokens_become_likelier_and_the_others_less_likely(rows, make_model):
     model = make_model(3)
-    batches = rollout.to_batches(rows, PAD, 10_000, "sequence")
+    batches = to_batches(rows, PAD, 10_000, "sequence")
     run = trainer(model, GRPO(kl=0.0), eps=1e-8)
     for _ in range(5):
         run.update(batches)
@@ -178,5 +177,5 @@ def test_equal_rewards_change_nothing(rows, make_model):
         row.advantage = 0.0
     run = trainer(make_model(3), GRPO(kl=0.0))
     before = weights(run.model)
-    logged = run.update(rollout.to_batches(rows, PAD, 10_000, "sequence"))
+    logged = run.update(to_batches(rows, PAD, 10_000, "sequence"))
     assert logged["train/grad_norm"] == 0.0 and torch.equal(weights(run.model), before)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from completions import completion
+from rl_parts import to_batches
 from train_config import train_config
 
 from bessemer.addons.r1 import critic as critics
 from bessemer.data.batch import Batch
-from bessemer.rl import rollout
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.trainer import Trainer
@@ -91,7 +91,7 @@ def test_a_critic_begins_with_the_policy_s_layers_and_expects_nothing(model):
     assert {name for name in policy if name not in mine} == {n for n in policy if n.startswith(("mtp.", "head."))}
     assert all(torch.equal(mine[name], policy[name]) for name in mine if name != "score.weight")
     assert mine["embed.weight"].data_ptr() != policy["embed.weight"].data_ptr()
-    (batch,) = rollout.to_batches([row([4, 5], [7, 8, 9])], PAD, 100, "token")
+    (batch,) = to_batches([row([4, 5], [7, 8, 9])], PAD, 100, "token")
     assert not critics.values(critic, batch).any()
 
 
@@ -100,7 +100,7 @@ def test_a_value_is_read_before_its_token(model):
     """It comes from the hidden state before its token, so an output's last token changes none of its values."""
     critic = critics.critic_of(model).eval()
     torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(1))
-    (batch,) = rollout.to_batches([row([4, 5], [7, 8, 9]), row([6], [3, 3])], PAD, 100, "token")
+    (batch,) = to_batches([row([4, 5], [7, 8, 9]), row([6], [3, 3])], PAD, 100, "token")
     actual = critics.values(critic, batch)
     hidden = critic.norm(critic.hidden(batch.tokens_BT)) @ critic.score.weight.T
     assert torch.allclose(actual, torch.cat((hidden[0, 1:4, 0], hidden[1, 0:2, 0])), atol=1e-6)
@@ -116,7 +116,7 @@ def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
     critic = critics.critic_of(model).eval()
     torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(1))
     rows = [row([4, 5], [7, 8, 9], -1.0, 1.0), row([6], [3], -0.2, 0.5), row([6, 9, 9], [3, 4, 5, 6, 7], 1.0, -1.0)]
-    losses = [critics.ValueLoss(0.2)(critic, batch) for batch in rollout.to_batches(rows, PAD, 16, normalise)]
+    losses = [critics.ValueLoss(0.2)(critic, batch) for batch in to_batches(rows, PAD, 16, normalise)]
     assert len(losses) == 3
     actual = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
     per_output = []
@@ -135,7 +135,7 @@ def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
 def test_advantages_of_tokens_lie_where_their_tokens_lie():
     one = row([4, 5], [7, 8, 9])
     one.advantage, one.per_token = [1.0, -2.0, 3.0], {"value": [0.1, 0.2, 0.3], "return": [4.0, 5.0, 6.0]}
-    (batch,) = rollout.to_batches([one, row([6], [3])], PAD, 100, "token")
+    (batch,) = to_batches([one, row([6], [3])], PAD, 100, "token")
     assert batch.extras["advantage_BT"][0].tolist() == [0, 0, 1, -2, 3] and not batch.extras["advantage_BT"][1].any()
     assert batch.extras["value_BT"][0].tolist() == pytest.approx([0, 0, 0.1, 0.2, 0.3])
     assert batch.extras["return_BT"][0].tolist() == [0, 0, 4, 5, 6]
@@ -148,13 +148,13 @@ def test_a_critic_learns_what_each_first_token_is_worth(model):
 
     def seen():
         with torch.no_grad():
-            (batch,) = rollout.to_batches(rows, PAD, 100, "token")
+            (batch,) = to_batches(rows, PAD, 100, "token")
             return critics.values(run.model.eval(), batch).view(2, 3)
 
     for _ in range(60):
         for one, mine in zip(rows, seen().tolist(), strict=True):
             one.per_token["value"] = mine
-        run.update(rollout.to_batches(rows, PAD, 100, "token"))
+        run.update(to_batches(rows, PAD, 100, "token"))
     actual = seen()
     assert actual[0, 1:].tolist() == pytest.approx([1.0, 1.0], abs=0.1)
     assert actual[1, 1:].tolist() == pytest.approx([0.0, 0.0], abs=0.1)

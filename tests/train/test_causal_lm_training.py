@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 from hf_cases import made, tokens
+from rl_parts import reference_logprobs
 from train_config import train_config
 
 from bessemer.addons.families.causal_lm import CausalLM
 from bessemer.config.recipe import LayoutConfig
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
-from bessemer.rl.losses import GRPO, reference_logprobs
+from bessemer.rl.losses import GRPO
 from bessemer.train import objective, setup
 from bessemer.train.trainer import Trainer
 from bessemer.workers import side_by_side

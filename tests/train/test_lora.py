@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_cases import made, relative, tokens
+from rl_parts import reference_logprobs
 from safetensors.torch import load_file, save_file
 from train_config import train_config
 
@@ -20,7 +21,7 @@ from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.rl.losses import GRPO, reference_logprobs
+from bessemer.rl.losses import GRPO
 from bessemer.rl.reference import Reference
 from bessemer.train import lineage, objective
 from bessemer.train.runtime import Runtime

@@ -91,6 +91,10 @@ class Batch:
         """The expert choices in `extras`, as arguments of `Transformer.train_outputs`."""
         return {name: self.extras[name] for name in ("choice_BTLK",) if name in self.extras}
 
+    def unrouted(self) -> "Batch":
+        """The batch without them: the gates choose."""
+        return replace(self, extras={name: x for name, x in self.extras.items() if name not in self.routed})
+
     @property
     def counted(self) -> tuple[int, int]:
         """(rows, tokens) that training on it consumes; in RL each sample counts as a row."""

@@ -17,7 +17,7 @@ pi_ref are renormalised over the same tokens. Otherwise the ratio would compare 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -121,26 +121,13 @@ def k3(logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:
     return gap.exp() - gap - 1.0
 
 
-@torch.no_grad()
-def policy_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
-    """log pi of every trained token, [B, T], 0 elsewhere."""
-    out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
-    return logprobs_of(out, model.head_weight, batch, temperature=temperature)
-
-
 def logprobs_of(out: TrainOutputs, weight_VD: Tensor, batch: Batch, *, temperature: float) -> Tensor:
-    """The same, given outputs that were computed elsewhere."""
+    """log pi of every trained token, [B, T], 0 elsewhere, from the network's outputs."""
     (at_N, own_N), logp_BT = batch.trained_here(), torch.zeros_like(batch.loss_BT)
     hidden_ND, target = out.hidden_BTD.flatten(0, 1)[at_N], batch.tokens_BT.flatten()[own_N]
     logp = token_logprobs(hidden_ND, weight_VD, target, temperature, kept=kept_of(batch)).logp
     logp_BT.view(-1)[batch.target_N] = batch.of_all(logp)
     return logp_BT
-
-
-def reference_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
-    """log pi_ref of every trained token, [B, T], 0 elsewhere. The reference chooses its experts itself."""
-    extras = {name: tensor for name, tensor in batch.extras.items() if name != "choice_BTLK"}
-    return policy_logprobs(model, replace(batch, extras=extras), temperature)
 
 
 def kept_of(batch: Batch) -> Kept | None:

@@ -273,15 +273,6 @@ class Packing:
         return Batch(tokens, loss, segments if packed else None, extras, samples=len(samples) if packed else None)
 
 
-def to_batches(
-    samples: Sequence[ScoredSample], pad_id: int, max_tokens: int, normalise: str, n_pipelines: int = 1,
-    packs: bool = False,
-) -> list[Batch]:  # fmt: skip
-    """The batches of `samples`, on one process or for several pipelines."""
-    packing = Packing(max_tokens, pad_id, normalise, n_pipelines, packs=packs)
-    return [packing.batch(part, part) for part in packing.parts(samples)]
-
-
 def _width(longest: int, multiple: int = 1) -> int:
     """Tokens of a batch's rows: as many as the longest has, on a GPU a multiple of `BUCKET`."""
     multiple = math.lcm(BUCKET, multiple) if torch.cuda.is_available() else multiple

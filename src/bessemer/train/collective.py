@@ -47,7 +47,8 @@ def output_of(model: LanguageModel, read: Read, batch: Batch) -> Tensor:
     """`read` of a batch, on the CPU, after a forward pass in eval mode, without MTP or gradients."""
     batch = batch.to(model.embed.weight.device)
     with evaluating(model):
-        return read(model.train_outputs(batch.tokens_BT, batch.segments, mtp=False), model.head_weight, batch).cpu()
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
+        return read(out, model.head_weight, batch).cpu()
 
 
 def outputs_of(model: LanguageModel) -> Outputs:
@@ -165,6 +166,10 @@ class Collective:
         """`output_of` of every batch, in all processes. `sizes`: of the vectors."""
         work = self._reads.setdefault(read, partial(self._output, read))  # one object: another restarts the helpers
         return list(self.trainer.plan.workers.map(work, batches))
+
+    def own_outputs(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """The same of this process's micro-batches alone; `read` returns a number for every position, [B, T]."""
+        return self.outputs(batches, read, [])
 
     def _output(self, read: Read, batch: Batch) -> Tensor:
         return output_of(self.trainer.model, read, batch)

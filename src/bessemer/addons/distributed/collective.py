@@ -16,13 +16,14 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from bessemer.addons.accelerate.precision import tuning
 from bessemer.addons.distributed import schedules, watchdog
 from bessemer.addons.distributed.executor import Executor, Work
-from bessemer.addons.distributed.model_shard import ModelShard, dealt, forward, heldout_nats, rows_of
+from bessemer.addons.distributed.model_shard import ModelShard, dealt, forward, heldout_nats, of_step, rows_of
 from bessemer.addons.distributed.rank_store import RankStore, parameter_prefix
 from bessemer.addons.distributed.rank_sums import RankSums
 from bessemer.addons.distributed.zero1 import Zero1
@@ -233,6 +234,20 @@ class RankCollective(RankSums):
         numbers = range(self.pipeline, len(batches), self.n_pipelines)
         numbered = zip(numbers, computed if self.mesh.cp == 0 else (), strict=False)  # fillers come last
         return self.exchanged({number: values for number, values in numbered if values is not None}, sizes)
+
+    def own_outputs(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        with evaluating(self.shard.model):
+            computed = of_step(self.shard, batches, read)
+        shapes = [batch.tokens_BT.shape for batch in batches]
+        rows = [
+            torch.zeros(shape, device=self.device) if values_BT is None else values_BT.float()
+            for values_BT, shape in zip(computed, shapes, strict=True)
+        ]
+        flat = torch.cat([values_BT.flatten() for values_BT in rows])
+        with watchdog.waiting("numbers of the last stage", range(self.devices)):
+            dist.all_reduce(flat, group=self.mesh.group["pp"])  # each is 0 on all ranks of the pipeline but one
+            parts = flat.cpu().split([shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
         return heldout_nats(self.shard, batches)

@@ -101,13 +101,7 @@ class ShardedCopy(FrozenCopy):
         whole.save(self.shard, folder)
 
     def outputs(self, batches: Sequence[Batch]) -> list[Tensor | None]:
-        context, table = self.shard.context, self.shard.table(len(batches))
-        own = [context.split(batch).to(self.trainer.device) for batch in batches]
-        results: list[Tensor | None] = []
-        for lane in range(table.lanes - table.idle):
-            part = own[lane * table.per_lane : (lane + 1) * table.per_lane]
-            results += model_shard.forward(self.shard, part, self._read, lane)
-        return results
+        return model_shard.of_step(self.shard, [batch.unrouted() for batch in batches], self._read)
 
 
 def _placed(

@@ -97,10 +97,12 @@ class FSDPCollective(RankSums):
 
     def outputs(self, batches: Sequence[Batch], read: Read, sizes: Sequence[int]) -> list[Tensor]:
         numbers = self.numbers_by_pipeline(len(batches))[self.pipeline]
+        pairs = zip(numbers, self.own_outputs(self.mine(batches), read), strict=True)
+        return self.exchanged({number: value for number, value in pairs if number is not None}, sizes)
+
+    def own_outputs(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         with watchdog.waiting("layers of the other ranks", range(self.devices)):
-            values = [self._output(read, batch) for batch in self.mine(batches)]
-        own = {number: value for number, value in zip(numbers, values, strict=True) if number is not None}
-        return self.exchanged(own, sizes)
+            return [self._output(read, batch) for batch in batches]
 
     def _output(self, read: Read, batch: Batch) -> Tensor:
         return output_of(self.sharded.model, read, batch)

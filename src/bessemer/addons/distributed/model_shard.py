@@ -227,7 +227,7 @@ def forward(
                 source = peers[placement[stage - 1]]
                 with watchdog.waiting("activations", [source]):
                     dist.recv(x, source, process_groups.get("messages", (source, mesh.me)))
-            out = _run(part.phases(x, tokens_BT, batch.segments, mtp=False))
+            out = _run(part.phases(x, tokens_BT, batch.segments, mtp=False, **batch.routed))
             if part.last:
                 assert part.head is not None, "the last stage has the head"
                 outcome = read(out, part.head.weight, batch)
@@ -242,6 +242,18 @@ def forward(
         assert handle is not None, "every rank is in the default group"
         handle.wait()
     return outputs
+
+
+def of_step(
+    shard: ModelShard, batches: Sequence[Batch], read: Callable[[TrainOutputs, Tensor, Batch], _Read]
+) -> list[_Read | None]:
+    """`forward` of this rank's micro-batches of a step, each in its lane."""
+    table = shard.table(len(batches))
+    own = [shard.context.split(batch).to(shard.device) for batch in batches]
+    results: list[_Read | None] = []
+    for lane in range(table.lanes - table.idle):
+        results += forward(shard, own[lane * table.per_lane : (lane + 1) * table.per_lane], read, lane)
+    return results
 
 
 def _run(phases: Phases) -> Any:

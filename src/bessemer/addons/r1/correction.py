@@ -24,6 +24,7 @@ small gaps its bias is small. In both cases a cut trades variance for bias.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 from bessemer.data.batch import Batch
 from bessemer.rl.algorithms.base import LOG_RATIO_LIMIT
 from bessemer.rl.component import Component
-from bessemer.rl.losses import policy_logprobs
+from bessemer.rl.losses import logprobs_of
 from bessemer.rl.parts import LoopParts
 
 Form = Literal["token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
@@ -67,13 +68,12 @@ class ImportanceCorrection(Component):
     everywhere = False
 
     def __init__(self, loop: LoopParts, *, form: Form, cap: Annotated[float, Field(ge=1)] = 2.0) -> None:
-        self.policy, self.workers, self.temperature = loop.policy, loop.workers, loop.settings.temperature
-        self.form, self.cap = form, cap
+        self.collective, self.form, self.cap = loop.trainer.collective, form, cap
+        self._read = partial(logprobs_of, temperature=loop.settings.temperature)
 
     def before_updates(self, batches: list[Batch]) -> dict[str, float]:
         corrections = []
-        self.policy.refresh()
-        for batch, logp_BT in zip(batches, self.workers.map(self._logprobs, batches), strict=True):
+        for batch, logp_BT in zip(batches, self.collective.own_outputs(batches, self._read), strict=True):
             sampler_BT, target_N = batch.extras["old_logp_BT"], batch.target_N
             log_ratio_N = (logp_BT - sampler_BT).flatten()[target_N]
             corrections.append(importance_weights(self.form, log_ratio_N, batch.sample_N, self.cap))
@@ -83,7 +83,3 @@ class ImportanceCorrection(Component):
         values = {name: torch.cat([getattr(c, name) for c in corrections]) for name in Correction._fields}
         # a rank that has only fillers corrects no token
         return {f"rl/correction_{name}": x.mean().item() if len(x) else 0.0 for name, x in values.items()}
-
-    def _logprobs(self, batch: Batch) -> Tensor:
-        model = self.policy.model
-        return policy_logprobs(model, batch.to(model.embed.weight.device), self.temperature).cpu()

@@ -18,7 +18,7 @@ values of some samples and every rank gets all values, so advantages are over th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, cast
 
@@ -89,7 +89,7 @@ class Critic(Advantage):
         rows = list(chain.from_iterable(groups))
         packing = rollout.Packing.of(self.settings, self.trainer, self.pad_id)
         parts = packing.parts(rows)
-        batches = [packing.batch(part, part) for part in parts]
+        batches = [packing.batch(part, part).unrouted() for part in parts]
         sizes = [batch.n_loss_tokens for batch in batches]
         for part, value_N in zip(parts, self.trainer.collective.outputs(batches, _values_of, sizes), strict=True):
             samples = list(chain.from_iterable(part))
@@ -115,9 +115,7 @@ class Critic(Advantage):
 
     def before_step(self, batches: list[Batch]) -> None:
         """One optimizer step of the critic on the mini-batch that the policy is about to train on."""
-        own = ({name: x for name, x in batch.extras.items() if name != "choice_BTLK"} for batch in batches)
-        free = [replace(batch, extras=extras) for batch, extras in zip(batches, own, strict=True)]
-        self._updates.append(self.trainer.update(free))  # without replay: the critic's gates choose
+        self._updates.append(self.trainer.update([batch.unrouted() for batch in batches]))  # its own gates choose
 
     def metrics(self) -> dict[str, float]:
         """Means over the updates since the last call, and how much of the returns' variance the values explain."""
