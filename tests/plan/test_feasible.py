@@ -83,6 +83,9 @@ def test_rl_of_v2_lite_on_eight_h200():
     apart, _ = faults("node", H200, 'zero.rollout={engine="vllm", workers=4}')
     assert apart["zero"].workers == 4 and apart["zero"].worker_bytes["weights"] == 2 * count
     assert not faults("node", H200, "layout.ep=4")[1]
+    _, refused = faults("node", H200, "layout.ep=2", "layout.recompute=[]")
+    assert {"zero", "dev1", "r1"} < refused.keys()
+    assert all("[layout] that fits: ep = 4, recompute = " in text for text in refused.values()), "one for all stages"
 
 
 def test_updates_and_sampling_take_turns():
@@ -111,7 +114,7 @@ def test_r1_paper_on_one_process_and_on_2048_ranks():
 
 def test_v3_pretraining_fits_and_long_rows_do_not():
     needs, refused = faults("v3", H800)
-    assert refused.keys() == {"extend-32k", "extend-128k"} and "[layout] recompute, or cp" in refused["extend-32k"]
+    assert refused.keys() == {"extend-32k", "extend-128k"} and "cp = 16 (4,096 ranks)" in refused["extend-32k"]
     assert 60 < needs["pretrain"].total / GIB < H800.room / GIB
     assert needs["extend-128k"].bytes["activations"] == pytest.approx(
         4 * needs["extend-32k"].bytes["activations"], rel=0.01

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 
@@ -33,13 +34,14 @@ from bessemer.addons.plan.memory import NumberFormats
 from bessemer.addons.plan.other_models import OtherModel
 from bessemer.addons.r1.tables import DistillConfig, ExtendConfig, LongEvalConfig, RejectConfig
 from bessemer.config.evaluation import EvalConfig
-from bessemer.config.recipe import Recipe
+from bessemer.config.recipe import LayoutConfig, Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig
 from bessemer.config.training import OptimizerConfig, PretrainConfig
 from bessemer.errors import UserError
 from bessemer.model.accounting import embedding_params, kv_cache_bytes, main_params, mtp_params
 from bessemer.model.config import ModelConfig, preset
+from bessemer.model.layer import PHASES
 from bessemer.pipeline.work import PROMPT
 from bessemer.system import memory as this_machine
 from bessemer.train import lineage, setup
@@ -196,45 +198,66 @@ def _advice(recipe: Recipe, need: StageMemory, device: Device | None, room: Room
         return 'sampling gathers the whole network; let others sample: [stage.rollout] engine = "vllm"'
     if held + need.bytes.get("engine", 0) > room.bytes >= held and need.bytes.get("engine", 0):
         return "lower rollout.gpu_memory_utilization, or give vLLM devices of its own: rollout.sleep = false"
+    if isinstance(stage, RejectConfig | EvalConfig):
+        gpus = 1 << math.ceil(math.log2(max(2.0, need.total / room.bytes)))
+        settings = f'rollout = {{ engine = "vllm", gpus = {gpus} }}'
+        return f"one process holds it whole; let vLLM sample, a copy on {gpus} devices: {settings}"
     if not isinstance(stage, OptimizerConfig):
         return "one process holds it whole: a smaller model, or larger devices"
     if (layout := nearest(recipe, stage, device, room)) is not None:
-        return f"the smallest [layout] that fits: {layout}"
+        return f"the smallest [layout] that fits{layout}"
     if held <= room.bytes:
-        return "shorten its rows, lower micro_rows or micro_tokens, or set [layout] recompute, or cp, which splits rows"
-    return "no [layout] of up to 1,024 ranks fits: a smaller model, shorter rows, or larger devices"
+        ways = ["shorten its rows", "lower micro_rows or micro_tokens"]
+        ways += [] if recipe.layout.recompute else ["set [layout] recompute"]
+        ways += ["or raise cp, which splits rows"] if network_of(recipe, stage)[0] is not None else []
+        return ", ".join(ways)
+    return "no [layout] that was tried fits: a smaller model, shorter rows, or larger devices"
 
 
 def nearest(recipe: Recipe, stage: OptimizerConfig, device: Device | None, room: Room | None = None) -> str | None:
-    """The layout with the fewest ranks on which a stage fits, as text."""
+    """The layout with the fewest ranks on which a stage fits, as text; one on which all stages do, if there is any."""
     room = room or Room.of(device, 1)
-    cfg, model, _ = _network(recipe, stage)
-    tried: list[dict[str, int]] = []
+    trained = [other for other in recipe.stages if isinstance(other, OptimizerConfig)]
+    fits_alone = None
+    for layout in _layouts(recipe.layout, stage, network_of(recipe, stage)[0], room.bytes):
+        changed = recipe.model_copy(update={"layout": layout})
+
+        def fits(other: OptimizerConfig, changed: Recipe = changed) -> bool:
+            size = _of_stage(changed, other, changed.layout.fewest, device)
+            return size is None or size.total <= room.bytes
+
+        if layout == recipe.layout or not fits(stage):
+            continue
+        sizes = {"pp": layout.pp, "ep": layout.ep, "cp": layout.cp, "dp": 1 if layout.dp == "auto" else layout.dp}
+        named = [f"{key} = {value}" for key, value in sizes.items() if value > 1]
+        named += [f"recompute = {layout.recompute}".replace("'", '"')] if layout.recompute else []
+        text = f"{', '.join(named) or 'one rank'} ({layout.fewest:,} ranks)"
+        if all(map(fits, trained)):
+            return f": {text}"
+        fits_alone = fits_alone or f" this stage: {text}"
+    return fits_alone
+
+
+def _layouts(own: LayoutConfig, stage: OptimizerConfig, cfg: ModelConfig | None, room: float) -> Iterator[LayoutConfig]:
+    """Layouts to try: the recipe's with more recomputation, then others, those of few ranks first."""
+    more = sorted({*own.recompute, "attend", "experts"})
+    recomputed = [own.recompute] if getattr(stage, "fp8", "off") != "off" else [own.recompute, more, [*PHASES]]
+    yield from (own.model_copy(update={"recompute": phases}) for phases in recomputed)
+    tried = [{"pp": 1, "ep": 1, "cp": 1, "dp": 1 << n} for n in range(11)] if cfg is None else []
     if cfg is not None:
-        splits = [(pp, ep) for pp in (1, 2, 4, 8, 16) for ep in (1, 2, 4, 8, 16, 32, 64)]
-        for pp, ep in sorted(splits, key=lambda split: (math.prod(split), split)):
-            if cfg.n_routed_experts % ep == 0 and pp <= max(1, cfg.n_layers // 2):
-                tried.append({"pp": pp, "ep": ep, "dp": 1})
-    elif model is not None:
-        tried = [{"pp": 1, "ep": 1, "dp": 1 << n} for n in range(11)]
+        least = 6 * main_params(cfg) / room  # weights and gradients of the experts, which no data parallelism divides
+        splits = product((1, 2, 4, 8, 16) if cfg.kv_lora_rank else (1,), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64))
+        for cp, pp, ep in sorted(splits, key=lambda split: (math.prod(split), split)):
+            if pp * ep >= least and cfg.n_routed_experts % ep == 0 and pp <= max(1, cfg.n_layers // 2):
+                tried.append({"pp": pp, "ep": ep, "cp": cp, "dp": 1})
     for sizes in tried:
-        for recompute in ([], ["attend", "experts"]):
-            if recompute and getattr(stage, "fp8", "off") != "off":
-                continue
-            world = sizes["pp"] * sizes["ep"] * sizes["dp"]
-            changed = recipe.layout.model_copy(update=sizes | {"cp": 1, "schedule": "auto", "recompute": recompute})
-            if changed.fewest == recipe.layout.fewest and set(recompute) <= set(recipe.layout.recompute):
-                continue
-            size = _of_stage(recipe.model_copy(update={"layout": changed}), stage, world, device)
-            if size is not None and size.total <= room.bytes:
-                named = [f"{key} = {value}" for key, value in sizes.items() if value > 1]
-                named += [f"recompute = {recompute}".replace("'", '"')] if recompute else []
-                return f"{', '.join(named) or 'one rank'} ({world:,} ranks)"
-    return None
+        schedule = own.schedule if sizes["pp"] > 1 else "auto"
+        for phases in recomputed:
+            yield own.model_copy(update=sizes | {"schedule": schedule, "recompute": phases})
 
 
 def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | None) -> StageMemory | None:
-    cfg, model, guess = _network(recipe, stage)
+    cfg, model, guess = network_of(recipe, stage)
     on_gpu = device is not None or torch.cuda.is_available()
     if isinstance(stage, OptimizerConfig):
         number = 2 if stage.precision == "bfloat16" or (stage.precision != "float32" and on_gpu) else 4
@@ -362,7 +385,7 @@ def _judges(recipe: Recipe, stage: OptimizerConfig, world: int, number: int) -> 
     """Bytes of the reward models that score RL's answers, divided over the ranks as they were in their own training."""
     total = 0
     for name in stage.reward_models if isinstance(stage, RLConfig) else []:
-        cfg, model, _ = _network(recipe, recipe.stage(name))
+        cfg, model, _ = network_of(recipe, recipe.stage(name))
         if cfg is not None:
             layout, *_ = distributed.layout_of(recipe.layout, world, split_rows=False)
             fits = mesh.refusal(layout, mesh.headed(cfg), world) is None
@@ -452,7 +475,7 @@ def _by_count(recipe: Recipe, stage: OptimizerConfig, number: int, ranks: int) -
     return StageMemory(stage.name, ranks, by_kind, guess)
 
 
-def _network(recipe: Recipe, stage: StageConfig) -> tuple[ModelConfig | None, OtherModel | None, str]:
+def network_of(recipe: Recipe, stage: StageConfig) -> tuple[ModelConfig | None, OtherModel | None, str]:
     """(network of a stage, or its shape if it is of another family, `StageMemory.guess`)."""
     name = stage.name if isinstance(stage, PretrainConfig) else _source(stage)
     if (cfg := lineage.config_of(recipe, name)) is not None:
@@ -475,20 +498,23 @@ def _network(recipe: Recipe, stage: StageConfig) -> tuple[ModelConfig | None, Ot
 
 def without_rows(recipe: Recipe, stage: StageConfig, world: int | None = None) -> str:
     """What to know if a step has fewer rows than ranks that shard a model of another family; "" otherwise."""
-    ranks, model = world or recipe.layout.fewest, _network(recipe, stage)[1]
-    if model is None or not isinstance(stage, OptimizerConfig):
+    ranks = world or recipe.layout.fewest
+    if network_of(recipe, stage)[1] is None or not isinstance(stage, OptimizerConfig):
         return ""
+    return distributed.without_rows(step_rows(stage, ranks), ranks)
+
+
+def step_rows(stage: OptimizerConfig, otherwise: float) -> float:
+    """Rows of a stage's smallest step; `otherwise` if the recipe does not say."""
     if isinstance(stage, RLConfig):
-        rows = stage.prompts_per_rollout * stage.samples // stage.updates_per_rollout
-    else:
-        rows = getattr(stage, "batch_examples", 0) or getattr(stage, "batch_rows", None) or ranks
-        rows = min(getattr(rows, "values", [rows]))
-    return distributed.without_rows(rows, ranks)
+        return stage.prompts_per_rollout * stage.samples // stage.updates_per_rollout
+    rows = getattr(stage, "batch_examples", 0) or getattr(stage, "batch_rows", None) or otherwise
+    return min(getattr(rows, "values", [rows]))
 
 
 def unsupported(recipe: Recipe, stage: StageConfig) -> str | None:
     """What a stage asks of a model of another family that only V3's has; None if there is nothing."""
-    model = _network(recipe, stage)[1]
+    model = network_of(recipe, stage)[1]
     if model is None or not isinstance(stage, RLConfig):
         return None
     if any(hook.name == "routing-replay" for hook in stage.hooks) and not model.experts:
