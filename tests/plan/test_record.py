@@ -50,3 +50,73 @@ def test_every_time_of_a_plan_has_an_interval(call):
     for stage in facts["stages"]:
         assert stage["gpu_hours_interval"]["low"] == pytest.approx(factor["low"] * stage["gpu_hours"])
     assert call("plan", RECIPES / "tiny.toml", "--cluster", "2xH100")[1].count("nine in ten") >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "cluster", "stage"), [("tiny", "2xH100", "zero"), ("qwen2.5-7b-grpo", "8xH100", "grpo")]
+)
+def test_finished_stages_of_a_run_correct_a_plan_for_a_cluster(call, tmp_path, name, cluster, stage):
+    """Of any family; text and JSON say what the interval is by."""
+    command = ("plan", RECIPES / f"{name}.toml", "--cluster", cluster)
+    planned = json.loads(call(*command, "--json")[1])
+    (row,) = (row for row in planned["stages"] if row["stage"] == stage)
+    seconds = row.get("seconds") or 3600 * row["gpu_hours"] / planned["gpus"]
+    assert planned["interval"]["by"] == "published runs"
+    folder = tmp_path / f"02-{stage}"
+    folder.mkdir()
+    (folder / "done.json").write_text(json.dumps({"seconds": 3 * seconds}))
+    facts = json.loads(call(*command, "--json", "--run", tmp_path)[1])
+    assert facts["interval"]["by"] == record.FINISHED and facts["interval"]["likely"] == pytest.approx(3)
+    (again,) = (row for row in facts["stages"] if row["stage"] == stage)
+    interval = again.get("seconds_interval") or again["gpu_hours_interval"]
+    assert interval["likely"] == pytest.approx(3 * (again.get("seconds") or again["gpu_hours"]))
+    text = call(*command, "--run", tmp_path)[1]
+    assert f"1 {record.FINISHED}" in text and "likely" in text
+
+
+def test_every_training_of_another_family_has_a_time(call, tmp_path):
+    """Not RL alone."""
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "response": "2"}) + "\n")
+    (tmp_path / "mine.toml").write_text(MINE)
+    facts = json.loads(call("plan", tmp_path / "mine.toml", "--cluster", "8xH100", "--json")[1])
+    rows = {row["stage"]: row for row in facts["stages"]}
+    assert rows.keys() == {"sft", "taught", "zero"} and all(row["seconds"] > 0 for row in rows.values())
+    assert all(row["seconds_interval"]["low"] < row["seconds_interval"]["likely"] for row in rows.values())
+    assert any("4 of 8 ranks without any" in note for note in facts["notes"])
+
+
+MINE = """
+name = "mine"
+
+[[stage]]
+kind = "import"
+name = "base"
+model = "hf://Qwen/Qwen2.5-7B"
+
+[[stage]]
+kind = "sft"
+name = "sft"
+from = "base"
+data = ["talks.jsonl"]
+lr = 1e-5
+lr_final = 1e-6
+row_length = 4096
+batch_rows = 4
+
+[[stage]]
+kind = "distill"
+name = "taught"
+from = "sft"
+teacher = "base"
+tasks = ["arithmetic"]
+lr = 1e-5
+steps = 50
+
+[[stage]]
+kind = "rl"
+name = "zero"
+from = "sft"
+tasks = ["arithmetic"]
+rollouts = 9
+lr = 1e-6
+"""

@@ -29,8 +29,8 @@ def plan(
     search: Annotated[bool, typer.Option("--search", help="Find the best layout that fits.")] = False,
     here: Annotated[bool, typer.Option("--here", help="Measure this machine, some seconds for each way the "
                                        "stages train, and predict the run.")] = False,
-    run: Annotated[Path | None, typer.Option(metavar="RUN", help="With --here: the run to compare with. "
-                                             "Default: runs/NAME.")] = None,
+    run: Annotated[Path | None, typer.Option(metavar="RUN", help="The run whose finished stages correct the "
+                                             "times. Default with --here: runs/NAME.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the plan as a page, with its Gantt chart.")] = None,
     schedule: Annotated[str | None, typer.Option(metavar="NAME", help="Show only a pipeline schedule: gpipe, 1f1b, "
                                                  "interleaved, zb1p, zbv, dualpipe, dualpipe-v.")] = None,
@@ -56,7 +56,7 @@ def plan(
         raise UserError(f"{targeted} to plan; give a model or recipe, or --schedule NAME")
     costing: dict[str, object] = {"--cluster": cluster, "--search": search, "--html": html}
     idle = {} if target and not here else costing
-    idle |= {} if here else {"--run": run}
+    idle |= {} if target else {"--run": run}
     idle |= {} if target else {"--here": here, "--set": settings}
     timed: dict[str, object] = {"--pp": pp, "--micro": micro, "--costs": costs, "--svg": svg}
     idle |= {} if schedule else {name: value is not None for name, value in timed.items()}
@@ -68,7 +68,7 @@ def plan(
     elif target is not None and here:
         _here(target, settings, run, as_json)
     elif target is not None:
-        _cost(target, cluster, settings, search, html, as_json)
+        _cost(target, cluster, settings, search, run, html, as_json)
 
 
 def conformance(
@@ -121,8 +121,12 @@ def doctor(
         print(machine.describe(facts))
 
 
-def _cost(target: str, on: str | None, settings: list[str], search: bool, html: Path | None, as_json: bool) -> None:
-    from bessemer.addons.plan import inference, other_plan, plan_config, render, stage_memory
+def _cost(
+    target: str, on: str | None, settings: list[str], search: bool, run: Path | None, html: Path | None, as_json: bool
+) -> None:  # fmt: skip
+    from dataclasses import replace
+
+    from bessemer.addons.plan import inference, other_plan, plan_config, record, render, stage_memory
     from bessemer.addons.plan.cost import ideas as worth
     from bessemer.addons.plan.cost import plan_run
     from bessemer.addons.plan.hardware import parse_cluster
@@ -132,7 +136,7 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
 
     options = plan_config.parse(settings)
     if (other := plan_config.other_model(target, options)) is not None:
-        _cost_of_other(*other, on, settings, search, html, as_json)
+        _cost_of_other(*other, on, settings, search, run, html, as_json)
         return
     name, cfg, config, recipe = plan_config.resolve(target, options)
     if on is None:
@@ -153,6 +157,8 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     ideas = worth(run_plan)
     stages, served = stage_costs(run_plan, recipe), inference.cheapest_unit(setup.shape, setup.device, setup.fp8)
     offer = None if served is None else served.facts(price)
+    seconds = {cost.name: 3600 * cost.gpu_hours / devices.size for cost in stages}
+    run_plan = replace(run_plan, interval=record.of_run(seconds, record.measured(run), run_plan.interval))
     needs, faults = {}, []
     if recipe is not None:
         with places.of_recipe(recipe.folder):
@@ -168,7 +174,7 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
         facts = run_plan.facts() | {"name": name, "without": ideas, "serving": offer}
         if recipe is not None:
             facts["stage_memory"] = {name: need.facts() for name, need in needs.items()}
-            facts |= {"as_if_model": as_if, "stages": [cost.facts() for cost in stages]}
+            facts |= {"as_if_model": as_if, "stages": [cost.facts(run_plan.interval) for cost in stages]}
         if result is not None:
             runners_up = [candidate.facts() for candidate in result.candidates[1:]]
             facts |= {"considered": result.considered, "runners_up": runners_up, "refused": dict(result.rejected)}
@@ -184,8 +190,8 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
 
 
 def _cost_of_other(
-    recipe: Recipe, model: OtherModel, on: str | None, settings: list[str], search: bool, html: Path | None,
-    as_json: bool,
+    recipe: Recipe, model: OtherModel, on: str | None, settings: list[str], search: bool, run: Path | None,
+    html: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """The plan of a recipe whose model is of another family."""
     from bessemer.addons.plan.hardware import parse_cluster
@@ -195,7 +201,7 @@ def _cost_of_other(
         raise UserError(f"{unused[0]} has no effect on a model of another family ({model.family}); leave it out")
     if on is None:
         raise UserError("name the devices to plan for: --cluster 8xH100")
-    planned = plan_other(recipe, model, parse_cluster(on))
+    planned = plan_other(recipe, model, parse_cluster(on), run)
     print_json(planned.facts()) if as_json else print(planned.describe())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ from bessemer.addons.plan.hardware import GIB
 from bessemer.addons.plan.layer_time import cuts
 from bessemer.addons.plan.memory import NumberFormats
 from bessemer.addons.plan.plan_config import micro_batches
+from bessemer.addons.plan.record import TimeFactors
 from bessemer.addons.plan.step_time import StepTime, step_time
 from bessemer.addons.plan.training_setup import Setup
 from bessemer.errors import UserError
@@ -36,6 +37,8 @@ class RunPlan:
     usd_hour: float | None
     memory: list[dict[str, int]]
     """Bytes by kind of every pipeline rank."""
+    interval: TimeFactors = field(default_factory=record.of_clusters)
+    """Factors on every time."""
 
     @property
     def gpus(self) -> int:
@@ -106,10 +109,10 @@ class RunPlan:
             "mfu_fp8": None if device.fp8 is None else self.mfu(device.fp8),
             "memory_gib_per_rank": [kinds | {"total": sum(kinds.values())} for kinds in gib],
             "memory_gib_of_device": device.memory, "fits": self.fits, "bytes_per_step": self.step.links,
-            "bound": self.bound, "assumptions": assumptions(self), "interval": record.of_facts(record.of_clusters()),
-            "gpu_hours_interval": record.of_clusters().facts(self.gpu_hours),
-            "days_interval": record.of_clusters().facts(self.days),
-            "step_seconds_interval": record.of_clusters().facts(self.step.seconds),
+            "bound": self.bound, "assumptions": assumptions(self), "interval": record.of_facts(self.interval),
+            "gpu_hours_interval": self.interval.facts(self.gpu_hours),
+            "days_interval": self.interval.facts(self.days),
+            "step_seconds_interval": self.interval.facts(self.step.seconds),
         }  # fmt: skip
 
 

@@ -18,8 +18,6 @@ from bessemer.addons.plan.record import TimeFactors
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_seconds
 from bessemer.pipeline.work import ANSWER
-from bessemer.runs.directory import stage_folders
-from bessemer.runs.files import read_json
 from bessemer.train import setup
 
 
@@ -65,8 +63,9 @@ class LocalEstimate:
             lines.append(f"{name:<16}{show_seconds(seconds):>12}{measured}")
         lines.append(f"{'in all':<16}{show_seconds(sum(self.stages.values())):>12}")
         lines += [f"{name.replace('_', ' ')}: {value:,.0f}" for name, value in self.rates.items()]
-        behind = f"{len(self.measured)} finished stages of this run" if self.measured else "earlier runs here"
-        lines.append(f"nine in ten: by {behind}, {self.interval.middle:.2f} x the planned time on average")
+        lines.append(
+            f"nine in ten: by {self.interval.source}, {self.interval.middle:.2f} x the planned time on average"
+        )
         return "\n".join([*lines, *self.notes])
 
 
@@ -76,12 +75,8 @@ def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> L
     setup.keep_memory()
     pace = Pace(recipe, seconds, worth=0.0, base=settings)
     stages = pace.of_stages(recipe.stages)
-    measured = {}
-    for _, name, folder in stage_folders(run) if run is not None and run.is_dir() else ():
-        if (done := read_json(folder / "done.json")) is not None:
-            measured[name] = done["seconds"]
     notes = (
         f"answers of {100 * ANSWER:.0f} % of their cap; the reading of texts is not measured",
         "the machine as busy as it was while measuring" + ("; layers compiled" if pace.compiled else ""),
     )
-    return LocalEstimate(stages, pace.shown, measured, notes)
+    return LocalEstimate(stages, pace.shown, record.measured(run), notes)

@@ -127,6 +127,6 @@ def _planned(recipe: Recipe, stages: list[Examined], cluster: ClusterSpec) -> No
         planned = plan_run(cfg, setup, config.tokens or 0.0, config.rows, None)
     except UserError:  # the layout is not for that many, which the layout says itself
         return
-    hours = {cost.name: cost.gpu_hours for cost in stage_costs(planned, recipe)}
+    hours = {cost.name: planned.interval.middle * cost.gpu_hours for cost in stage_costs(planned, recipe)}
     for stage in stages:
         stage.seconds = 3600 * hours[stage.name] / cluster.size if stage.name in hours else None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bessemer.addons.families.packaged_models import known_model
+from bessemer.addons.plan.other_models import known_model as known_shape
 from bessemer.config.table import StageConfig
 from bessemer.data.model_files import read_object
 from bessemer.data.sources import PACKAGE
@@ -62,7 +63,8 @@ def training_flops(recipe: Recipe, name: str | None, length: int) -> float | Non
         return 6 * 8 / 5 * 1e6 * known_model(first.imported.removeprefix(PACKAGE)).package.megabytes
     folder = lineage.imported_folder(recipe, name)
     if folder is None:
-        return None
+        published = known_shape(first.imported)
+        return None if published is None else 6.0 * published.active()
     config = read_object(folder / "config.json")
     bytes_each = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
     return 6 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) / bytes_each

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from bessemer.addons.plan.hardware import read_toml
+from bessemer.addons.plan.training_setup import ModelShape
 
 SUFFIX = re.compile(r"-(base|instruct)(-\d+)?$|@.*$", re.IGNORECASE)
 """What the variants of a model add to its name without changing its shape."""
@@ -145,6 +146,15 @@ class OtherModel:
             return self.layers * tokens * self.dim * number + ends
         first = tokens * (4 * self.dim + 4) if frozen else 0  # the first norm reads what needs no gradient
         return self.layers * self.layer_activations(tokens, number, adapter_rank, frozen) + ends - first
+
+
+def shape_of(model: OtherModel) -> ModelShape:
+    """The shape that times are predicted from."""
+    dense = 0 if model.experts else model.layers
+    return ModelShape(
+        model.vocab, model.dim, model.layers, dense, model.inner, model.expert_inner, model.heads, model.kv_heads,
+        model.d, model.d, experts=model.experts, chosen=model.chosen, tied=model.tied,
+    )  # fmt: skip
 
 
 def _part(shape: tuple[int, ...], ranks: int) -> int:

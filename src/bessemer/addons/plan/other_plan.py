@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bessemer.addons.distributed.mesh import Layout
@@ -15,31 +16,27 @@ from bessemer.addons.plan import record, stage_memory
 from bessemer.addons.plan.cost import amount
 from bessemer.addons.plan.hardware import ClusterSpec
 from bessemer.addons.plan.inference import RolloutTime, rollout_time
-from bessemer.addons.plan.other_models import OtherModel
+from bessemer.addons.plan.other_models import OtherModel, shape_of
+from bessemer.addons.plan.record import TimeFactors
 from bessemer.addons.plan.stage_memory import StageMemory
 from bessemer.addons.plan.step_time import step_time
-from bessemer.addons.plan.training_setup import ModelShape, Setup
+from bessemer.addons.plan.training_setup import Setup
 from bessemer.addons.r1.tables import RejectConfig
 from bessemer.config import places
 from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
+from bessemer.config.table import StageConfig
+from bessemer.config.training import OptimizerConfig
 from bessemer.config.units import show_seconds
 from bessemer.errors import UserError
+from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.eval import n_answers
 
 MICRO = 8
 """Micro-batches of a step whose time gives the rate."""
 TOKENS = 16384
 """Tokens of a micro-batch there."""
-
-
-def shape_of(model: OtherModel) -> ModelShape:
-    dense = 0 if model.experts else model.layers
-    return ModelShape(
-        model.vocab, model.dim, model.layers, dense, model.inner, model.expert_inner, model.heads, model.kv_heads,
-        model.d, model.d, experts=model.experts, chosen=model.chosen, tied=model.tied,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,15 @@ class OtherPlan:
     faults: list[str]
     notes: list[str]
     times: list[StageTime]
+    interval: TimeFactors
+    """Factors on every time."""
 
     @property
     def fits(self) -> bool:
         return not self.faults
 
     def facts(self) -> dict[str, Any]:
-        interval = record.of_clusters()
+        interval = self.interval
         return {
             "name": self.recipe.name, "family": self.model.family, "params_total": self.model.count(),
             "params_active": self.model.active(), "device": self.cluster.device.name, "gpus": self.cluster.size,
@@ -83,7 +82,7 @@ class OtherPlan:
         }  # fmt: skip
 
     def describe(self) -> str:
-        interval = record.of_clusters()
+        interval = self.interval
         lines = [
             f"{self.recipe.name}: {amount(self.model.count())} parameters, {amount(self.model.active())} per token, "
             f"{self.model.family}, on {self.cluster}",
@@ -95,12 +94,13 @@ class OtherPlan:
         ]
         if self.times:
             width = max(5, *(len(time.name) for time in self.times))
-            lines += ["", f"{'stage':<{width}}  {'time':>10}  {'nine in ten':>24}  work"]
+            lines += ["", f"{'stage':<{width}}  {'likely':>10}  {'nine in ten':>24}  work"]
             lines += [
-                f"{time.name:<{width}}  {show_seconds(time.seconds):>10}  {interval.describe(time.seconds):>24}  "
-                f"{time.work}"
+                f"{time.name:<{width}}  {show_seconds(interval.middle * time.seconds):>10}  "
+                f"{interval.describe(time.seconds):>24}  {time.work}"
                 for time in self.times
             ]
+            lines.append(f"likely and nine in ten: by {interval.source}, {interval.middle:.2f} x the formula's time")
         return "\n".join(lines)
 
 
@@ -111,7 +111,8 @@ def describe_memory(needs: Iterable[StageMemory], cluster: ClusterSpec) -> list[
     return [head, *(f"  {line}" for line in stage_memory.table(needs))]
 
 
-def plan_other(recipe: Recipe, model: OtherModel, cluster: ClusterSpec) -> OtherPlan:
+def plan_other(recipe: Recipe, model: OtherModel, cluster: ClusterSpec, run: Path | None = None) -> OtherPlan:
+    """`run`: a run of the recipe on such a cluster; its finished stages correct the times of all."""
     with places.of_recipe(recipe.folder):
         needs = stage_memory.of_stages(recipe, cluster.size, cluster.device)
         faults = [fault for need in needs.values() if (fault := stage_memory.fault(recipe, need, cluster.device))]
@@ -120,8 +121,10 @@ def plan_other(recipe: Recipe, model: OtherModel, cluster: ClusterSpec) -> Other
             if (note := stage_memory.without_rows(recipe, stage, cluster.size))
         ]  # fmt: skip
         rate = training_rate(recipe, model, cluster)
-        times = [time for stage in recipe.stages if (time := _time(stage, model, cluster, rate)) is not None]
-    return OtherPlan(recipe, model, cluster, rate, needs, faults, notes, times)
+        times = [time for stage in recipe.stages if (time := _time(recipe, stage, model, cluster, rate)) is not None]
+    predicted = {time.name: time.seconds for time in times}
+    interval = record.of_run(predicted, record.measured(run), record.of_clusters())
+    return OtherPlan(recipe, model, cluster, rate, needs, faults, notes, times, interval)
 
 
 def training_rate(recipe: Recipe, model: OtherModel, cluster: ClusterSpec) -> float:
@@ -136,7 +139,7 @@ def training_rate(recipe: Recipe, model: OtherModel, cluster: ClusterSpec) -> fl
     return setup.step_tokens / step_time(setup).seconds / cluster.size
 
 
-def _time(stage: Any, model: OtherModel, cluster: ClusterSpec, rate: float) -> StageTime | None:
+def _time(recipe: Recipe, stage: StageConfig, model: OtherModel, cluster: ClusterSpec, rate: float) -> StageTime | None:
     if isinstance(stage, RLConfig):
         answers = stage.prompts_per_rollout * stage.samples
         caps = [int(stage.max_new_tokens(n * stage.updates_per_rollout)) for n in range(stage.rollouts)]
@@ -150,6 +153,14 @@ def _time(stage: Any, model: OtherModel, cluster: ClusterSpec, rate: float) -> S
         total = sum(counts) * (len(stage.models) if isinstance(stage, EvalConfig) else 1)
         seconds = _rollout(model, cluster, total, stage.max_new_tokens, float("inf")).seconds
         return StageTime(stage.name, seconds, f"{amount(total)} answers")
+    if isinstance(stage, OptimizerConfig):
+        try:
+            counted = find_kind(stage.kind)().work(stage, recipe)
+        except UserError as error:
+            return StageTime(stage.name, 0.0, f"not counted: {error}")
+        tokens = sum(work.trained + work.read / 3 + work.sampled / 4 for work in counted)
+        busy = min(cluster.size, stage_memory.step_rows(stage, cluster.size))
+        return StageTime(stage.name, tokens / rate / busy, f"as much as {amount(tokens)} trained tokens")
     return None
 
 

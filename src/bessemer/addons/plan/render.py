@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bessemer.addons.plan import record
 from bessemer.addons.plan.cost import RunPlan, amount, assumptions
 from bessemer.addons.plan.hardware import GIB
 from bessemer.addons.plan.memory import KINDS
@@ -57,9 +56,12 @@ def _run(name: str, plan: RunPlan) -> list[str]:
             f"{hours(plan.gpu_hours)} ({plan.hours_per_trillion / 1e3:,.1f} thousand per trillion tokens), "
             f"{duration(plan.days)}{usd}"
         )
-        low, high = record.of_clusters().low, record.of_clusters().high
-        span = f"{amount(low * plan.gpu_hours)} to {amount(high * plan.gpu_hours)}"
-        lines.append(f"nine in ten: {span} GPU hours, {_range(plan.days)}, by the record of published runs")
+        at = plan.interval
+        span = f"{amount(at.low * plan.gpu_hours)} to {amount(at.high * plan.gpu_hours)}"
+        lines.append(
+            f"likely {hours(at.middle * plan.gpu_hours)}, {duration(at.middle * plan.days)}; nine in ten: {span} GPU "
+            f"hours, {_range(plan, plan.days)}, by {at.source}"
+        )
     eight = "" if device.fp8 is None else f", {100 * plan.mfu(device.fp8):.1f} % of the FP8 peak"
     lines.append(
         f"{plan.rate:,.0f} tokens per second per GPU; {100 * plan.mfu(device.bf16):.1f} % of the BF16 peak{eight} "
@@ -70,7 +72,7 @@ def _run(name: str, plan: RunPlan) -> list[str]:
 
 def _step(plan: RunPlan) -> list[str]:
     tokens = amount(plan.setup.step_tokens)
-    low, high = (factor * plan.step.seconds for factor in (record.of_clusters().low, record.of_clusters().high))
+    low, high = (factor * plan.step.seconds for factor in (plan.interval.low, plan.interval.high))
     lines = [
         f"a step of {tokens} tokens: {plan.step.seconds:.3f} s ({low:.3g} to {high:.3g}), averaged over the ranks of a "
         "pipeline"
@@ -112,27 +114,28 @@ def _stages(plan: RunPlan, costs: Sequence[StageCost]) -> list[str]:
     if not costs:
         return []
     width = max(6, *(len(cost.name) for cost in costs))
-    lines = [f"stages{'':{width - 4}}  GPU hours  {'time':>13}  {'nine in ten':>28}  work"]
+    lines = [f"stages{'':{width - 4}}  GPU hours  {'likely':>13}  {'nine in ten':>28}  work"]
     for cost in costs:
-        used, time = amount(cost.gpu_hours), duration(cost.gpu_hours / plan.gpus / 24)
-        likely = _range(cost.gpu_hours / plan.gpus / 24)
+        likely = plan.interval.middle * cost.gpu_hours
+        used, time = amount(likely), duration(likely / plan.gpus / 24)
+        span = _range(plan, cost.gpu_hours / plan.gpus / 24)
         if not cost.gpu_hours:
-            used = time = likely = "-"
-        lines.append(f"  {cost.name:<{width}}{used:>11}  {time:>13}  {likely:>28}  {cost.work}")
+            used = time = span = "-"
+        lines.append(f"  {cost.name:<{width}}{used:>11}  {time:>13}  {span:>28}  {cost.work}")
         if (last := cost.rollout) is not None:
             lines.append(
                 f"  {'':{width}}{'':26}  the last: {last.sampling:.3g} s of sampling, {last.updating:.3g} s of updates"
             )
     total = sum(cost.gpu_hours for cost in costs)
-    price = "" if plan.usd_hour is None else f"  ${amount(plan.usd_hour * total)}"
-    days = total / plan.gpus / 24
-    return [*lines, f"  {'all':<{width}}{amount(total):>11}  {duration(days):>13}  {_range(days):>28}{price}"]
+    likely, span = plan.interval.middle * total, _range(plan, total / plan.gpus / 24)
+    price = "" if plan.usd_hour is None else f"  ${amount(plan.usd_hour * likely)}"
+    time = duration(likely / plan.gpus / 24)
+    return [*lines, f"  {'all':<{width}}{amount(likely):>11}  {time:>13}  {span:>28}{price}"]
 
 
-def _range(days: float) -> str:
+def _range(plan: RunPlan, days: float) -> str:
     """The times of nine cases in ten."""
-    record_of = record.of_clusters()
-    return f"{duration(record_of.low * days)} to {duration(record_of.high * days)}"
+    return f"{duration(plan.interval.low * days)} to {duration(plan.interval.high * days)}"
 
 
 def _serving(offer: Mapping[str, Any] | None) -> list[str]:

@@ -11,11 +11,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bessemer.addons.plan import record
 from bessemer.addons.plan.cost import RunPlan, amount
 from bessemer.addons.plan.guess import estimate_seconds, guessed, training_flops, training_seconds
 from bessemer.addons.plan.inference import RolloutTime, rollout_time
+from bessemer.addons.plan.other_models import shape_of
 from bessemer.addons.plan.plan_config import begun, planned
+from bessemer.addons.plan.record import TimeFactors
+from bessemer.addons.plan.stage_memory import network_of, step_rows
 from bessemer.addons.plan.training_setup import ModelShape
 from bessemer.addons.r1.tables import RejectConfig
 from bessemer.config import places
@@ -23,7 +25,7 @@ from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig
-from bessemer.config.training import PretrainConfig
+from bessemer.config.training import OptimizerConfig, PretrainConfig
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.eval import n_answers
@@ -48,13 +50,13 @@ class StageCost:
     rollout: RolloutTime | None = None
     """The last rollout of an RL stage, with its updates."""
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, interval: TimeFactors) -> dict[str, Any]:
         rollout = {} if self.rollout is None else {
             "sampling_seconds": self.rollout.sampling, "updating_seconds": self.rollout.updating,
-            "rollout_seconds_interval": record.of_clusters().facts(self.rollout.seconds),
+            "rollout_seconds_interval": interval.facts(self.rollout.seconds),
         }  # fmt: skip
         facts = {"stage": self.name, "kind": self.kind, "gpu_hours": self.gpu_hours, "work": self.work}
-        return facts | {"gpu_hours_interval": record.of_clusters().facts(self.gpu_hours)} | rollout
+        return facts | {"gpu_hours_interval": interval.facts(self.gpu_hours)} | rollout
 
 
 def stage_costs(plan: RunPlan, recipe: Recipe | None) -> list[StageCost]:
@@ -97,7 +99,10 @@ def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None
     work = f"as much as {amount(tokens)} tokens of pre-training" if tokens else "not counted: its files are not here"
     if tokens and training_flops(recipe, stage.name, plan.setup.length) is None:
         work += AS_IF
-    return StageCost(stage.name, stage.kind, tokens / plan.rate / 3600, work)
+    waiting = 1.0  # GPUs for one that computes
+    if isinstance(stage, OptimizerConfig) and network_of(recipe, stage)[1] is not None:
+        waiting = max(1.0, plan.gpus / step_rows(stage, plan.gpus))
+    return StageCost(stage.name, stage.kind, waiting * tokens / plan.rate / 3600, work)
 
 
 def _rl(plan: RunPlan, recipe: Recipe, stage: RLConfig) -> StageCost:
@@ -132,12 +137,15 @@ def _speed(plan: RunPlan, recipe: Recipe, name: str) -> float:
 
 def _as_if(recipe: Recipe, *names: str | None) -> str:
     """Says that a stage is priced with [model], because nothing here tells the shape of one of its models."""
-    return AS_IF if any(name and lineage.config_of(recipe, name) is None for name in names) else ""
+    known = (lineage.config_of(recipe, name) or network_of(recipe, recipe.stage(name))[1] for name in names if name)
+    return "" if all(known) else AS_IF
 
 
 def _shape(plan: RunPlan, recipe: Recipe, name: str | None) -> ModelShape:
     """The network of `name`: the plan's, unless it began in another stage and the recipe gives its config."""
     if lineage.origin(recipe, name) is planned(recipe):
         return plan.setup.shape
-    cfg = lineage.config_of(recipe, name)
+    cfg, other = lineage.config_of(recipe, name), None if name is None else network_of(recipe, recipe.stage(name))[1]
+    if other is not None:
+        return shape_of(other)
     return plan.setup.shape if cfg is None else ModelShape.of(cfg)
