@@ -266,17 +266,17 @@ def test_what_a_kill_left_in_the_run_is_removed_but_not_what_another_process_is_
 def test_the_first_screen(toy, capsys):
     """It says what will run, where and how long."""
     run(toy, until="first")
-    assert json.loads((toy.out / "plan.json").read_text()) == {
-        "seconds": dict.fromkeys(("first", "second", "compare"), 30.0)
-    }
+    plan = json.loads((toy.out / "plan.json").read_text())
+    assert plan["seconds"] == dict.fromkeys(("first", "second", "compare"), 30.0)
+    assert plan["interval"]["low"] < plan["interval"]["likely"] == 30 < plan["interval"]["high"]
     output = capsys.readouterr().err.splitlines()
-    assert output[0].startswith(f"toy in {toy.out}: 1 of 3 stages to run, about 30s on ") and "CPU core" in output[0]
+    assert output[0].startswith(f"toy in {toy.out}: 1 of 3 stages to run, about 30s (") and "CPU core" in output[0]
     assert [line.split() for line in output[1:4]] == [
         ["1", "first", "about", "30s", "(count)"], ["2", "second", "-", "(count)"], ["3", "compare", "-"]
     ]  # fmt: skip
     run(toy)
     output = capsys.readouterr().err.splitlines()
-    assert output[0].startswith(f"toy in {toy.out}: 2 of 3 stages to run, about 1m 00s on ")
+    assert output[0].startswith(f"toy in {toy.out}: 2 of 3 stages to run, about 1m 00s (")
 
 
 def test_the_first_estimate_of_a_stage_stays_and_is_compared_with_what_it_took(toy):
@@ -293,7 +293,7 @@ def test_the_first_estimate_of_a_stage_stays_and_is_compared_with_what_it_took(t
     command = [sys.executable, script, toy.out, "--json", facts]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     first = json.loads(facts.read_text())[str(toy.out)][0]
-    assert first == {"stage": "first", "estimated": 12.5, "took": 10.0, "error": 0.25}
+    assert first.items() >= {"stage": "first", "estimated": 12.5, "took": 10.0, "error": 0.25}.items()
     assert "12s" in output and "+25%" in output and "within 25 %: 1 of " in output
 
 

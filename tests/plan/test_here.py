@@ -48,7 +48,7 @@ def test_each_training_setup_is_measured_once(monkeypatch):
     def training_rate(model, settings, length, seconds):
         trained.append((model.cfg.dim, settings.fp8, settings.precision, settings.optimizer))
         assert (recipe_of(model.layers[0]) is None) == (settings.fp8 == "off")
-        return rates[settings.fp8] / model.cfg.dim
+        return pace.Measured(rates[settings.fp8] / model.cfg.dim, 1.0, 1.0)
 
     monkeypatch.setattr("bessemer.addons.plan.pace.training_rate", training_rate)
     recipe = Recipe.load(RECIPES / "tiny.toml", [*SMALL, "zero.rollouts=1"])
@@ -122,25 +122,20 @@ def test_work_at_the_size_of_the_papers_is_counted_at_once():
                 assert work[0].sampled > 1e8 and work[0].seconds >= 0
 
 
-def test_short_stages_are_guessed_and_measurements_are_cached(tmp_path, monkeypatch):
-    """A first run measures what takes long; another command minutes later reads the file; an hour later it does not."""
+def test_short_stages_are_guessed_and_long_ones_measured(monkeypatch):
     measured = []
+
+    def rate(name):
+        return lambda *how: measured.append(name) or pace.Measured(1000.0, 1.0, 1.0)
+
     for name in ("training_rate", "decoding_rate"):
-        monkeypatch.setattr(
-            f"bessemer.addons.plan.pace.{name}", lambda *how, name=name: measured.append(name) or 1000.0
-        )
+        monkeypatch.setattr(f"bessemer.addons.plan.pace.{name}", rate(name))
     recipe = Recipe.load(RECIPES / "tiny.toml", [*SMALL, "pretrain.tokens=30M", "zero.precision=device"])
     stages = [stage for stage in recipe.stages if stage.name in ("pretrain", "zero")]
     assert pace.Pace(recipe, worth=1e9).of_stages(stages) and not measured
-    seconds_of = pace.Pace(recipe, worth=5.0, cache=tmp_path).of_stages(stages)
-    assert measured[0] == "training_rate" and seconds_of["pretrain"] > 30_000
-    first = [*measured]
-    assert pace.Pace(recipe, worth=5.0, cache=tmp_path).of_stages(stages) == seconds_of and measured == first
-    path = tmp_path / "rates.json"
-    old = {key: entry | {"time": entry["time"] - 3600} for key, entry in json.loads(path.read_text()).items()}
-    path.write_text(json.dumps(old | {"broken": 5}))
-    pace.Pace(recipe, worth=5.0, cache=tmp_path).of_stages(stages)
-    assert measured == first * 2
+    times = pace.Pace(recipe, worth=5.0).of_stages(stages)
+    assert measured[0] == "training_rate" and times["pretrain"].seconds > 30_000
+    assert times["pretrain"].parts["training"] > 0.9
 
 
 def test_time_of_a_network_too_large_to_measure_is_guessed(monkeypatch):
@@ -148,9 +143,9 @@ def test_time_of_a_network_too_large_to_measure_is_guessed(monkeypatch):
     recipe = Recipe.load(RECIPES / "tiny.toml", ["model.preset=v3"])
     monkeypatch.setattr("bessemer.addons.plan.pace.training_rate", lambda *how: pytest.fail("measured"))
     stage = recipe.stage("pretrain")
-    seconds = pace.Pace(recipe, worth=0.0).of_stages([stage])["pretrain"]
+    seconds = pace.Pace(recipe, worth=0.0).of_stages([stage])["pretrain"].seconds
     assert seconds == pytest.approx(sum(guessed(recipe, work) for work in counted(recipe, "pretrain")))
-    assert pace.Pace(recipe, worth=0.0, ranks=8).of_stages([stage])["pretrain"] < seconds
+    assert pace.Pace(recipe, worth=0.0, ranks=8).of_stages([stage])["pretrain"].seconds < seconds
 
 
 def test_time_is_guessed_where_measuring_fails(monkeypatch):
@@ -159,8 +154,68 @@ def test_time_is_guessed_where_measuring_fails(monkeypatch):
 
     monkeypatch.setattr("bessemer.addons.plan.pace.training_rate", fails)
     recipe = Recipe.load(RECIPES / "tiny.toml", ["pretrain.prompts=[]"])
-    seconds = pace.Pace(recipe, worth=0.0).of_stages([recipe.stage("pretrain")])["pretrain"]
+    seconds = pace.Pace(recipe, worth=0.0).of_stages([recipe.stage("pretrain")])["pretrain"].seconds
     assert seconds == pytest.approx(sum(guessed(recipe, work) for work in counted(recipe, "pretrain", prompts=[])))
+
+
+def rated(monkeypatch, training, decoding, share=1.0):
+    """Every network trains and samples at these rates, in this share of the clock's time."""
+    monkeypatch.setattr("bessemer.addons.plan.pace.training_rate", lambda *how: pace.Measured(training, share, 1.0))
+    monkeypatch.setattr("bessemer.addons.plan.pace.decoding_rate", lambda *how: pace.Measured(decoding, share, 1.0))
+
+
+def test_half_of_the_rollouts_take_half_as_long(monkeypatch):
+    """Less what does not depend on them: the evaluation before the first, and loading."""
+    rated(monkeypatch, 1000.0, 2000.0)
+
+    def seconds(*changes):
+        recipe = Recipe.load(
+            RECIPES / "tiny.toml", [*SMALL, "corpus.row_length=256", "zero.max_new_tokens=200", *changes]
+        )
+        return pace.Pace(recipe, worth=0.0).of_stages([recipe.stage("zero")])["zero"]
+
+    few, many = seconds("zero.rollouts=20"), seconds("zero.rollouts=40")
+    trained, sampled = 20 * 256 * (100 + 40) * 4 / 3, 20 * 256 * 100 + (64 * 4 + 12) * 200 / 2
+    assert many.seconds - few.seconds == pytest.approx(trained / 1000 + sampled / 2000)
+    assert few.each == (100.0,) * 20 and many.each == (100.0,) * 40
+    rated(monkeypatch, 2000.0, 4000.0)
+    fixed = 2 * seconds().seconds - many.seconds
+    assert 0 <= fixed < 0.1 * many.seconds, "a machine twice as fast takes half as long"
+
+
+def test_what_a_stage_took_here_corrects_its_next_run(tmp_path, monkeypatch):
+    """On the same machine with the same recipe; the interval gets narrower, and other stages keep theirs."""
+    rated(monkeypatch, 1000.0, 2000.0)
+    recipe = Recipe.load(RECIPES / "tiny.toml", SMALL)
+
+    def expected(recipe=recipe, ranks=1):
+        return pace.estimate(recipe, recipe.stages, tmp_path, ranks, lambda text: None, 0.0)
+
+    first = expected()
+    whole = first.interval()
+    assert whole.likely == pytest.approx(sum(time.seconds for time in first.stages.values()))
+    assert whole.low < whole.likely < whole.high
+    took = first.stages["zero"].seconds * 1.5
+    first.learn("zero", took)
+    second = expected()
+    assert second.stages["zero"].seconds == pytest.approx(took, rel=1e-3)
+    assert second.stages["pretrain"] == first.stages["pretrain"]
+    narrow, wide = second.interval(["zero"]), first.interval(["zero"])
+    assert narrow.high / narrow.low < wide.high / wide.low
+    rated(monkeypatch, 500.0, 1000.0)
+    assert expected().stages["zero"].seconds == pytest.approx(2 * took, rel=0.1), "the machine is half as fast today"
+    rated(monkeypatch, 1000.0, 2000.0, 0.5)
+    busy = expected()
+    assert busy.stages["zero"].seconds == pytest.approx(2 * took, rel=0.1), "other work takes half of it"
+    assert busy.interval().high / busy.interval().low > whole.high / whole.low
+    rated(monkeypatch, 500.0, 1000.0)
+    other = Recipe.load(RECIPES / "tiny.toml", [*SMALL, "pretrain.tokens=3M"])
+    assert expected(other).stages["zero"] == expected(other, 1).stages["zero"]
+    assert expected(other).stages["zero"].seconds == pytest.approx(2 * first.stages["zero"].seconds, rel=0.1)
+    (record,) = tmp_path.iterdir()
+    record.write_text('{"a": 3, "b": ["x"]}')
+    assert expected().stages["zero"].parts, "a damaged record is none"
+    expected().learn("zero", took)
 
 
 def test_measuring_leaves_random_numbers_and_processes_as_they_were(monkeypatch):

@@ -109,12 +109,13 @@ def run(
             preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not item.done])
             rundir.record_recipe(text)  # now: if the check refuses a call, those of the run's last call stay
             _set_aside_stale(plan, rundir, metrics, progress)
-            progress.estimates, progress.texts = _estimates(plan, recipe, until, cache, progress, processes.n, worth)
+            expected = _expected(plan, recipe, until, cache, progress, processes.n, worth)
+            progress.expect(expected, root)
             if rundir.killed:
                 progress.say(rundir.killed)
             intact = _check_outputs(plan, until, rundir, metrics, progress)
             if (describe := plugins.hook("overview")) is not None:
-                progress.say(describe(plan, recipe, root, progress.estimates, until, processes.n))
+                progress.say(describe(plan, recipe, root, expected, until, processes.n))
             if (conformance := plugins.hook("conformance")) is not None:
                 rows = json.dumps(conformance(recipe), ensure_ascii=False, indent=1)
                 write_atomic(root / "conformance.json", rows + "\n")
@@ -130,16 +131,15 @@ def run(
             metrics.close()
 
 
-def _estimates(
+def _expected(
     plan: list[Planned], recipe: Recipe, until: str | None, cache: Path | None, progress: RunProgress,
     n_processes: int, worth: float | None,
-) -> tuple[dict[str, float], frozenset[str]]:  # fmt: skip
-    """Seconds of every stage, 0 where nothing estimates them, and the stages that no model works in."""
+) -> Any:  # fmt: skip
+    """How long every stage will take, as the hook `estimate` has it; None without it."""
     last = len(plan) if until is None else recipe.names().index(until) + 1
     due = [item.config for item in plan[:last] if not item.done]
-    if (estimate := plugins.hook("estimate")) is not None:
-        return estimate(recipe, due, cache_dir(cache), n_processes, progress.say, worth)
-    return dict.fromkeys(recipe.names(), 0.0), frozenset()
+    estimate = plugins.hook("estimate")
+    return estimate and estimate(recipe, due, cache_dir(cache), n_processes, progress.say, worth)
 
 
 def repeating(recipe: Recipe, say: Callable[[str], None]) -> AbstractContextManager[object]:

@@ -33,6 +33,8 @@ class StageWork:
     """Bytes per parameter of `model` that are loaded and saved: LOADED or TRAINED."""
     seconds: float = 0.0
     """Texts, downloads."""
+    each: tuple[float, ...] = ()
+    """Tokens of an answer that each step of its progress is expected to bring, where that changes."""
 
 
 def answers(count: float, cap: float) -> float:

@@ -145,9 +145,10 @@ class Loop:
             self.evaluator.write(values)
             reward, accuracy, length = (values[f"rl/{name}"] for name in ("reward", "accuracy", "length"))
             score = f", score {values['rl/score']:.3f}" if "rl/score" in values else ""
-            ctx.progress.advance(1, f"reward {reward:.3f}, accuracy {accuracy:.3f}{score}, length {length:.0f}")
+            note = f"reward {reward:.3f}, accuracy {accuracy:.3f}{score}, length {length:.0f}"
             if (number + 1) % settings.heldout.every == 0 or number + 1 == settings.rollouts:
                 self.evaluator.evaluate(self.cap())
+            ctx.progress.advance(1, note, cost=length)
             self._keep_if_due(number + 1)
             if trainer.stop():
                 trainer.save()

@@ -3,8 +3,9 @@ and estimates how long the whole run will take (the hook `progress`)."""
 
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -28,8 +29,6 @@ class RunProgress:
     ) -> None:  # fmt: skip
         """Stages after `until` do not count."""
         self.estimates, self.clock, self.until = dict(estimates), clock, until
-        self.texts: Collection[str] = ()
-        """Stages in which no model works: how long they take says nothing about the others."""
         self.console = Console(file=out or sys.stderr, highlight=False, soft_wrap=True)
         self.said_once: set[str] = set()
         """Lines that need not be said again, such as what all stages compute in."""
@@ -39,6 +38,9 @@ class RunProgress:
         characters escaped: it may quote a model."""
         self.console.print(Text(escaped(message)) if isinstance(message, str) else message)
 
+    def expect(self, expected: Any, root: Path) -> None:
+        """What the hook `estimate` expects of the run in `root`; only the hook `progress` reads it."""
+
     def begin(self, name: str) -> "StageProgress":
         return StageProgress(self, name)
 
@@ -47,6 +49,9 @@ class RunProgress:
 
     def close(self) -> None:
         """Ends what is shown of the stage that runs."""
+
+    def advanced(self, stage: "StageProgress", work: float, cost: float) -> None:
+        """`stage` has done `work` more, at this `cost` (`StageProgress.advance`)."""
 
     def left(self, stage: "StageProgress") -> float | None:
         """Seconds left of a stage, at the speed of this attempt; None if there is none yet."""
@@ -78,10 +83,12 @@ class StageProgress:
         self.work, self.units, self.done, self.done_at_start = float(work), units, float(done), float(done)
         self.started = self.run.clock()
 
-    def advance(self, work: float = 1.0, note: str = "") -> None:
-        """Add `work` to the work done; `note` is a few words such as "loss 3.21"."""
+    def advance(self, work: float = 1.0, note: str = "", cost: float | None = None) -> None:
+        """Add `work` to the work done; `note` is a few words such as "loss 3.21". `cost`: where equal work does not
+        take equally long, what it brought of `StageWork.each`."""
         self.done += work
         self.note = note or self.note
+        self.run.advanced(self, work, work if cost is None else cost)
         now = self.run.clock()
         if now - self.shown >= self.run.every:
             self.shown = now

@@ -77,7 +77,8 @@ def trained(devices: Iterable[str], seconds: float = 3.0) -> dict[str, float]:
     """Tokens per second at which each device trains the recipe tiny."""
     settings, cfg, length = plan_config.pretraining(Recipe.load(find_recipe("tiny")), needed_for="doctor")
     models = {name: Transformer(cfg).initialise(0).to(name) for name in devices}
-    return {name: pace.training_rate(model, settings, length, seconds) for name, model in models.items()}
+    measured = {name: pace.training_rate(model, settings, length, seconds) for name, model in models.items()}
+    return {name: of.rate * of.processor / of.wall for name, of in measured.items()}
 
 
 def as_notes(problems: list[tuple[str, str, str]]) -> list[dict[str, str]]:

@@ -113,9 +113,9 @@ def _measured(recipe: Recipe, stages: list[Examined], ranks: int, say: Callable[
         with suppress(UserError):  # a file is missing, which is a fault already
             find_kind(config.kind)().work(config, recipe)
             known.append(config)
-    seconds = Pace(recipe, cache=cache_dir(None), ranks=ranks, say=say).of_stages(known)
+    times = Pace(recipe, ranks=ranks, say=say).of_stages(known)
     for stage in stages:
-        stage.seconds = seconds.get(stage.name)
+        stage.seconds = times[stage.name].seconds if stage.name in times else None
 
 
 def _planned(recipe: Recipe, stages: list[Examined], cluster: ClusterSpec) -> None:

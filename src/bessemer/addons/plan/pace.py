@@ -2,7 +2,8 @@
 
 Measured with the real trainer and the real engine, once for every network, precision, FP8, optimizer and micro-batch
 that a stage trains with, and once for every network that samples. What is too little to matter, too large for this
-machine, or of another family is guessed (`guess`).
+machine, or of another family is guessed (`guess`). Stages that this machine has run before are corrected by what they
+took then (`record`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bessemer.addons.accelerate import compiling
+from bessemer.addons.plan import record
 from bessemer.addons.plan.guess import fixed, guessed, of_stage
+from bessemer.addons.watch.expected import Expected, ExpectedTime
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import Precision, StageConfig
 from bessemer.config.training import OnPolicyConfig, OptimizerConfig, PretrainConfig
@@ -35,8 +38,7 @@ from bessemer.model.protocol import train_in_fp8
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.pretrain import training_plan
-from bessemer.pipeline.work import StageWork
-from bessemer.runs.files import read_json, write_json
+from bessemer.pipeline.work import PROMPT, StageWork
 from bessemer.system import memory
 from bessemer.tasks.arithmetic import Arithmetic
 from bessemer.train import lineage, objective, setup
@@ -44,71 +46,135 @@ from bessemer.train.trainer import Trainer
 
 SECONDS = 1.5
 """Of a measurement before a run; two thirds of it count."""
-WORTH = 20.0
+WORTH = 8.0
 """Seconds that a kind of work must be guessed to take in all before its rate is measured."""
 LONGEST = 8.0
 """Seconds that the smallest measurement may be guessed to take; beyond them nothing is measured."""
-FRESH = 600.0
-"""Seconds for which a measurement is used again by later commands. Not longer: a machine gets busy and idle again."""
+LEARNT = 5.0
+"""Seconds that a stage must take for this machine to remember it."""
+QUIET = 0.9
+"""Share of a core's time that a measurement gets on a machine without other work."""
 BYTES = 16
 """Of a parameter in training: weights, gradients and two moments in float32."""
+
+
+class Measured(NamedTuple):
+    """What was measured of one kind of work."""
+
+    rate: float
+    """Tokens per second of this process's processor time, which other work on the machine does not change."""
+    processor: float
+    """Processor seconds of this process while it was measured."""
+    wall: float
+    """Seconds by the clock."""
+
+
+class Stopwatch:
+    """Seconds since it was made. On a GPU the processor's are the clock's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._processor = time.process_time if device.type == "cpu" else time.monotonic
+        self._began = time.monotonic(), self._processor()
+
+    def wall(self) -> float:
+        return time.monotonic() - self._began[0]
+
+    def processor(self) -> float:
+        return self._processor() - self._began[1]
 
 
 class Pace:
     """Tokens per second on this machine: stages that share what a rate depends on share one measurement."""
 
     def __init__(
-        self, recipe: Recipe, seconds: float = SECONDS, worth: float = WORTH, cache: Path | None = None,
-        base: PretrainConfig | None = None, ranks: int = 1, say: Callable[[str], None] = lambda text: None,
+        self, recipe: Recipe, seconds: float = SECONDS, worth: float = WORTH, base: PretrainConfig | None = None,
+        ranks: int = 1, say: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
-        """`base`: the stage whose network stands for those of other families. `cache`: folder of fresh measurements.
-        `ranks`: of the run; with several nothing is measured, and they share what is guessed for one. `say` tells
-        that it measures, before it does."""
+        """`base`: the stage whose network stands for those of other families. `ranks`: of the run; with several
+        nothing is measured, and they share what is guessed for one. `say` tells that it measures, before it does."""
         self.recipe, self.seconds, self.worth, self._base, self._ranks = recipe, seconds, worth, base, ranks
         self._say = say
-        self.work: dict[str, list[StageWork]] = {}
-        """What is counted of each stage."""
-        self.shown: dict[str, float] = {}
+        self._rates = dict[str, float]()
+        """Tokens per processor second."""
         self.compiled = False
         self._found: dict[str, float | None] = {}
         self._guesses = dict[str, float]()
-        self._cache = None if cache is None else cache / "rates.json"
-        self._kept = {} if self._cache is None else _fresh(self._cache)
+        self._both: list[tuple[float, float]] = []
+        """Of the measured work: seconds that were guessed, and seconds at the measured rate."""
+        self._processor = self._wall = 0.0
 
-    def of_stages(self, stages: Sequence[StageConfig]) -> dict[str, float]:
-        """Stage -> its seconds."""
-        self.work = work = {stage.name: find_kind(stage.kind)().work(stage, self.recipe) for stage in stages}
+    def of_stages(self, stages: Sequence[StageConfig]) -> dict[str, ExpectedTime]:
+        """Stage -> the seconds that it is expected to take, and their kinds."""
+        work = {stage.name: find_kind(stage.kind)().work(stage, self.recipe) for stage in stages}
         for stage in stages:  # what is worth a measurement depends on the whole run
             for counted in work[stage.name]:
                 for kind, part in _parts(counted):
                     key = self._key(kind, stage, counted)
                     self._guesses[key] = self._guesses.get(key, 0.0) + guessed(self.recipe, part)
-        return {stage.name: sum(self._of(stage, counted) for counted in work[stage.name]) for stage in stages}
+        seconds = {stage.name: self._seconds(stage, work[stage.name]) for stage in stages}
+        measured = 1 / self.share()
+        slower = {
+            record.TRAINING: measured, record.SAMPLING: measured, record.GUESSED: measured * self._mistaken(),
+            record.TEXTS: 1 / (1 - self.busy()),
+        }  # fmt: skip
+        times = {}
+        for name, of in seconds.items():
+            of = {cause: took * slower[cause] for cause, took in of.items() if took}
+            total, each = sum(of.values()), next((counted.each for counted in work[name] if counted.each), ())
+            parts = {cause: took / total for cause, took in of.items()}
+            times[name] = ExpectedTime(total, parts, record.OWN, each, PROMPT if each else 0.0)
+        return times
 
-    def _of(self, stage: StageConfig, work: StageWork) -> float:
-        return fixed(self.recipe, work) + sum(self._of_part(stage, kind, part) for kind, part in _parts(work))
+    def _seconds(self, stage: StageConfig, work: Sequence[StageWork]) -> dict[str, float]:
+        """The stage's seconds, by what their error depends on."""
+        seconds = dict.fromkeys(record.CAUSES, 0.0)
+        for counted in work:
+            seconds[record.TEXTS] += fixed(self.recipe, counted)
+            for kind, part in _parts(counted):
+                cause, took = self._of_part(stage, kind, part)
+                seconds[cause] += took
+        return seconds
 
-    def _of_part(self, stage: StageConfig, kind: str, part: StageWork) -> float:
-        """Seconds of work of one kind."""
+    def rates(self) -> dict[str, float]:
+        """Tokens per second of what was measured."""
+        return {name: rate * self.share() for name, rate in self._rates.items()}
+
+    def share(self) -> float:
+        """Processor seconds per second while this measured, of one process: 1 less waiting for other work and for the
+        other processes of this one."""
+        return self._processor / self._wall if self._wall > 0 else 1.0
+
+    def busy(self) -> float:
+        """Share of the cores' time that other work took while this measured."""
+        return max(0.0, 1 - self.share() / QUIET)
+
+    def _mistaken(self) -> float:
+        """How many times longer than guessed the measured work takes."""
+        guess = sum(guess for guess, _ in self._both)
+        return sum(took for _, took in self._both) / guess if guess > 0 else 1.0
+
+    def _of_part(self, stage: StageConfig, kind: str, part: StageWork) -> tuple[str, float]:
+        """What its error depends on, and its seconds."""
         key = self._key(kind, stage, part)
         settings = self._settings(stage, part)
         idle = self._ranks > 1 or (key not in self._found and self._guesses[key] < self.worth)
         if settings is None or idle:
-            return guessed(self.recipe, part) / self._ranks
+            return record.GUESSED, guessed(self.recipe, part) / self._ranks
         if key not in self._found:
-            stored = self._kept.get(key)
-            self._found[key] = stored["rate"] if stored else None
+            self._found[key] = None
             # what cannot be measured is guessed; what is wrong with it, the stage itself will say
             with suppress(RuntimeError, UserError):
-                self._found[key] = self._found[key] or self._measure(kind, stage, settings, self._length(settings))
-            self._keep(key)
+                self._found[key] = self._measure(kind, stage, settings, self._length(settings))
         if (rate := self._found[key]) is None:
-            return guessed(self.recipe, part)
+            return record.GUESSED, guessed(self.recipe, part)
         if kind == "decoding":
-            return part.sampled / rate
-        cfg = setup.model_config(self.recipe, settings.model)
-        cost = flops_per_token(cfg, part.length).training / flops_per_token(cfg, self._length(settings)).training
-        return (part.trained + part.read / 3) * cost / rate
+            cause, seconds = record.SAMPLING, part.sampled / rate
+        else:
+            cfg = setup.model_config(self.recipe, settings.model)
+            cost = flops_per_token(cfg, part.length).training / flops_per_token(cfg, self._length(settings)).training
+            cause, seconds = record.TRAINING, (part.trained + part.read / 3) * cost / rate
+        self._both.append((guessed(self.recipe, part), seconds))
+        return cause, seconds
 
     def _settings(self, stage: StageConfig, work: StageWork) -> PretrainConfig | None:
         """The stage of pre-training whose network the work is done with, with what the stage itself trains with."""
@@ -139,7 +205,7 @@ class Pace:
         return json.dumps(how)
 
     def _measure(self, kind: str, stage: StageConfig, settings: PretrainConfig, length: int) -> float | None:
-        """Tokens per second, or None where measuring would take too long or more memory than there is."""
+        """Tokens per processor second, or None where measuring would take too long or more memory than there is."""
         cfg, on_gpu = setup.model_config(self.recipe, settings.model), setup.device().type == "cuda"
         room = torch.cuda.get_device_properties(0).total_memory if on_gpu else memory()
         rows = self._rows(stage, settings, length)
@@ -147,22 +213,23 @@ class Pace:
         too_large = BYTES * stored_params(cfg) > room / 2 or not cfg.kv_lora_rank
         if rows is None or too_large or guessed(self.recipe, smallest) > LONGEST:
             return None
-        if not self.shown:
+        if not self._rates:
             self._say("measuring how fast this machine trains and samples ...")
         setup.keep_memory()
         with torch.random.fork_rng(devices=[0] if on_gpu else []):
             if kind == "decoding":
                 dtype = setup.choose_precision(getattr(stage, "precision", "device")).dtype
-                rate = decoding_rate(self._network(cfg, None).to_compute(dtype), self.seconds)
+                measured = decoding_rate(self._network(cfg, None).to_compute(dtype), self.seconds)
             else:
                 smaller = settings.model_copy(update={"batch_rows": Points(rows)})
-                rate = training_rate(self._network(cfg, settings, length), smaller, length, self.seconds)
+                measured = training_rate(self._network(cfg, settings, length), smaller, length, self.seconds)
         gc.collect()  # a trainer is part of reference cycles; its memory and its workers end now
         if on_gpu:
             torch.cuda.empty_cache()
         metric = f"{kind}_tokens_per_second"
-        self.shown[f"{metric}_of_{stage.name}" if metric in self.shown else metric] = rate
-        return rate
+        self._rates[f"{metric}_of_{stage.name}" if metric in self._rates else metric] = measured.rate
+        self._processor, self._wall = self._processor + measured.processor, self._wall + measured.wall
+        return measured.rate
 
     def _rows(self, stage: StageConfig, settings: PretrainConfig, length: int) -> int | None:
         """Rows of a step to measure: the stage's own, or fewer if a step takes long."""
@@ -185,28 +252,23 @@ class Pace:
             self.compiled = True
         return model
 
-    def _keep(self, key: str) -> None:
-        rate = self._found[key]
-        if self._cache is None or rate is None or key in self._kept:
-            return
-        self._kept[key] = {"rate": rate, "time": time.time()}
-        with suppress(OSError):  # the cache may not be writable
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._cache, self._kept)
-
 
 def estimate(
     recipe: Recipe, due: Sequence[StageConfig], cache: Path, n_processes: int, say: Callable[[str], None],
     worth: float | None = None,
-) -> tuple[dict[str, float], frozenset[str]]:  # fmt: skip
-    """Seconds of every stage, at rates measured here for those that are `due`, and the due stages that no model works
-    in."""
-    pace = Pace(recipe, worth=WORTH if worth is None else worth, cache=cache, ranks=n_processes, say=say)
-    seconds = pace.of_stages(due)
-    texts = (name for name, work in pace.work.items() if all(part.model is None for part in work))
-    return {stage.name: seconds.get(stage.name, 0.0) or of_stage(stage, recipe) for stage in recipe.stages}, frozenset(
-        texts
-    )
+) -> Expected:  # fmt: skip
+    """What is expected of every stage: at rates measured here, and by what this machine's earlier runs took, for those
+    that are `due`."""
+    pace = Pace(recipe, worth=WORTH if worth is None else worth, ranks=n_processes, say=say)
+    counted, earlier = pace.of_stages(due), record.OfMachine(cache / "stage_times.json", recipe, n_processes)
+    stages = {stage.name: counted.get(stage.name) or ExpectedTime(of_stage(stage, recipe)) for stage in recipe.stages}
+    corrected = stages | {name: earlier.corrected(name, time) for name, time in counted.items()}
+
+    def learn(name: str, seconds: float) -> None:
+        if seconds >= LEARNT:
+            earlier.add(name, seconds / stages[name].seconds)
+
+    return Expected(corrected, tuple(counted), record.spreads(pace.busy()), learn, round(pace.share(), 3))
 
 
 def _parts(work: StageWork) -> list[tuple[str, StageWork]]:
@@ -219,8 +281,8 @@ def _parts(work: StageWork) -> list[tuple[str, StageWork]]:
     return parts
 
 
-def training_rate(model: Transformer, settings: PretrainConfig, length: int, seconds: float) -> float:
-    """Tokens per second of the stage's trainer, on random tokens. Steps in the first third of the time do not count,
+def training_rate(model: Transformer, settings: PretrainConfig, length: int, seconds: float) -> Measured:
+    """The stage's trainer, on random tokens. Steps in the first third of the time do not count,
     because kernels are then compiled for every number of rows that an expert may get."""
     choice = setup.choose_precision(settings.precision)
     trainer = Trainer(
@@ -230,21 +292,20 @@ def training_rate(model: Transformer, settings: PretrainConfig, length: int, sec
     rows = max(1, round(settings.batch_rows(settings.tokens)))
     sizes = [min(settings.micro_rows, rows - first) for first in range(0, rows, settings.micro_rows)]
 
-    def step() -> None:
-        trainer.update(_batch(size, length, model) for size in sizes)
-
-    def steps(least: int, seconds: float) -> float:
-        """Median seconds per step, because other work on the machine comes in bursts."""
-        times: list[float] = []
-        while len(times) < least or sum(times) < seconds:
-            began = time.monotonic()
-            step()
-            times.append(time.monotonic() - began)
-        return statistics.median(times)
+    def steps(least: int, seconds: float) -> tuple[float, float, float]:
+        """Median processor seconds of a step, because other work on the machine comes in bursts; and the seconds of all
+        steps, on the processor and on the clock."""
+        taken, watch = list[float](), Stopwatch(setup.device())
+        while len(taken) < least or watch.wall() < seconds:
+            before = watch.processor()
+            trainer.update(_batch(size, length, model) for size in sizes)
+            taken.append(watch.processor() - before)
+        return statistics.median(taken), watch.processor(), watch.wall()
 
     try:
         steps(1, seconds / 3)
-        return rows * length / steps(2, seconds)
+        step, processor, wall = steps(2, seconds)
+        return Measured(rows * length / step, processor, wall)
     finally:
         trainer.close()
 
@@ -256,8 +317,8 @@ def _batch(rows: int, length: int, model: Transformer) -> Batch:
     return Batch(tokens, loss).to(model.embed.weight.device)
 
 
-def decoding_rate(model: Transformer, seconds: float) -> float:
-    """Tokens per second of the engine with a batch as large as a rollout's, on all cores. The network is untrained, and
+def decoding_rate(model: Transformer, seconds: float) -> Measured:
+    """The engine with a batch as large as a rollout's, on all cores. The network is untrained, and
     answers run to their cap."""
     workers = setup.workers()
     task = Arithmetic()
@@ -265,20 +326,12 @@ def decoding_rate(model: Transformer, seconds: float) -> float:
     engine = Engine(model, tokenizer, workers)
     assert tokenizer.bos_id is not None, "our own tokenizer has one"
     prompts = [[tokenizer.bos_id, *tokenizer.encode(task.document(i))[:40]] for i in range(16)]
-    tokens, done, began = 16, 0, time.monotonic()
-    while True:
+    tokens, done, watch = 16, 0, Stopwatch(setup.device())
+    while watch.wall() < seconds:
         answers = engine.generate(prompts, samples=16, max_new_tokens=tokens, stop_ids=(), batch_rows=128)
-        done += sum(len(answer.tokens) for group in answers for answer in group)
-        if time.monotonic() - began > seconds:
-            return done / (time.monotonic() - began)
+        if tokens == 16 and watch.wall() < seconds / 3:  # the first answers pay for memory and kernels
+            watch = Stopwatch(setup.device())
+        else:
+            done += sum(len(answer.tokens) for group in answers for answer in group)
         tokens = min(2 * tokens, model.cfg.max_seq_len - 41)
-
-
-def _fresh(cache: Path) -> dict[str, dict[str, float]]:
-    """The measurements in a file that are not too old, by key; none if the file is not what `Pace` writes."""
-    fresh = {}
-    for key, entry in (read_json(cache) or {}).items():
-        with suppress(TypeError, KeyError, ValueError):
-            if 0 <= time.time() - float(entry["time"]) < FRESH and float(entry["rate"]) > 0:
-                fresh[key] = {"rate": float(entry["rate"]), "time": float(entry["time"])}
-    return fresh
+    return Measured(done / watch.processor(), watch.processor(), watch.wall())

@@ -114,6 +114,7 @@ class RL(Stage[RLConfig]):
         work = StageWork(
             config.name, trained=trained, read=trained * (config.kl.weight > 0),
             sampled=written * config.max_resamples + heldout, bytes=TRAINED,
+            each=tuple(answers(1, cap) for cap in caps),
         )  # fmt: skip
         parts = [plugins.find("advantages", config.advantage.name), *(kind for kind, _ in hooks_of(config))]
         trains, reads = (sum(getattr(part, name, 0) for part in parts) for name in ("trains", "reads"))
