@@ -164,6 +164,9 @@ def test_stages_are_shown_with_their_state(run):
     assert [(s["name"], s["state"], s["planned"], s["seconds"]) for s in state["stages"]] == [
         ("pretrain", "finished", 80.0, 100.0), ("zero", "running", 600.0, 61.0), ("eval", "waiting", 30.0, None),
     ]  # fmt: skip
+    assert state["left"] is None
+    (run / "plan.json").write_text(json.dumps({"left": {"seconds": 90.0, "time": time.time() - 30}}))
+    assert read(RunFollower(run, "noise")).state()["left"] == pytest.approx(60, abs=5)
     (alarm,) = state["alarms"]
     assert alarm["title"] == "groups too hard" and alarm["active"] and alarm["step"] == 5
     empty = run.with_name("empty")

@@ -88,7 +88,7 @@ class RunFollower:
         self._recipe: dict[str, Any] = {}
         self._seen: dict[Path, tuple[tuple[int, int], dict[str, Any] | None]] = {}
         self._stages: list[dict[str, Any]] = []
-        self._model = ""
+        self._model, self._plan = "", dict[str, Any]()
         self._gone = self._recipe_fault = ""
         self._generation = 0
         self._begun = False
@@ -146,7 +146,8 @@ class RunFollower:
         tables = {str(table.get("name", table.get("kind"))): table for table in listed}
         names = [*tables, *(name for _, name, _ in folders if name not in tables)]
         by_name = {name: folder for _, name, folder in folders}
-        planned = (self._json(self.root / PLAN) or {}).get("seconds", {})
+        plan = self._json(self.root / PLAN) or {}
+        planned = plan.get("seconds", {})
         stages = [self._stage(name, str(tables.get(name, {}).get("kind", "")), by_name.get(name)) for name in names]
         for stage in stages:
             value = planned.get(stage["name"]) if isinstance(planned, dict) else None
@@ -159,6 +160,7 @@ class RunFollower:
             tails[name].read()
         with self.lock:
             self._stages, self._model = stages, models[-1][0] if models else ""
+            self._plan = plan
             self.rollouts = {name: tails[name] for name in by_name}
 
     def _stage(self, name: str, kind: str, folder: Path | None) -> dict[str, Any]:
@@ -214,7 +216,15 @@ class RunFollower:
                 "name": str(self._recipe.get("name", self.label)), "version": f"{self._generation}.{store.lines}",
                 "reading": reading, "trouble": self._trouble(), "model": self._model, "stages": stages,
                 "alarms": self._alarms(), "running": any(stage["state"] == "running" for stage in stages),
+                "left": self._left(),
             }  # fmt: skip
+
+    def _left(self) -> float | None:
+        """Seconds that the run says it has left; None if it has not said so."""
+        match self._plan.get("left"):
+            case {"seconds": int() | float() as seconds, "time": int() | float() as written}:
+                return max(0.0, round(seconds - (time.time() - written), 1))
+        return None
 
     def _progress(self, name: str) -> dict[str, Any]:
         lines = self.store.stages.get(name)

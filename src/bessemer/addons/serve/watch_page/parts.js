@@ -47,7 +47,8 @@ function how(run) {
   if (run.stages.every(({ state }) => state === "finished")) return t("finished");
   const step = at.step === null ? "" : t(", step {n}", { n: short(at.step) });
   const quiet = at.state === "running" || at.quiet === null ? "" : t(", last line {time} ago", { time: duration(at.quiet) });
-  return `${run.reading ? `${t("reading")} · ` : ""}${visible(at.name)} ${t(STATES[at.state])}${step}${quiet}`;
+  const left = at.state === "running" && run.left ? t(", about {time} left", { time: duration(run.left) }) : "";
+  return `${run.reading ? `${t("reading")} · ` : ""}${visible(at.name)} ${t(STATES[at.state])}${step}${left}${quiet}`;
 }
 
 export function alarmList(box, runs) {

@@ -21,6 +21,7 @@ const ZH = {
   // runs, stages, times
   "running": "运行中", "finished": "已完成", "stopped": "已停止", "not started": "未开始", "no stage has started": "尚无阶段开始",
   "reading": "读取中", ", step {n}": "，第 {n} 步", ", last line {time} ago": "，最后一条记录在 {time}前",
+  ", about {time} left": "，约剩 {time}",
   "{s} s": "{s} 秒", "{m} min {s} s": "{m} 分 {s} 秒", "{h} h {m} min": "{h} 小时 {m} 分",
   "run": "运行", "stage": "阶段", "planned": "预计", "measured": "实测", "of the plan": "实测/预计", "all": "合计",
   "Times of the stages": "各阶段用时", " or ": " 或 ",
