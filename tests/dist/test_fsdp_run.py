@@ -4,16 +4,14 @@ user runs it: against one process, killed and resumed, and with LoRA."""
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from hf_cases import made
 from safetensors.torch import load_file
+from whole_runs import VARIED, figures, run, same_curve, start, write_talks
 
 from bessemer.data.tokenizer import Tokenizer
 
@@ -94,11 +92,6 @@ micro_rows = 2
 heldout = 0.3
 precision = "float32"
 """
-REWARD = """
-def varied(problem, answer, verdict):
-    return float(sum(map(ord, answer)) % 3)
-"""
-"""A random model is never right; GRPO needs rewards that differ."""
 PRETRAIN = """
 [[stage]]
 kind = "corpus"
@@ -126,12 +119,10 @@ STAGES = ("01-import", "02-sft", "03-zero", "04-taught", "05-helpful")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen")
-    turns = ((f"{n} + 1 =", str(n + 1)) for n in range(60))
-    talks = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in turns]
-    (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    write_talks(folder / "talks.jsonl", 60)
     pairs = ({"prompt": f"{n} + 1 =", "chosen": str(n + 1), "rejected": "What?"} for n in range(40))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    (folder / "varied.py").write_text(REWARD)
+    (folder / "varied.py").write_text(VARIED)
     words = Tokenizer.train(["1 + 1 = 2"] * 8, 270)
     made("qwen2", vocab_size=words.vocab_size, max_position_embeddings=512).save_pretrained(folder / "qwen2")
     words.save(folder / "qwen2")
@@ -139,49 +130,27 @@ def folder(tmp_path_factory):
     return folder
 
 
-def started(folder, out, n, recipe="recipe.toml"):
-    command = [sys.executable, "-m", "bessemer", "run", str(folder / recipe), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(f"{out}.log", "a") as log:
-        return subprocess.Popen(
-            [*command, "--processes", str(n)], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-
-
-def run(folder, out, n, **options):
-    status = started(folder, out, n, **options).wait(900)
-    return status, Path(f"{out}.log").read_text()
-
-
 @pytest.fixture(scope="module")
 def runs(folder):
     """The folders of the run on one process and on two."""
     for name, n in (("one", 1), ("two", 2)):
-        status, log = run(folder, folder / name, n)
-        assert status == 0, log[-3000:]
+        status, output = run(folder / "recipe.toml", folder / name, "--processes", n)
+        assert status == 0, output[-3000:]
     return folder / "one", folder / "two"
-
-
-def metrics(out, stage, *names):
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    own = [line["values"] for line in lines if stage.endswith(f"-{line['stage']}")]
-    return [[values[name] for name in names] for values in own if all(name in values for name in names)]
 
 
 def test_two_ranks_train_what_one_process_trains(runs):
     one, two = runs
     for stage, names in (
-        ("02-sft", ("train/loss", "train/grad_norm")),
-        ("03-zero", ("rl/reward", "rl/grad_norm", "rl/kl")),
-        ("04-taught", ("train/loss", "train/grad_norm")),
-        ("05-helpful", ("train/loss", "train/grad_norm")),
+        ("sft", ("train/loss", "train/grad_norm")),
+        ("zero", ("rl/reward", "rl/grad_norm", "rl/kl")),
+        ("taught", ("train/loss", "train/grad_norm")),
+        ("helpful", ("train/loss", "train/grad_norm")),
     ):
-        expected, actual = metrics(one, stage, *names), metrics(two, stage, *names)
-        assert expected and len(actual) == len(expected), stage
-        for row, other in zip(expected, actual, strict=True):
-            assert other == pytest.approx(row, rel=1e-3, abs=1e-7), stage
-    assert min(row[0] for row in metrics(two, "03-zero", "rl/grad_norm")) > 0, "it trained"
-    assert max(row[0] for row in metrics(two, "03-zero", "rl/sampler_gap_max")) < 1e-4
+        for name in names:
+            same_curve(figures(two, stage, name), figures(one, stage, name), rel=1e-3, abs=1e-7)
+    assert min(figures(two, "zero", "rl/grad_norm").values()) > 0, "it trained"
+    assert max(figures(two, "zero", "rl/sampler_gap_max").values()) < 1e-4
     for stage in STAGES[1:]:
         tensors = load_file(two / stage / "model" / "model.safetensors")
         assert tensors.keys() == load_file(one / stage / "model" / "model.safetensors").keys(), stage
@@ -190,21 +159,20 @@ def test_two_ranks_train_what_one_process_trains(runs):
 def test_a_killed_run_resumes(folder, runs, tmp_path):
     """kill -9 of all its processes in the middle of RL: the next run ends with the model of the one that was not
     killed."""
-    process = started(folder, tmp_path / "killed", 2)
-    state = tmp_path / "killed" / "03-zero" / "state"
+    killed = tmp_path / "killed"
+    with (tmp_path / "log").open("w") as log:
+        process = start(folder / "recipe.toml", killed, "--processes", 2, output=log)
     deadline = time.monotonic() + 600
-    while not (state / "step-00000002").exists():
-        assert process.poll() is None and time.monotonic() < deadline, Path(f"{tmp_path}/killed.log").read_text()
+    while not (killed / "03-zero" / "state" / "step-00000002").exists():
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "killed" / "03-zero" / "model").exists()
-    status, log = run(folder, tmp_path / "killed", 2)
-    assert status == 0, log[-3000:]
+    assert not (killed / "03-zero" / "model").exists()
+    status, output = run(folder / "recipe.toml", killed, "--processes", 2)
+    assert status == 0, output[-3000:]
     for stage in STAGES[1:]:
-        expected, actual = (
-            load_file(out / stage / "model" / "model.safetensors") for out in (runs[1], tmp_path / "killed")
-        )
+        expected, actual = (load_file(out / stage / "model" / "model.safetensors") for out in (runs[1], killed))
         assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items()), stage
 
 
@@ -256,20 +224,20 @@ def test_lora_and_more_pretraining(folder, tmp_path):
     """RL of adapters on two ranks, its merged model trained further on a corpus."""
     text = RECIPE.format(more=LORA).partition('[[stage]]\nkind = "distill"')[0] + PRETRAIN
     (folder / "lora.toml").write_text(text)
-    status, log = run(folder, tmp_path / "lora", 2, recipe="lora.toml")
-    assert status == 0, log[-3000:]
+    status, output = run(folder / "lora.toml", tmp_path / "lora", "--processes", 2)
+    assert status == 0, output[-3000:]
     assert (tmp_path / "lora" / "03-zero" / "adapter" / "adapter_model.safetensors").is_file()
-    assert metrics(tmp_path / "lora", "03-zero", "rl/grad_norm") and metrics(tmp_path / "lora", "05-more", "train/loss")
+    assert figures(tmp_path / "lora", "zero", "rl/grad_norm") and figures(tmp_path / "lora", "more", "train/loss")
 
 
 def test_a_layout_for_experts_is_refused_before_anything_runs(folder, tmp_path):
     (folder / "layout.toml").write_text(RECIPE.format(more="").replace("[layout]", "[layout]\nep = 2"))
-    status, log = run(folder, tmp_path / "layout", 2, recipe="layout.toml")
+    status, log = run(folder / "layout.toml", tmp_path / "layout", "--processes", 2)
     assert status == 2 and "[layout] pp, ep and cp" in log and "Traceback" not in log
     assert not (tmp_path / "layout").exists()
 
 
 def test_a_lora_target_that_does_not_exist_is_one_line(folder, tmp_path):
     (folder / "target.toml").write_text(RECIPE.format(more=LORA.replace("{", '{ targets = ["q_projector"],')))
-    status, log = run(folder, tmp_path / "target", 2, recipe="target.toml")
+    status, log = run(folder / "target.toml", tmp_path / "target", "--processes", 2)
     assert status == 2 and log.count("q_projector") == 1 and "q_proj" in log and "Traceback" not in log

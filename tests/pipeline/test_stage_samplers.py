@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import rl_stage
 import torch
+from whole_runs import GRPO, IMPORTED, figures, run
 
 from bessemer.addons.distributed import folder_sampling, ray_cluster
 from bessemer.addons.distributed.folder_sampling import FolderEngine
@@ -18,16 +17,9 @@ from bessemer.errors import UserError
 from bessemer.pipeline import runner
 from bessemer.train import setup
 
-RECIPE = """
-name = "samplers"
-seed = 3
-[model]
-preset = "tiny"
-[[stage]]
-kind = "import"
-name = "base"
-model = "{base}"
-style = "zero"
+RECIPE = (
+    IMPORTED
+    + """
 [[stage]]
 kind = "reject"
 tasks = ["arithmetic"]
@@ -62,6 +54,7 @@ top_p = 0.9
 searched_words = 0
 {rollout}
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,41 +124,14 @@ def test_settings_without_effect_are_refused(base, tmp_path, rollout, complaint)
         runner.run(Recipe.load(recipe), tmp_path / "run")
 
 
-RANKS = """
-name = "ranks"
-seed = 3
-[model]
-preset = "tiny"
-[layout]
-ep = 2
-[[stage]]
-kind = "import"
-name = "base"
-model = "{base}"
-style = "zero"
-[[stage]]
-kind = "rl"
-name = "zero"
-tasks = ["arithmetic"]
-precision = "float32"
-rollouts = 3
-prompts_per_rollout = 4
-samples = 4
-max_new_tokens = 16
-lr = 1e-2
-heldout = {{ every = 9, problems = 2, minimum_pass = 0.0 }}
-rollout = "ray"
-"""
-
-
-def test_workers_get_the_weights_that_ranks_train_in_parts(base, tmp_path):
+def test_workers_get_the_weights_that_ranks_train_in_parts(base, tmp_path, monkeypatch):
     """The network is gathered for every exchange, and its memory may go in between."""
     recipe, out = tmp_path / "ranks.toml", tmp_path / "run"
-    recipe.write_text(RANKS.format(base=base / "model"))
-    command = [sys.executable, "-m", "bessemer", "run", str(recipe), "--processes", "2", "--out", str(out)]
-    environment = {name: value for name, value in os.environ.items() if name != ray_cluster.ADDRESS}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
-    values = [json.loads(line)["values"] for line in (out / "metrics.jsonl").open()]
-    gaps = [line["rl/sampler_gap"] for line in values if "rl/sampler_gap" in line]
+    recipe.write_text(
+        (IMPORTED + GRPO).format(base=base / "model") + 'max_new_tokens = 16\nrollout = "ray"\n[layout]\nep = 2\n'
+    )
+    monkeypatch.delenv(ray_cluster.ADDRESS, raising=False)
+    status, output = run(recipe, out, "--processes", 2)
+    assert status == 0, output[-3000:]
+    gaps = figures(out, "zero", "rl/sampler_gap").values()
     assert len(gaps) == 3 and max(gaps) < 1e-5
