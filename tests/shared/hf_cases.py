@@ -14,6 +14,7 @@ SHAPE = dict(
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2, bos_token_id=0,
             eos_token_id=1)  # fmt: skip
 GEMMA3 = {**SHAPE, "head_dim": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 KINDS = {
     "llama": ("Llama", SHAPE),
     "llama-tied": ("Llama", {**SHAPE, "tie_word_embeddings": True}),
@@ -21,6 +22,7 @@ KINDS = {
     "gpt2": ("GPT2", GPT2),
     "mixtral": ("Mixtral", {**SHAPE, "num_local_experts": 4}),
     "gemma3": ("Gemma3", GEMMA3),
+    "qwen3-moe": ("Qwen3Moe", {**SHAPE, "head_dim": 32, **EXPERTS}),
 }  # fmt: skip
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 MODELS = {"GPT2": "GPT2LMHeadModel"}
