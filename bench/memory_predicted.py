@@ -161,7 +161,7 @@ def predict_own(case: Case, pp: int) -> dict[str, int]:
     # all forwards of the step, as they are counted; a schedule holds fewer at a time
     activations = sum(saved[action.stage] for action in actions(table.steps[pp]) if action.kind == "F")
     state = {kind: kinds[kind] for kind in ("weights", "gradients", "masters", "moments")}
-    judge = memory.scorer_bytes(cfg, layout, 4) * case.judge
+    judge = memory.scorer_bytes(cfg, layout, 4)[pp] * case.judge
     return state | {"reference": kinds["weights"] * case.reference, "judges": judge, "activations": activations}
 
 

@@ -77,9 +77,9 @@ def per_rank(
     return ranks
 
 
-def scorer_bytes(cfg: ModelConfig, layout: Layout, number: int) -> int:
-    """Bytes of a frozen reward model on the rank that holds most of it: the slices and experts of its pipeline rank,
-    with a score in place of the head and no MTP modules. `number`: bytes of the compute dtype."""
+def scorer_bytes(cfg: ModelConfig, layout: Layout, number: int) -> list[int]:
+    """Bytes of a frozen reward model by pipeline rank: its layers and experts, with a score in place of the head and no
+    MTP modules. `number`: bytes of the compute dtype."""
     stages = cut(cfg.model_copy(update={"n_mtp": 0}), layout.pp, cfg.dim)
     sizes = []
     for layers in stages:
@@ -87,7 +87,7 @@ def scorer_bytes(cfg: ModelConfig, layout: Layout, number: int) -> int:
         sizes.append(sum(tensor.numel * (4 if tensor.float32 else number) for tensor in tensors))
     sizes[0] += number * cfg.vocab_size * cfg.dim
     sizes[-1] += (4 + number) * cfg.dim  # the last norm and the score
-    return max(sizes)
+    return sizes
 
 
 def saved_by_stage(

@@ -263,14 +263,14 @@ def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | N
         number = 2 if stage.precision == "bfloat16" or (stage.precision != "float32" and on_gpu) else 4
         if cfg is None and model is None:
             return _by_count(recipe, stage, number, world)
+        judges = _judges(recipe, stage, world, 2 if on_gpu else 4)
         if cfg is not None:
             layout, *_ = distributed.layout_of(recipe.layout, world, not isinstance(stage, DistillConfig))
-            by_kind = _training(recipe, stage, cfg, layout, number, device)
+            by_kind = _training(recipe, stage, cfg, layout, number, device, judges)
             by_kind |= _beside(recipe, stage, cfg, layout, number, by_kind, on_gpu)
         else:
             assert model is not None
-            by_kind = _other_training(recipe, stage, model, world, number, on_gpu)
-        by_kind["judges"] = _judges(recipe, stage, world, 2 if on_gpu else 4)
+            by_kind = _other_training(recipe, stage, model, world, number, on_gpu) | {"judges": max(judges)}
         n_params, largest = _sizes(cfg, model)
         by_kind |= _sampling(stage, cfg, model, number, world, device)
         if isinstance(stage, RLConfig) and (stage.rollout.engine != "local" or by_kind.get("gathered")):
@@ -304,9 +304,10 @@ def _sizes(cfg: ModelConfig | None, model: OtherModel | None) -> tuple[int, int]
 
 
 def _training(
-    recipe: Recipe, stage: OptimizerConfig, cfg: ModelConfig, layout: Layout, number: int, device: Device | None
-) -> dict[str, int]:
-    """Bytes of the fullest rank's part of a training, by kind."""
+    recipe: Recipe, stage: OptimizerConfig, cfg: ModelConfig, layout: Layout, number: int, device: Device | None,
+    judges: list[int],
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of the fullest rank's part of a training, by kind; `judges`: of reward models by pipeline rank."""
     on_gpu = device is not None or torch.cuda.is_available()
     packed = bool(getattr(stage, "document_mask", True))
     padded = number == 2 and device is not None and (packed or not device.cudnn)
@@ -317,6 +318,7 @@ def _training(
     table = schedules.schedule(name, layout.pp, micro)
     room = Room.of(device, layout.world).bytes if on_gpu else None
     ranks = memory.per_rank(cfg, layout, table, rows, length, numbers, recipe.layout.recompute, room=room)
+    ranks = [kinds | {"judges": size} for kinds, size in zip(ranks, judges, strict=True)]
     by_kind = max(ranks, key=lambda kinds: sum(kinds.values()))
     workers = 1 if on_gpu or layout.world > 1 else setup.workers().n
     if layout.world == 1:  # no share of a sum over ranks beside them
@@ -381,19 +383,21 @@ def _beside(
     return beside
 
 
-def _judges(recipe: Recipe, stage: OptimizerConfig, world: int, number: int) -> int:
-    """Bytes of the reward models that score RL's answers, divided over the ranks as they were in their own training."""
-    total = 0
+def _judges(recipe: Recipe, stage: OptimizerConfig, world: int, number: int) -> list[int]:
+    """Bytes of the reward models that score RL's answers, divided over the ranks as they were in their own training, by
+    pipeline rank."""
+    total = [0] * recipe.layout.pp
     for name in stage.reward_models if isinstance(stage, RLConfig) else []:
         cfg, model, _ = network_of(recipe, recipe.stage(name))
         if cfg is not None:
             layout, *_ = distributed.layout_of(recipe.layout, world, split_rows=False)
             fits = mesh.refusal(layout, mesh.headed(cfg), world) is None
-            total += memory.scorer_bytes(cfg, layout if fits else Layout(), number)
+            sizes = memory.scorer_bytes(cfg, layout if fits else Layout(), number)
         elif model is not None:
-            total += number * model.scorer(world)
+            sizes = [number * model.scorer(world)]
         else:
-            total += number * -(-_parameters(recipe, recipe.stage(name).source)[0] // world)
+            sizes = [number * -(-_parameters(recipe, recipe.stage(name).source)[0] // world)]
+        total = [before + size for before, size in zip(total, sizes * (len(total) // len(sizes)), strict=True)]
     return total
 
 
