@@ -117,6 +117,18 @@ def test_unmeasured_cells_and_lines_are_left_out():
     assert tables.stage_tables([{"model": "a", "pass_at_1": None}, {"model": "b"}]) == []
 
 
+def test_a_reward_is_a_plain_number():
+    """Of any size, unlike the shares; its gain and its interval are in its own units."""
+    rows = [row("a", reward=-0.25), row("b", reward=1.5, reward_interval=[0.9, 2.1]), row("b", "u")]
+    (table,) = tables.stage_tables(rows)
+    line = next(line for line in table.overall if line.label == "reward")
+    assert line.best == 1.5 and line.cells[0].interval is None
+    text = [text.split() for text in comparisons.stage_table_text(rows).splitlines()]
+    assert ["mean", "reward", "-0.250", "1.500"] in text and ["95", "%", "interval", "0.900-2.100"] in text
+    html = comparisons.stage_table_html(facts.RunFacts(None, {}, "", [], [], 0.0), rows)
+    assert "+1.750" in html and "0.900–2.100" in html
+
+
 def test_a_mean_over_tasks_has_an_interval_where_the_problems_are_known():
     by_problem = {"readable": 0.5, "readable_by_problem": {f"p{n}": float(n % 2) for n in range(40)}}
     (table,) = tables.stage_tables([row("a", **by_problem), row("a", "u", **by_problem), row("b"), row("b", "u")])
