@@ -65,8 +65,9 @@ class ForeignSteps(StepBackend):
         visible_BS = cache.start_step(position_B)
         with recording(self.model.routers) as chosen:
             hidden_BTD = self._hidden(token_BT, cache, position_B[:, None], attention_mask=visible_BS)
-        for expert_NK in chosen if trace is not None else ():
-            trace.add_layer(expert_NK)
+        if trace is not None:
+            for expert_NK in chosen:
+                trace.add_layer(expert_NK)
         return ForwardOutput(hidden_BTD, self._logits(hidden_BTD[:, 0]).unsqueeze(1))
 
     @torch.no_grad()
