@@ -1,8 +1,8 @@
 """The recipes of models that people know, from first stage to last: a tiny model of the family, small numbers.
 
 What differs from the recipe: the model, the tasks (one that needs no package), the numbers in SMALL, float32, a reward
-that tells a random model's answers apart, and the sampler: the trainer's own, or one vLLM worker on a CPU. Ranks,
-[layout], FSDP2, experts over ranks, LoRA, hooks, losses and the chain of stages are the recipe's.
+that tells a random model's answers apart, and the sampler: the trainer's own, or, for smollm2-vllm, vLLM itself too.
+Ranks, [layout], FSDP2, experts over ranks, LoRA, hooks, losses and the chain of stages are the recipe's.
 
 A random model is never right, so nothing would be left of a cold start from its answers. The base of v2-lite-r1 is
 therefore pre-trained for some seconds on the documents of the task, until some of its answers are right.
@@ -111,11 +111,12 @@ def miniature(folder, name, family, ranks, sampler):
     return folder / f"{name}.toml", overrides
 
 
-@pytest.mark.parametrize("sampler", [
-    "local",
-    pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM")]),
+@pytest.mark.parametrize(("name", "sampler"), [
+    *((name, "local") for name in CASES),
+    pytest.param("smollm2-vllm", "vllm", marks=[
+        pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="needs tools/vllm_cpu.sh"),
+    ]),
 ])  # fmt: skip
-@pytest.mark.parametrize("name", CASES)
 @pytest.mark.timeout(900)
 def test_a_recipe_runs_in_miniature(name, sampler, tmp_path):
     family, ranks = CASES[name]
