@@ -68,6 +68,9 @@ def test_a_terminal_sees_the_prompt_that_changed_most(tmp_path):
     root = fake_run.make(tmp_path / "run")
     path = root / "04-zero" / "rollouts.jsonl"
     lines = [
+        _answer(0, False, "sometimes wrong", "half"),
+        _answer(0, True, "sometimes right", "half"),
+        _answer(80, True, "sometimes right", "half"),
         _answer(0, False, "<answer>3+9</answer>"),
         _answer(0, False, "<think>(3+9)+10=12+10=23:2 high\n\x1b[31m" + "\nagain" * 40),
         _answer(0, True, "never wrong", "easy"),
