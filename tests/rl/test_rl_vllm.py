@@ -39,7 +39,7 @@ def test_hub_state_matches_the_export_without_mtp(engine, tmp_path):
     model.save(tmp_path / "model", mtp=False)
     expected = load_file(tmp_path / "model" / "model.safetensors")
     weights = unpack_weights(pack_weights(model.state_dict()))
-    loaded = vllm_engine.hub_state(weights, model.cfg)
+    loaded = vllm_engine.hub_state(weights, model.cfg, tmp_path)
     assert loaded.keys() == expected.keys() and any("e_score_correction_bias" in name for name in loaded)
     assert all(torch.equal(loaded[name], tensor) and loaded[name].is_contiguous() for name, tensor in expected.items())
 

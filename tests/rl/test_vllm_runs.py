@@ -313,6 +313,28 @@ def test_an_engine_that_slept_samples_the_same(engine, directory, level):
     assert [list(c.tokens) for c in results[0]] == [list(c.tokens) for c in engine.run(batch)]
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "qwen2"])  # vLLM's first engine decides on expert groups
+def test_a_model_of_another_family_follows_its_trainer(kind, engine, tmp_path):
+    """Also one whose experts its library stores in another form than it computes with."""
+    from hf_cases import made
+
+    from bessemer.addons.families.causal_lm import load
+
+    wide = dict(hidden_size=128, head_dim=32, vocab_size=engine.tokenizer.vocab_size)
+    made(kind, **wide).save_pretrained(tmp_path)
+    engine.tokenizer.save(tmp_path)
+    model, worker = load(tmp_path, torch.float32), RolloutWorker("vllm", str(tmp_path), 0, SETTINGS)
+    own, ids = Engine(model, engine.tokenizer), [*PROMPTS[0], *range(20, 60)]
+    batch = batch_of(own, temperature=0.0)
+    for version in (1, 2):
+        model.load_state_dict(changed(model, 0.02 * version), strict=True)
+        packed = NewWeights(pack_weights(model.state_dict()), Probe(ids, logprobs(model, ids), dtype_of(model)))
+        actual, expected = worker.generate(version, packed, batch).completions, own.run(batch)
+        assert [list(c.tokens) for c in actual] == [list(c.tokens) for c in expected]
+        pairs = zip(actual, expected, strict=True)
+        assert max(abs(a - b) for one, other in pairs for a, b in zip(one.logprobs, other.logprobs, strict=True)) < 1e-3
+
+
 def test_adapters_are_exchanged_without_a_new_engine(engine, tmp_path):
     pytest.importorskip("peft")
     from transformers import LlamaConfig, LlamaForCausalLM

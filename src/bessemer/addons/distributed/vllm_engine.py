@@ -83,7 +83,7 @@ class VLLMEngine:
             raise UserError("this vLLM is built for GPUs, but Ray has none: add some, or install its build for CPUs")
         self.params = SamplingParams
         self.tokenizer = load_tokenizer(directory)
-        self.cfg = own_config(directory)
+        self.directory, self.cfg = directory, own_config(directory)
         self.routed = self.cfg or routed_sizes(config)
         mapped = bool(gpus) and not options.lora_rank and transfers(LLM)
         self.kind = LLM
@@ -107,7 +107,7 @@ class VLLMEngine:
         """New weights of the whole model, or of adapters on it with the text of their adapter_config.json."""
         self._wake()
         if self.adapters is None:
-            self.weights.load(hub_state(weights, self.cfg))
+            self.weights.load(hub_state(weights, self.cfg, self.directory))
         else:
             self.adapters.write(weights, adapter)
         self.llm.reset_prefix_cache()
@@ -307,9 +307,20 @@ def sampling_params(request: Request, most_kept: int = 0) -> dict[str, Any]:
     return params | ({"stop": list(request.stop_strings)} if request.stop_strings else {})
 
 
-def hub_state(state: Mapping[str, Tensor], cfg: ModelConfig | None) -> dict[str, Tensor]:
-    """Weights under their names on disk, without MTP modules; cfg None: a model of another family."""
+def _stored(state: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
+    """The weights as transformers stores them, which is what vLLM reads: the experts of some families are one tensor
+    each there, and stacked where they compute."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    return revert_weight_conversion(model, {name.removeprefix("inner."): tensor for name, tensor in state.items()})
+
+
+def hub_state(state: Mapping[str, Tensor], cfg: ModelConfig | None, directory: Path) -> dict[str, Tensor]:
+    """Weights under their names on disk, without MTP modules; cfg None: a model of another family in `directory`."""
     if cfg is None:
-        return {name.removeprefix("inner."): tensor.contiguous() for name, tensor in state.items()}
+        return {name: tensor.contiguous() for name, tensor in _stored(state, directory).items()}
     main = [slot for slot in slots(cfg) if not slot.copy and not slot.name.startswith("mtp.")]
     return {slot.key: slot.of(dict(state)).contiguous() for slot in main}

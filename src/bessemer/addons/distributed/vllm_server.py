@@ -138,7 +138,7 @@ class VLLMServer:
         if self._file is None:
             config = self.directory / "config.json"
             self._file = WeightFile(config) if self.is_local() else WeightFile(config, self.directory.parent)
-        with self._file.holding(hub_state(weights, self.cfg)) as folder:
+        with self._file.holding(hub_state(weights, self.cfg, self.directory)) as folder:
             self.http.call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         assert not (self._file.folder / FILE).exists()
         self.http.call("/reset_prefix_cache", {})
