@@ -27,7 +27,7 @@ ELSEWHERE = {
     "git clone <this repository> bessemer": "the wheel of the tree is installed and run by",
     "pip install './bessemer[hf,lora]'": "tests/test_recipes.py::test_the_wheel_runs_outside_the_clone",
     "pip install './bessemer[hf,lora,vllm]'": "the same",
-    "bessemer run gpu.toml": "tests/plan/test_recipes_at_size.py runs the recipe in miniature",
+    "bessemer run gpu.toml": "tests/plan/test_recipes_in_miniature.py runs the recipe in miniature",
     "bessemer run eight.toml": "the same",
 }
 """Commands that are not run here, and what runs them."""
@@ -60,8 +60,8 @@ def folder(tmp_path_factory):
         (folder / name).write_text(text)
     text = (folder / "mine.toml").read_text()
     changes = {
-        '"package:smollm2-135m"': '"model"', "lr = 3e-4": "lr = 0.1",
-        "problems = 32": "problems = 8",
+        '"package:smollm2-135m"': '"model"', "lr = 1e-3": "lr = 0.1", "\nrollouts = 12": "\nrollouts = 30",
+        "prompts_per_rollout = 4": "prompts_per_rollout = 8",
     }  # fmt: skip
     for old, new in changes.items():
         assert old in text
@@ -117,7 +117,7 @@ def test_every_command_runs_in_order_and_the_reward_rises(folder):
         if command in SERVERS:
             wait_for_answer(folder, command, *SERVERS[command])
         else:
-            output[command] = run(folder, command, *SMALLER.get(command, ()), stdin="What is 20 + 22?\n")
+            output[command] = run(folder, command, *SMALLER.get(command, ()), stdin="What is 4 + 7?\n")
     assert "no fault found" in output["bessemer run mine.toml --dry-run"]
     lines = [json.loads(line) for line in (folder / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["values"]["rl/reward"] for line in lines if "rl/reward" in line["values"]]
