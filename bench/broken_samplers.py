@@ -20,31 +20,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import grpo_runs
 from machine import processor
 
 BREAKS = ("none", "rope", "reload", "expert", "stale")
-RECIPE = """
-name = "broken"
-seed = 7
-[model]
-preset = "tiny"
-[[stage]]
-kind = "import"
-name = "base"
-model = {base}
-[[stage]]
-kind = "rl"
-name = "zero"
+KEYS = """
 tasks = ["countdown"]
-precision = "float32"
-prompt_template = "model"
 rollouts = 4
 prompts_per_rollout = 8
 samples = 8
@@ -55,7 +42,7 @@ loss.clip_high = 0.28
 normalise = "token"
 accuracy_needs_format = true
 reward = "accuracy"
-heldout = {{ every = 4, problems = 8 }}
+heldout = { every = 4, problems = 8 }
 rollout.engine = "vllm"
 """
 SITE = '''
@@ -141,19 +128,16 @@ def run(base: Path, how: str, folder: Path) -> dict[str, Any]:
     site, gaps, recipe = folder / "site", folder / f"{how}.gaps", folder / f"{how}.toml"
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(SITE)
-    recipe.write_text(RECIPE.format(base=json.dumps(str(base.resolve()))))
+    grpo_runs.write_recipe(recipe, base, KEYS)
     path = os.pathsep.join([str(site), str(Path(__file__).parent.parent / "src")])
-    environment = os.environ | {"PYTHONPATH": path, "BROKEN": how, "GAPS": str(gaps), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bessemer", "run", str(recipe), "--out", str(folder / how)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = grpo_runs.run(recipe, folder / how, PYTHONPATH=path, BROKEN=how, GAPS=str(gaps))
     checks = [json.loads(line) for line in gaps.read_text().splitlines()] if gaps.exists() else []
     errors = [line for line in done.stderr.splitlines() + done.stdout.splitlines() if line.startswith("error: ")]
     if (
         done.returncode and not any("does not compute what the trainer computes" in line for line in errors)
     ) or not checks:
-        sys.exit(f"{how}: {done.stdout[-1000:]}{done.stderr[-3000:]}")
-    metrics = [json.loads(line) for line in (folder / how / "metrics.jsonl").read_text().splitlines()]
-    rollouts = sum("rl/reward" in line["values"] for line in metrics)
+        grpo_runs.fail(done)
+    rollouts = len(grpo_runs.rollouts(folder / how))
     refused = "no" if not done.returncode else f"exchange {len(checks) - 1}" if len(checks) > 1 else "start"
     return {
         "sampler": how, "gaps": [entry["gap"] for entry in checks], "refused": refused, "rollouts": rollouts,

@@ -34,29 +34,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import grpo_runs
 from machine import processor, spread
 
 ARMS = ("local", "trl", "vllm")
-TASK, SEED, LR = "countdown", 7, 1e-5
+TASK, LR = "countdown", 1e-5
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 REWARD = """
 def digits(problem, answer, verdict):
     return sum(letter.isdigit() for letter in answer) / max(len(answer), 1)
 """
-RECIPE = """
-name = "real"
-seed = {seed}
-[[stage]]
-kind = "import"
-name = "base"
-model = {model}
-[[stage]]
-kind = "rl"
-name = "grpo"
+KEYS = """
 tasks = ["{task}"]
 task_options = {{ {task} = {{ languages = ["en"] }} }}
-precision = "float32"
-prompt_template = "model"
 rollouts = {steps}
 prompts_per_rollout = {prompts}
 samples = {samples}
@@ -75,20 +65,16 @@ rollout.engine = "{engine}"
 def ours(args: argparse.Namespace, engine: str, folder: Path) -> dict[str, Any]:
     fields = {name: getattr(args, name) for name in ("prompts", "samples", "length")}
     (folder / "reward.py").write_text(REWARD)
-    (folder / "recipe.toml").write_text(
-        RECIPE.format(
-            seed=SEED, model=json.dumps(str(args.model.resolve())), task=TASK, lr=LR, engine=engine,
-            clip_low=CLIP_LOW, clip_high=CLIP_HIGH, steps=args.steps + 1, **fields,
-        )
-    )  # fmt: skip
-    command = [sys.executable, "-m", "bessemer", "run", str(folder / "recipe.toml")]
+    keys = KEYS.format(
+        task=TASK, lr=LR, engine=engine, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, steps=args.steps + 1, **fields
+    )
+    recipe = grpo_runs.write_recipe(folder / "recipe.toml", args.model, keys)
     imported = args.out / "imported"
     if not (imported / "01-base" / "done.json").exists():
-        execute([*command, "--until", "base", "--out", str(imported)])
+        finished(grpo_runs.run(recipe, imported, "--until", "base"))
     shutil.copytree(imported, folder / "run", copy_function=copied)
-    execute([*command, "--out", str(folder / "run")])
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "rl/reward" in line["values"]]
+    finished(grpo_runs.run(recipe, folder / "run"))
+    lines = grpo_runs.rollouts(folder / "run")
     assert len(lines) == args.steps + 1
     values = [line["values"] for line in lines[1:]]
     return {
@@ -104,11 +90,10 @@ def copied(source: str, target: str) -> None:
     (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
 
-def execute(command: list[str]) -> str:
-    """What the command prints; the bench ends if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def finished(done: subprocess.CompletedProcess[str]) -> str:
+    """What the process printed; the bench ends if it failed."""
     if done.returncode:
-        sys.exit(f"{' '.join(command)}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
+        grpo_runs.fail(done)
     return done.stdout
 
 
@@ -128,7 +113,7 @@ def trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     steps, rows = args.steps + 1, args.prompts * args.samples
     task = tasks.get(TASK, languages=["en"])
-    chosen = rollout.problems_of([task], "train", 0, steps * args.prompts, SEED)
+    chosen = rollout.problems_of([task], "train", 0, steps * args.prompts, grpo_runs.SEED)
     questions = [[{"role": "user", "content": problem.prompt}] for _, problem in chosen]
     tokenizer, own = AutoTokenizer.from_pretrained(args.model, padding_side="left"), load_tokenizer(args.model)
     own.use_template("model")
@@ -154,7 +139,7 @@ def trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, gradient_checkpointing=False,
         per_device_train_batch_size=rows, num_generations=args.samples, max_completion_length=args.length,
         max_steps=steps, loss_type="grpo", beta=0.0, epsilon=CLIP_LOW, epsilon_high=CLIP_HIGH, learning_rate=LR,
-        lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, seed=SEED,
+        lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, seed=grpo_runs.SEED,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
     trainer = GRPOTrainer(
@@ -176,7 +161,8 @@ def run(args: argparse.Namespace, arm: str) -> dict[str, Any]:
     command = [str(args.trl), __file__, str(args.model), "--peer"]
     for name in ("prompts", "samples", "length", "steps"):
         command += [f"--{name}", str(getattr(args, name))]
-    return json.loads(execute(command).splitlines()[-1]) | {"load": load}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return json.loads(finished(done).splitlines()[-1]) | {"load": load}
 
 
 def main() -> None:
