@@ -31,8 +31,8 @@ EXPORT int bessemer_check() { return CHECK; }
 """
 START = """
 #include "FOLDER/library.cpp"
-extern "C" void product_float32(i64, i64, i64, const float*, i64, i64, const float*, i64, i64, float*, i64, i64) {}
-extern "C" void product_bfloat16(i64, i64, i64, const bf16*, i64, i64, const bf16*, i64, i64, float*, i64, i64) {}
+extern "C" void product_float32(i64, i64, i64, const float*, i64, i64, const float*, i64, i64, float*, i64, i64, i64) {}
+extern "C" void product_bfloat16(i64, i64, i64, const bf16*, i64, i64, const bf16*, i64, i64, float*, i64, i64, i64) {}
 """
 PROCESS = """
 import sys

@@ -61,7 +61,7 @@ def test_the_sum_and_its_gradient_against_a_naive_loop(pair, temperature):
 def test_heads_that_are_padded_differently_are_compared_over_the_common_rows(pair, padded):
     def cut(model, rows):
         short = copy.deepcopy(model)
-        short.head = type(model.head)(model.head.in_features, rows, bias=False)
+        short.head = type(model.head)(model.head.in_features, rows)
         short.head.weight.data.copy_(model.head.weight[:rows])
         return short
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.norm import RMSNorm
-from bessemer.model.ops import operation
+from bessemer.model.ops import Linear, operation
 from bessemer.model.segments import Packed, Segments
 
 # The released code uses RMSNorm's default epsilon for the latent norms and rms_norm_eps only for the block norms; the
@@ -46,16 +46,16 @@ class MLA(nn.Module):
         self.cfg = cfg
         heads = cfg.n_heads
         if cfg.q_lora_rank:
-            self.wq_a = nn.Linear(cfg.dim, cfg.q_lora_rank, bias=False)  # W_DQ
+            self.wq_a = Linear(cfg.dim, cfg.q_lora_rank)  # W_DQ
             self.q_norm = RMSNorm(cfg.q_lora_rank, LATENT_EPS)
-            self.wq_b = nn.Linear(cfg.q_lora_rank, heads * cfg.qk_head_dim, bias=False)  # W_UQ
+            self.wq_b = Linear(cfg.q_lora_rank, heads * cfg.qk_head_dim)  # W_UQ
         else:
-            self.wq = nn.Linear(cfg.dim, heads * cfg.qk_head_dim, bias=False)
-        self.wkv_a = nn.Linear(cfg.dim, cfg.kv_lora_rank + cfg.qk_rope_head_dim, bias=False)  # W_DKV and the rotary key
+            self.wq = Linear(cfg.dim, heads * cfg.qk_head_dim)
+        self.wkv_a = Linear(cfg.dim, cfg.kv_lora_rank + cfg.qk_rope_head_dim)  # W_DKV and the rotary key
         if cfg.normed_width:
             self.kv_norm = RMSNorm(cfg.normed_width, LATENT_EPS)
-        self.wkv_b = nn.Linear(cfg.kv_lora_rank or cfg.dim, cfg.heads_width, bias=False)  # W_UKV
-        self.wo = nn.Linear(heads * cfg.v_head_dim, cfg.dim, bias=False)
+        self.wkv_b = Linear(cfg.kv_lora_rank or cfg.dim, cfg.heads_width)  # W_UKV
+        self.wo = Linear(heads * cfg.v_head_dim, cfg.dim)
 
     def project(self, x_BTD: Tensor) -> Tensor:
         """Queries of all heads before rotation, [B, T, H, N + R]."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.gate import Gate, Routing
-from bessemer.model.ops import operation
+from bessemer.model.ops import Linear, operation
 
 EXPERTS = ".experts."
 """Occurs in the name of every tensor that stacks the routed experts."""
@@ -126,8 +126,8 @@ class FFN(nn.Module):
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.w13 = nn.Linear(dim, 2 * inner, bias=False)
-        self.w2 = nn.Linear(inner, dim, bias=False)
+        self.w13 = Linear(dim, 2 * inner)
+        self.w2 = Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return swiglu(x, self)

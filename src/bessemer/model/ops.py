@@ -14,6 +14,7 @@ that serves it, and the equation if none does. Results are the same up to roundi
     dispatch, run_experts    moe                                                    training
     loss and log-probs       train.loss     C++, Triton
     orthogonalise_           update_rules   C++
+    linear, multiply         here           C++, in float32 where it beats torch
 
 Add-ons register their implementations when they are imported. The entry points of the group `bessemer.ops` name their
 modules, which are imported at the first call of any operation.
@@ -26,6 +27,7 @@ from functools import update_wrapper
 from typing import ClassVar, Generic, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bessemer import plugins
@@ -49,6 +51,12 @@ class Operation(Generic[Arguments, Result]):
         """Adds an implementation; both functions take the arguments of the equation, by position."""
         self.implementations.append((serves, compute))
 
+    def serves(self, *arguments: Arguments.args, **named: Arguments.kwargs) -> bool:
+        """Whether an implementation takes this call from the equation."""
+        if not Operation.loaded:
+            load()
+        return any(serves(*arguments, **named) for serves, _ in self.implementations)
+
     def __call__(self, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
         if not Operation.loaded:
             load()
@@ -67,6 +75,31 @@ def load() -> None:
     """Imports what registers implementations."""
     plugins.table("ops")
     Operation.loaded = True
+
+
+# --- products of plain matrices --------------------------------------------------------------------------------------
+
+
+@operation
+def multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """A B; written to `out`, or with `add` added to it. Not differentiable."""
+    return torch.mm(a_MK, b_KN, out=out) if out is None or not add else out.addmm_(a_MK, b_KN)
+
+
+@operation
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for x [..., K] and W [N, K], differentiable."""
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """y = x W^T."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 # --- what add-ons say about themselves, and what they keep -----------------------------------------------------------

@@ -32,6 +32,7 @@ from bessemer.model.gate import Gate
 from bessemer.model.layer import PHASES, Layer, Phase
 from bessemer.model.mla import rope_table
 from bessemer.model.norm import RMSNorm
+from bessemer.model.ops import Linear
 from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.model.segments import Segments, first_tokens
 
@@ -52,7 +53,7 @@ class MTPModule(nn.Module):
         super().__init__()
         self.enorm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.hnorm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.eh_proj = nn.Linear(2 * cfg.dim, cfg.dim, bias=False)  # M_k
+        self.eh_proj = Linear(2 * cfg.dim, cfg.dim)  # M_k
         self.layer = Layer(cfg, dense=False)
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)  # shared_head.norm on disk: its own gain despite the name
 
@@ -87,7 +88,7 @@ class Transformer(LanguageModel):
         layers = (Layer(cfg, dense=i < cfg.n_dense_layers) for i in range(cfg.n_layers))
         self.layers = cast(Sequence[Layer], nn.ModuleList(layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.head = Linear(cfg.dim, cfg.vocab_size)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         self.mtp = cast(Sequence[MTPModule], nn.ModuleList(MTPModule(cfg) for _ in range(cfg.n_mtp)))
@@ -282,7 +283,7 @@ class Scorer(Transformer):
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg.model_copy(update={"n_mtp": 0}))
         del self.head
-        self.score = nn.Linear(cfg.dim, 1, bias=False)
+        self.score = Linear(cfg.dim, 1)
 
     @classmethod
     @torch.no_grad()

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.model.ops import operation
+from bessemer.model.ops import multiply, operation
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
@@ -63,16 +63,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], size):
             rows = slice(start, start + size)
             hidden_CD, target_C1, loss_C = hidden_ND[rows], target_N[rows, None], loss_N[rows]
-            logits_CV = hidden_CD @ weight_VD.T
+            logits_CV = multiply(hidden_CD, weight_VD.T)
             logp_C, grad_CV = loss_of_logits(logits_CV, target_C1, loss_C, with_grad)
             total -= torch.dot(logp_C, loss_C)
             if not with_grad:
                 continue
-            torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[rows])
+            multiply(grad_CV, weight_VD, grad_hidden_ND[rows])
             if grad_weight_VD is None:
                 continue
             if grad_CV.dtype == torch.float32:
-                grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
+                multiply(grad_CV.T, hidden_CD, grad_weight_VD, add=True)
             else:
                 grad_weight_VD += grad_CV.T @ hidden_CD
         ctx.save_for_backward(grad_hidden_ND, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype))
@@ -207,7 +207,7 @@ class _TokenLogprobs(torch.autograd.Function):
         size = chunk_rows(weight_VD)
         for start in range(0, N, size):
             rows = slice(start, start + size)
-            logits_CV = hidden_ND[rows] @ weight_VD.T
+            logits_CV = multiply(hidden_ND[rows], weight_VD.T)
             if kept is not None:
                 kept.leave_(logits_CV, start)
             results = logprobs_of_logits(logits_CV, target_N[rows], temperature, with_entropy)
@@ -225,15 +225,15 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], size):
             rows = slice(start, start + size)
             hidden_CD = hidden_ND[rows]
-            grad_CV = hidden_CD @ weight_VD.T
+            grad_CV = multiply(hidden_CD, weight_VD.T)
             if ctx.kept is not None:
                 ctx.kept.leave_(grad_CV, start)
             changes = grad_logp_N[rows], grad_entropy_N[rows] if ctx.with_entropy else None
             results = lse_N[rows], entropy_N[rows]
             grad_CV = logprobs_gradient(grad_CV, target_N[rows], ctx.temperature, *results, *changes)
-            grad_hidden_ND[rows] = grad_CV @ weight_VD
+            multiply(grad_CV, weight_VD, grad_hidden_ND[rows])
             if grad_weight_VD is not None:
-                grad_weight_VD += grad_CV.T @ hidden_CD
+                grad_weight_VD += multiply(grad_CV.T, hidden_CD)
         weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_ND, weight, None, None, None, None
 

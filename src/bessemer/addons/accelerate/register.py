@@ -23,6 +23,7 @@ from bessemer.addons.accelerate.kernels import (
     library,
     muon,
     norm,
+    product,
 )
 from bessemer.addons.accelerate.kernels import loss as loss_cpu
 from bessemer.addons.accelerate.kernels.fused import Fused
@@ -83,6 +84,8 @@ def _uncompiled(x: Tensor, *_: object) -> bool:
     return x.device.type in ("cuda", "meta") and not torch.compiler.is_compiling()
 
 
+ops.multiply.register(product.serves, product.multiply)
+ops.linear.register(product.serves_linear, product.linear)
 rms_norm.register(norm.serves, norm.on_cpu)
 rms_norm.register(_uncompiled, norm.on_gpu)
 mla.latent_attention.register(attention.serves, attention.latent_attention)

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bessemer.model.ops import Linear, multiply
+
 STORE = "store"
 """Name of the attribute of a weight that holds its store."""
 
@@ -36,7 +38,7 @@ class Store:
     def serve(self, module: nn.Module) -> None:
         """Makes the matrices of a module use this store in their backward."""
         for child in module.modules():
-            if type(child) is nn.Linear:  # torch's own backward cannot be split
+            if type(child) in (nn.Linear, Linear):  # torch's own backward cannot be split
                 child.__class__ = _Linear
         for weight in module.parameters():
             setattr(weight, STORE, self)
@@ -126,24 +128,29 @@ def added_gradient(weight: Tensor, compute: Callable[[Tensor | None], Tensor]) -
 
 class _Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.weight)
+        return Product.apply(x, self.weight)
 
 
-class _Product(torch.autograd.Function):
-    """x W^T, computed and differentiated as torch does."""
+class Product(torch.autograd.Function):
+    """x W^T with a weight gradient that a store may defer."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        x_MK = x.flatten(0, -2)
+        if multiply.serves(x_MK, weight.t()):
+            return multiply(x_MK, weight.t()).view(*x.shape[:-1], -1)
         return F.linear(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dx = dw = None
+        x_MK, dy_MN, dx, dw = x.flatten(0, -2), dy.flatten(0, -2), None, None
         if ctx.needs_input_grad[0]:
-            dx = (dy.flatten(0, -2) @ weight).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            dw = gradient(weight, lambda: dy.flatten(0, -2).t() @ x.flatten(0, -2))
+            dx = multiply(dy_MN, weight).view(x.shape)
+        if ctx.needs_input_grad[1] and multiply.serves(dy_MN.t(), x_MK):
+            dw = added_gradient(weight, lambda own: multiply(dy_MN.t(), x_MK, own, own is not None))
+        elif ctx.needs_input_grad[1]:
+            dw = gradient(weight, lambda: dy_MN.t() @ x_MK)
         return dx, dw

@@ -30,6 +30,10 @@ AVX512BF16 = AVX512 | {"avx512_bf16"}
 AMX = AVX512BF16 | {"amx_tile", "amx_bf16"}
 """Processor features that the kernels need, by the system's names. AMD has AVX-512 with BF16 since Zen 4 and no AMX;
 processors with two kinds of cores have AVX2."""
+MULTIPLIES = ("avx512bf16", "avx512", "avx2")
+"""Instruction sets whose float32 products come close to the machine's rate."""
+SLOW_MKL = ("AuthenticAMD", "HygonGenuine")
+"""Vendors of processors on which MKL is slow."""
 
 
 class Status(NamedTuple):
@@ -61,6 +65,15 @@ def _features() -> set[str]:
     except OSError:
         return set()
     return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+def _vendor() -> str:
+    """The x86 processor's vendor as it names itself; empty if the system does not report it."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def _load(instructions: str) -> ctypes.CDLL:
@@ -102,10 +115,18 @@ def status() -> Status:
     return _found()[1]
 
 
+@functools.cache
+def beat_mkl() -> bool:
+    """Whether float32 products of the kernels are faster than torch's: with AVX2 or AVX-512, where torch uses MKL on a
+    processor that is not Intel's. Not measured, since bits differ and a run must repeat them."""
+    return status().instructions in MULTIPLIES and torch.backends.mkl.is_available() and _vendor() in SLOW_MKL
+
+
 def forget() -> None:
     """Makes the next call look for a library again, according to the environment at that time."""
     _found.cache_clear()
     _function.cache_clear()
+    beat_mkl.cache_clear()
 
 
 def available() -> bool:

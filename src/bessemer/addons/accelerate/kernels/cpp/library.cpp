@@ -33,8 +33,8 @@ extern "C" EXPORT int bessemer_start() {
     return 0;
 }
 
-extern "C" void product_float32(i64, i64, i64, const float*, i64, i64, const float*, i64, i64, float*, i64, i64);
-extern "C" void product_bfloat16(i64, i64, i64, const bf16*, i64, i64, const bf16*, i64, i64, float*, i64, i64);
+extern "C" void product_float32(i64, i64, i64, const float*, i64, i64, const float*, i64, i64, float*, i64, i64, i64);
+extern "C" void product_bfloat16(i64, i64, i64, const bf16*, i64, i64, const bf16*, i64, i64, float*, i64, i64, i64);
 
 // Called to try a new library: 0 if products of small integers are exact, 2 if not.
 extern "C" EXPORT int bessemer_check() {
@@ -46,9 +46,9 @@ extern "C" EXPORT int bessemer_check() {
     for (int i = 0; i < K * N; ++i) narrow_b[i] = narrow(b[i] = (float)(i % 13 - 6));
     for (int pass = 0; pass < 2; ++pass) {
         if (pass == 0)
-            product_float32(M, N, K, a, K, 1, b, N, 1, c, N, 0);
+            product_float32(M, N, K, a, K, 1, b, N, 1, c, N, 0, 1);
         else
-            product_bfloat16(M, N, K, narrow_a, K, 1, narrow_b, N, 1, c, N, 0);
+            product_bfloat16(M, N, K, narrow_a, K, 1, narrow_b, N, 1, c, N, 0, 1);
         for (int m = 0; m < M; ++m)
             for (int n = 0; n < N; ++n) {
                 int exact = 0;
