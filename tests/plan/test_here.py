@@ -196,7 +196,9 @@ def test_what_a_stage_took_here_corrects_its_next_run(tmp_path, monkeypatch):
     assert whole.likely == pytest.approx(sum(time.seconds for time in first.stages.values()))
     assert whole.low < whole.likely < whole.high
     took = first.stages["zero"].seconds * 1.5
-    first.learn("zero", took)
+    first.learn("pretrain", 100.0, 0.3)  # other work had come
+    first.learn("corpus", 1.0, 1.0)  # too short to matter
+    first.learn("zero", took, 1.0)
     second = expected()
     assert second.stages["zero"].seconds == pytest.approx(took, rel=1e-3)
     assert second.stages["pretrain"] == first.stages["pretrain"]
@@ -215,7 +217,7 @@ def test_what_a_stage_took_here_corrects_its_next_run(tmp_path, monkeypatch):
     (record,) = tmp_path.iterdir()
     record.write_text('{"a": 3, "b": ["x"]}')
     assert expected().stages["zero"].parts, "a damaged record is none"
-    expected().learn("zero", took)
+    expected().learn("zero", took, 1.0)
 
 
 def test_measuring_leaves_random_numbers_and_processes_as_they_were(monkeypatch):

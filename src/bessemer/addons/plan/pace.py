@@ -50,8 +50,9 @@ WORTH = 8.0
 """Seconds that a kind of work must be guessed to take in all before its rate is measured."""
 LONGEST = 8.0
 """Seconds that the smallest measurement may be guessed to take; beyond them nothing is measured."""
-LEARNT = 5.0
-"""Seconds that a stage must take for this machine to remember it."""
+LEARNT, ALIKE = 5.0, 1.25
+"""Seconds that a stage must take for this machine to remember it, and how much busier or less busy the machine may then
+be than while measured."""
 QUIET = 0.9
 """Share of a core's time that a measurement gets on a machine without other work."""
 BYTES = 16
@@ -264,8 +265,9 @@ def estimate(
     stages = {stage.name: counted.get(stage.name) or ExpectedTime(of_stage(stage, recipe)) for stage in recipe.stages}
     corrected = stages | {name: earlier.corrected(name, time) for name, time in counted.items()}
 
-    def learn(name: str, seconds: float) -> None:
-        if seconds >= LEARNT:
+    def learn(name: str, seconds: float, share: float) -> None:
+        busier = max(min(1.0, share), 1e-3) / pace.share()
+        if seconds >= LEARNT and (not pace.rates() or 1 / ALIKE < busier < ALIKE):
             earlier.add(name, seconds / stages[name].seconds)
 
     return Expected(corrected, tuple(counted), record.spreads(pace.busy()), learn, round(pace.share(), 3))
@@ -295,7 +297,7 @@ def training_rate(model: Transformer, settings: PretrainConfig, length: int, sec
     def steps(least: int, seconds: float) -> tuple[float, float, float]:
         """Median processor seconds of a step, because other work on the machine comes in bursts; and the seconds of all
         steps, on the processor and on the clock."""
-        taken, watch = list[float](), Stopwatch(setup.device())
+        taken, watch = list[float](), Stopwatch(model.embed.weight.device)
         while len(taken) < least or watch.wall() < seconds:
             before = watch.processor()
             trainer.update(_batch(size, length, model) for size in sizes)
@@ -326,11 +328,11 @@ def decoding_rate(model: Transformer, seconds: float) -> Measured:
     engine = Engine(model, tokenizer, workers)
     assert tokenizer.bos_id is not None, "our own tokenizer has one"
     prompts = [[tokenizer.bos_id, *tokenizer.encode(task.document(i))[:40]] for i in range(16)]
-    tokens, done, watch = 16, 0, Stopwatch(setup.device())
+    tokens, done, watch = 16, 0, Stopwatch(model.embed.weight.device)
     while watch.wall() < seconds:
         answers = engine.generate(prompts, samples=16, max_new_tokens=tokens, stop_ids=(), batch_rows=128)
         if tokens == 16 and watch.wall() < seconds / 3:  # the first answers pay for memory and kernels
-            watch = Stopwatch(setup.device())
+            watch = Stopwatch(model.embed.weight.device)
         else:
             done += sum(len(answer.tokens) for group in answers for answer in group)
         tokens = min(2 * tokens, model.cfg.max_seq_len - 41)

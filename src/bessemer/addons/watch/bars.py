@@ -47,7 +47,7 @@ class TimedProgress(RunProgress):
         """Of the stages of this call: how much longer than planned they took, and how far that may be off."""
         self._stage: StageProgress | None = None
         self._speed: StageSpeed | None = None
-        self._kept = -math.inf
+        self._kept, self._processor = -math.inf, 0.0
         self._bars: Progress | None = None
         self._tasks: tuple[TaskID, TaskID] | None = None
         self.every = 0.2 if self.console.is_terminal else PLAIN_EVERY
@@ -68,7 +68,7 @@ class TimedProgress(RunProgress):
                 self._bars.add_task(name, total=1.0, words=""),
                 self._bars.add_task("whole run", total=1.0, words=""),
             )
-        self._stage, self._speed = super().begin(name), None
+        self._stage, self._speed, self._processor = super().begin(name), None, time.process_time()
         return self._stage
 
     def end(self, name: str, seconds: float) -> None:
@@ -77,7 +77,8 @@ class TimedProgress(RunProgress):
         if stage is not None and stage.name == name and seconds <= stage.elapsed() + 1:  # all of it in this call
             if planned > 0:
                 self._seen[name] = seconds / planned, 0.0
-            self.expected.learn(name, seconds)
+            processor = time.process_time() - self._processor
+            self.expected.learn(name, seconds, processor / seconds if seconds > 0 else 0.0)
         self.close()
 
     def close(self) -> None:

@@ -67,8 +67,9 @@ class Expected:
     due: tuple[str, ...] = ()
     spreads: Mapping[str, float] = field(default_factory=dict)
     """Cause -> standard deviation of the logarithm of its factor."""
-    learn: Callable[[str, float], None] = lambda name, seconds: None
-    """Records what a stage of this run took, for later runs."""
+    learn: Callable[[str, float, float], None] = lambda name, seconds, share: None
+    """Records the seconds that a stage of this run took, and the share of a core that its process had, for later
+    runs."""
     share: float = 1.0
     """Processor seconds that this process got per second while it was measured."""
 
