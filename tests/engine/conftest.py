@@ -52,6 +52,6 @@ def prompts(tokenizer):
 @pytest.fixture
 def torch_steps(monkeypatch):
     """Steps in plain torch, whatever else is installed."""
-    monkeypatch.setattr("bessemer.engine.engine.backend_of", TorchSteps)
+    monkeypatch.setattr("bessemer.engine.engine.backend_of", lambda model, *_: TorchSteps(model))
     with suppress(ImportError):
-        monkeypatch.setattr("bessemer.addons.serve.scheduler.backend_of", TorchSteps)
+        monkeypatch.setattr("bessemer.addons.serve.scheduler.backend_of", lambda model, *_: TorchSteps(model))

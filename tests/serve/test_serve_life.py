@@ -475,6 +475,9 @@ def test_a_server_says_where_tokens_depend_on_the_batch(r1, tmp_path):
     with running(tmp_path / "half") as server:
         (model,) = httpx.get(server.url + "/v1/models").json()["data"]
         assert model["bessemer"]["dtype"] == "bfloat16"
+    promised = find_models(tmp_path / "half", ServeConfig(batch_invariant=True), launch=in_thread)
+    promised.preload()
+    assert promised.rounding is None
 
 
 def test_names_are_for_single_models(run_folder, r1):

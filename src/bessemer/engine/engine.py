@@ -47,8 +47,11 @@ from bessemer.workers import Workers
 class Engine:
     """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained between calls."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, workers: Workers | None = None):
-        """UserError if model and tokenizer do not belong together."""
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, workers: Workers | None = None, batch_invariant: bool = False
+    ):
+        """batch_invariant: samples keep their bits in any batch, as `StepBackend.batch_invariant` promises. UserError
+        if nothing promises it for this model, or if model and tokenizer do not belong together."""
         if tokenizer.vocab_size > model.cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.cfg.vocab_size}; they do "
@@ -57,6 +60,9 @@ class Engine:
         model.cfg.require_latent("the engine")
         self.model = model
         self.tokenizer = tokenizer
+        self.batch_invariant = batch_invariant
+        if batch_invariant:
+            backend_of(model, batch_invariant)
         self.workers = workers or Workers()
         """Processes that run batches in parallel; their number does not change the result."""
 
@@ -115,7 +121,7 @@ class Engine:
         self, sequences: abc.Sequence[Sequence], batch: GenerationBatch, record: RoutingRecord | None
     ) -> ModelRunner:
         """The sequences after their prompts, each of which runs through the network once."""
-        steps = backend_of(self.model)
+        steps = backend_of(self.model, self.batch_invariant)
         cache = steps.new_cache(drafts=batch.drafts)
         runner: ModelRunner[Sequence] = ModelRunner(
             steps, self.tokenizer, cache, batch.drafts, record, batch.record_kept

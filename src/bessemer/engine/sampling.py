@@ -3,8 +3,8 @@
 A token depends only on the logits, rules, key and position of its own sequence, never on the rest of the batch: the
 uniform numbers come from a counter-based hash (`random_streams`), and the token is the inverse of the cumulative
 distribution at that number. A sample is therefore the same alone, in a batch of 512, or after its neighbours have
-finished, up to the last bits of the logits, which depend on the shape of the matrix products: in float32 no token
-changes, in bfloat16 some do (bench/batch_invariance.py).
+finished, up to the last bits of the logits. Where these depend on the shape of the matrix products, no token changes in
+float32, and some do in bfloat16, unless `batch_invariant` is asked for (bench/batch_invariance.py).
 
 Truncation follows the usual order: temperature, top-k, top-p of what top-k left, min-p. Each is a threshold on the
 probability; tokens exactly as likely as the last one kept stay too.

@@ -4,11 +4,11 @@ it: the MTP module's drafts, their acceptance, and the next tokens.
 
 The kernel writes the new latents into the cache's pages and attends to the pages in place: in the absorbed form, which
 reads each latent once for all heads, or, for the whole blocks of a long prompt, in the expanded form, which multiplies
-less (`_expanded`). The forms differ by rounding. It reads the weights in
-place, so nothing goes stale when they are updated between two steps: every step compares the addresses, and rewrites
-its table of them if one has changed. In float32, a row's numbers depend only on its own tokens, bit for bit, whatever
-the other rows, their order, the number of tokens per row and of threads. In BF16, weights and cache are BF16, and
-values between two products are float32.
+less (`KernelSteps.expanded`). The forms differ by rounding. It reads the weights in place, so nothing goes stale when
+they are updated between two steps: every step compares the addresses, and rewrites its table of them if one has
+changed. In float32 and in BF16 a row's numbers depend only on its own tokens, bit for bit, whatever the other rows,
+their order, the number of tokens per row and of threads. In BF16, weights and cache are BF16, and values between two
+products are float32.
 
 `decode.TorchSteps` is the reference, and is used where `KernelSteps.of` returns None.
 
@@ -18,13 +18,14 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bessemer.addons.accelerate.fixed_blocks import check_modules  # and registers its steps, which are asked later
 from bessemer.addons.accelerate.kernels import attention, gate, library
 from bessemer.addons.accelerate.kernels import sampling as sampling_kernel
 from bessemer.engine import decode, sampling
@@ -33,7 +34,16 @@ from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.random_streams import ACCEPT, DRAFT
 from bessemer.engine.sampling import LiveRows, RejectedDrafts, SampledTokens
 from bessemer.engine.speculative import accepted_of
-from bessemer.engine.steps import Drafting, Draws, ForwardOutput, PrefillChunk, Round, RoutingTrace, register
+from bessemer.engine.steps import (
+    Drafting,
+    Draws,
+    ForwardOutput,
+    PrefillChunk,
+    Round,
+    RoutingTrace,
+    StepBackend,
+    register,
+)
 from bessemer.model.layer import Layer
 from bessemer.model.mla import LATENT_EPS
 from bessemer.model.moe import FFN
@@ -45,14 +55,6 @@ PASS = 512
 blocks of as many tokens share the keys that they expand."""
 LONG = 2048
 """Positions before this one attend in the absorbed form, whatever the prompt."""
-
-
-def _expanded(prompt: PromptPages) -> tuple[int, int]:
-    """The positions [start, end) whose tokens attend in the expanded form: whole blocks beyond LONG of what was asked,
-    without the last token, whose logits are read. Nothing else decides it, neither where a prompt is cut nor what other
-    rows do; so a preempted sequence, whose own tokens are prefilled like a prompt, gets the same bits again."""
-    n_positions = len(prompt.ids) if prompt.asked is None else prompt.asked
-    return LONG, max(LONG, (n_positions - 1) // PASS * PASS)
 
 
 class KernelSteps(TorchSteps):
@@ -101,6 +103,17 @@ class KernelSteps(TorchSteps):
                 return None
         return cls(model)
 
+    def batch_invariant(self) -> StepBackend:
+        return AbsorbedSteps(self.model)
+
+    def expanded(self, prompt: PromptPages) -> tuple[int, int]:
+        """The positions [start, end) whose tokens attend in the expanded form: whole blocks beyond LONG of what was
+        asked, without the last token, whose logits are read. Nothing else decides it, neither where a prompt is cut nor
+        what other rows do; so a preempted sequence, whose own tokens are prefilled like a prompt, gets the same bits
+        again."""
+        n_positions = len(prompt.ids) if prompt.asked is None else prompt.asked
+        return LONG, max(LONG, (n_positions - 1) // PASS * PASS)
+
     def forward(
         self, token_BT: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
     ) -> ForwardOutput:
@@ -131,7 +144,7 @@ class KernelSteps(TorchSteps):
         passes: list[list[_Piece]] = [[]]
         room = PASS
         for p, chunk in enumerate(chunks):
-            start, (first, last) = chunk.prompt.length, _expanded(chunk.prompt)
+            start, (first, last) = chunk.prompt.length, self.expanded(chunk.prompt)
             while start < chunk.end:
                 end = min(chunk.end, start + room)
                 if first <= start < last:  # a block expands its keys once, in one pass
@@ -160,21 +173,21 @@ class KernelSteps(TorchSteps):
             begin,
             torch.tensor([piece.prompt.pages + [0] * (width - len(piece.prompt.pages)) for piece in pieces]),
             max(piece.end for piece in pieces),
-            torch.tensor([_expanded(piece.prompt) for piece in pieces]),
+            torch.tensor([self.expanded(piece.prompt) for piece in pieces]),
         )
         last = torch.tensor([b for b, piece in enumerate(pieces) if piece.last], dtype=torch.int64)
-        raw_ND = self.model.embed.weight.new_empty(sum(lengths), self.model.cfg.dim) if cache.drafts else None
+        state_ND = self.model.embed.weight.new_empty(sum(lengths), self.model.cfg.dim) if cache.drafts else None
         record = None if trace is None else self._record(sum(lengths))
         logits = self._run(
-            self._main, cache.layers[: self._layers], rows, pick=begin[1:][last] - 1, raw=raw_ND, record=record
+            self._main, cache.layers[: self._layers], rows, pick=begin[1:][last] - 1, raw=state_ND, record=record
         )
         logits_PV[[piece.chunk for piece in pieces if piece.last]] = logits
         if trace is not None and record is not None:
             trace.add_layers(record)
             for piece, expert_TLK in zip(pieces, trace.take().split(lengths), strict=True):
                 piece.prompt.routing.append(expert_TLK)
-        if raw_ND is not None:
-            states = self.model.norm(raw_ND).split(lengths)
+        if state_ND is not None:
+            states = state_ND.split(lengths)
             if cache.drafts == 1:
                 return self._write_mtp_latents(cache, pieces, rows.table, states)
             for piece, state_TD in zip(pieces, states, strict=True):
@@ -281,6 +294,21 @@ class KernelSteps(TorchSteps):
             pick, M, raw, state, logits_MV, record, library.threads(), self.attention_products,
         )  # fmt: skip
         return logits_MV
+
+
+class AbsorbedSteps(KernelSteps):
+    """Every token attends in the absorbed form, so pages hold the same bits whatever text they were computed for: a
+    prefix that an earlier answer left in a server's cache equals one that is computed anew."""
+
+    def batch_invariant(self) -> StepBackend:
+        return self
+
+    def expanded(self, prompt: PromptPages) -> tuple[int, int]:
+        return 0, 0
+
+    def new_cache(self, drafts: int = 0, make: Callable[..., LatentCache] = LatentCache) -> Any:
+        check_modules(self.model, drafts)
+        return super().new_cache(drafts, make)
 
 
 def _serves_rows(logits_BV: Tensor, *_: object, **__: object) -> bool:

@@ -25,6 +25,8 @@ class ServeConfig:
     """Prompt tokens processed between two decoding steps."""
     drafts: int = 0
     """Tokens that the MTP module drafts at each step. If not 0, every model must have an MTP module."""
+    batch_invariant: bool = False
+    """Answers keep their bits in any batch, in BF16 too; a model for which nothing promises it is refused."""
     threads: int | None = None
     """Compute threads of each model. None: all cores but one, which is left to the server and its clients. Two busy
     threads on one core cost far more than one thread fewer."""

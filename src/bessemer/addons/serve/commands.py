@@ -132,6 +132,9 @@ def serve(
     waiting: Annotated[int, typer.Option(min=0, help="Answers that may queue; more are rejected with 429.")] = 256,
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Capacity of a model's KV cache in tokens.")] = None,
     drafts: Drafts = 0,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="The same seed gives the same answer in any batch, in BF16 too.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per model. Default: all cores but one.")] = None,
     loaded: Annotated[int, typer.Option(min=1, help="Models in memory at once.")] = 4,
     origin: Annotated[
@@ -149,6 +152,7 @@ def serve(
 
     config = ServeConfig(
         rows=rows, waiting=waiting, cache_tokens=cache_tokens, drafts=drafts, threads=threads,
-        loaded=loaded, api_key=api_key, origins=tuple(origin or ()), reasoning_format=reasoning_format.value,
+        batch_invariant=batch_invariant, loaded=loaded, api_key=api_key, origins=tuple(origin or ()),
+        reasoning_format=reasoning_format.value,
     )  # fmt: skip
     run_server(model, host=host, port=port, config=config, drain_seconds=drain, force=force)

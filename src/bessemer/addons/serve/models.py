@@ -278,13 +278,15 @@ class Models:
 
     @property
     def rounding(self) -> str | None:
-        """A warning if a loaded model's tokens depend on the batch."""
+        """A warning if a loaded model's tokens may depend on the batch."""
+        if self.config.batch_invariant:
+            return None
         coarse = {m.facts.dtype for m in self.loaded.values()} - {"float32", None}
         if not coarse:
             return None
         return (
             f"the model computes in {' and '.join(sorted(map(str, coarse)))}: the same seed may give other tokens in "
-            "another batch; float32 models keep theirs"
+            "another batch; float32 models keep theirs, and so do all with --batch-invariant"
         )
 
     def abort(self, message: str) -> None:

@@ -69,18 +69,19 @@ class Scheduler:
         drafts: int = 0,
         prefix_cache: bool = True,
         queue: WaitingQueue | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         """At most `rows` requests decode together; the cache holds `cache_tokens` tokens (None: `rows` sequences of
         full length); a step prefills at most `prefill_tokens` prompt tokens, so that long prompts do not stall the
         others. The MTP module drafts `drafts` tokens per step (see `speculative`).
 
-        queue: decides who starts next."""
+        queue: decides who starts next. batch_invariant: as in `Engine`."""
         check_positive(rows=rows, prefill_tokens=prefill_tokens)
         if cache_tokens is not None:
             check_positive(cache_tokens=cache_tokens)
         self.engine, self.model = engine, engine.model
         self.max_rows, self.prefill_tokens = rows, prefill_tokens
-        steps, self.bounded = backend_of(self.model), cache_tokens is not None
+        steps, self.bounded = backend_of(self.model, batch_invariant), cache_tokens is not None
         check_drafts(self.model, drafts)
         self.cache_tokens = cache_tokens or rows * PAGE * pages_for(self.model.cfg.max_seq_len + drafts)
         self.preempted = self.prompt_tokens = self.cached_tokens = 0

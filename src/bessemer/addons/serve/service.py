@@ -172,7 +172,8 @@ class Service:
         self.stats.open += 1
         scores: dict[int, Scored] = {}
         try:
-            for batch in worker.scoring_batches(prompts):
+            alone = [[i] for i in range(len(prompts))] if self.config.batch_invariant else None
+            for batch in alone or worker.scoring_batches(prompts):
                 if await gone():
                     raise ClientDisconnect
                 part = [prompts[i] for i in batch]

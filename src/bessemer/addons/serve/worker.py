@@ -123,7 +123,7 @@ def work(connection: Connection, folder: Path, config: ServeConfig) -> None:
         pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
     try:
         model = load(folder, device=device(), mtp=config.drafts > 0)
-        engine = Engine(model, load_tokenizer(folder))
+        engine = Engine(model, load_tokenizer(folder), batch_invariant=config.batch_invariant)
         worker = ModelWorker(connection, engine, config)
     except UserError as error:
         connection.send((REFUSED, 0, str(error)))
@@ -200,7 +200,7 @@ class ModelWorker:
         tokens = c.cache_tokens or cache_room(model, c.rows, free_bytes(model), c.drafts)
         return Scheduler(
             self.engine, rows=c.rows, cache_tokens=tokens, prefill_tokens=c.prefill_tokens, drafts=c.drafts,
-            queue=FairQueue(),
+            queue=FairQueue(), batch_invariant=c.batch_invariant,
         )  # fmt: skip
 
     def _add(self, call: int, samples: list[tuple[int, ServedRequest]]) -> None:

@@ -541,6 +541,13 @@ struct Step : Tokens {
         });
         dense_product(input<43, T>(both, 2 * D, N, 2 * D, threads), e.join, D, x);
     }
+    // What an MTP module reads of every token: the main network's states after its final norm, a module's before.
+    void states(const Ends<T>& e, bool module, T* to) {
+        rows(N, [&](i64 n) {
+            if (!module) norm_row(x + n * D, e.norm, u + n * D, D, f.eps);
+            narrow_row((module ? x : u) + n * D, to + n * D, D);
+        });
+    }
     // The final norm (to `state`) and the logits of M rows: those of `pick`, or all.
     void finish(const Ends<T>& e, const i64* pick, i64 M, T* state, float* logits) {
         rows(M, [&](i64 m) {
@@ -569,7 +576,7 @@ void decode(const i64* shape, const double* factors, const i64* layers, i64 n_la
         if (last) pick = nullptr;
         seen += all[i].gate != nullptr;
     }
-    if (raw) narrow_row(step.x, raw, step.N * s.dim);
+    if (raw) step.states(e, hidden != nullptr, raw);
     step.finish(e, pick, M, state, logits);
     if (work) *work += step.work;
 }
