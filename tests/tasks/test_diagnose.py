@@ -40,6 +40,24 @@ def test_a_trace_with_every_kind_of_event():
     assert rate["tries"] == 5 and rate["repeated"] == 0.2 and rate["low_high_given_miss"] == 0.5
 
 
+def test_a_chain_of_five_numbers_and_its_returns():
+    problem = Problem("p", "", "en", {"numbers": [8, 3, 2, 7, 1], "target": 24})
+    trace = (
+        "(((8-3)*2)+7)-1=5*2=10+7=17-1=16:24 low\n"
+        "(((7+3)*2)+8)-1=10*2=20+8=28-1=27:24 high\n"
+        "back (((8-3)*2)+7)+1=5*2=10+7=17+1=18:24 low\n"  # the first try with another operator: a return
+        "back (((8-3)*2)+1)+7=5*2=10+1=11+7=18:24 low\n"  # of the last one: none
+        "back (((1+2)*3)+7)+8=3*3=9+7=16+8=23:24 low\n"  # like none before, and miscalculated
+        "(((8-3)*2)+7)=5*2=10+7=17:24 low\n"  # four of the five numbers
+        "(((8-2)*3)+7)-1=6*3=18+7=24-1=24:24 yes"  # two miscalculations
+    )
+    diagnosis = diagnose(problem, f"<think>{trace}</think><answer>(((8-2)*3)+7)-1</answer>")
+    assert (diagnosis.tries, diagnosis.returned, diagnosis.unread, diagnosis.right_numbers) == (6, 1, 1, 6)
+    assert (diagnosis.steps, diagnosis.steps_right, diagnosis.hits, diagnosis.answered_yes) == (24, 21, 1, 1)
+    short = diagnose(problem, "<think>((8-3)*2)+7=5*2=10+7=17:24 low</think><answer>1</answer>")
+    assert (short.tries, short.right_numbers, short.steps_right, short.gave_up) == (1, 0, 3, 1)
+
+
 def test_giving_up_and_breaking_off_differ():
     line = "(3+7)+6=10+6=16:27小"
     assert diagnose(PROBLEM, f"<think>{line}</think><answer>3</answer>").gave_up == 1

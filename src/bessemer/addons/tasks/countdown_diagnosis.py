@@ -10,25 +10,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
+from bessemer.addons.tasks.countdown_search import BACK
 from bessemer.tasks.answer import parse_reply, thought
 from bessemer.tasks.base import Problem
 from bessemer.tasks.countdown_expressions import Unparsable, apply, parse_expression
 from bessemer.tasks.countdown_traces import WORDS
 
-SHOWN = ("step_right", "right_numbers", "yes_given_hit", "yes_given_miss", "repeated", "gave_up")
+SHOWN = ("step_right", "right_numbers", "yes_given_hit", "yes_given_miss", "repeated", "returned", "gave_up")
 """Rates that say what RL changed: arithmetic, copying, verdicts, persistence."""
 
 _N, _OP = "(?:0|[1-9][0-9]{0,3})", r"[+\-*]"  # four digits keep every expression within parse_expression's bounds
-_PAIR = rf"\((?P<x>{_N})(?P<op>{_OP})(?P<y>{_N})\)"
-_REST = rf"=(?P<claimed>{_N}):(?P<target>{_N}) ?(?P<verdict>low|high|yes|小|大|对)(?P<tail>.*)"
-_FORMS = tuple(
-    re.compile(form + _REST)
-    for form in (
-        rf"(?P<expression>{_PAIR}(?P<then>{_OP})(?P<z>{_N}))=(?P<middle>{_N})(?P<step>{_OP})(?P<kept>{_N})",
-        rf"(?P<expression>(?P<z>{_N})(?P<then>{_OP}){_PAIR})=(?P<kept>{_N})(?P<step>{_OP})(?P<middle>{_N})",
-    )
+_CHAIN = rf"\({{0,6}}{_N}(?:{_OP}{_N}\))*{_OP}{_N}"  # ((8-3)*2)+7
+_FRONT = rf"{_N}{_OP}\({_N}{_OP}{_N}\)"  # 9-(8-3)
+_LINE = re.compile(
+    rf"(?P<back>{'|'.join(BACK.values())})?(?P<expression>{_CHAIN}|{_FRONT})(?P<steps>(?:={_N}{_OP}{_N}){{0,6}})"
+    rf"=(?P<claimed>{_N}):(?P<target>{_N}) ?(?P<verdict>low|high|yes|小|大|对)(?P<tail>.*)"
 )
-"""(x op y)then z=middle step kept=claimed:target verdict tail, and the same with z in front."""
+"""expression = step ... = claimed:target verdict tail; a step is the value so far, an operator, and the next number."""
+_TERMS = re.compile(rf"{_N}|{_OP}")
 _MEANING = {words[key].strip(): key for words in WORDS.values() for key in ("low", "high", "yes")}
 _WAIT = {words["wait"] for words in WORDS.values()}
 _ORDER = tuple(words["order"] for words in WORDS.values())
@@ -45,7 +44,7 @@ class Diagnosis:
     steps: int = 0
     steps_right: int = 0
     linked: int = 0
-    """Tries whose second step is what remains of their expression: after (3*7)+6 comes 21+6."""
+    """Tries whose steps are what remains of their expression: after (3*7)+6 comes 21+6."""
     right_numbers: int = 0
     """Linked tries that use each number of the problem once."""
     right_target: int = 0
@@ -57,6 +56,8 @@ class Diagnosis:
     low_high_right: int = 0
     """Misses called low or high correctly."""
     waits: int = 0
+    returned: int = 0
+    """Tries after `back` that differ from an earlier one, not the last, in one operator or two numbers."""
     unread: int = 0
     """Lines of the trace that are not a try of the known form: stray words, private language."""
     systematic: int = 0
@@ -73,8 +74,8 @@ class Diagnosis:
 
 
 def read(problem: Problem, answer: str) -> "Diagnosis | None":
-    """The counts of an answer to countdown with three numbers; None for any other problem."""
-    traced = "target" in problem.meta and len(problem.meta.get("numbers", ())) == 3
+    """The counts of an answer to countdown; None for any other problem."""
+    traced = "target" in problem.meta and "numbers" in problem.meta
     return diagnose(problem, answer) if traced else None
 
 
@@ -89,12 +90,12 @@ def diagnose(problem: Problem, completion: str) -> Diagnosis:
     reply = parse_reply(completion)
     closed = reply.think is not None
     think = thought(completion)
-    seen: set[str] = set()
+    seen: dict[str, list[str]] = {}
     count = dict.fromkeys((f.name for f in fields(Diagnosis)), 0) | {"responses": 1}
     last_key, last_yes = None, None
     for number, line in enumerate(think.strip().replace(";", "\n").split("\n")):
-        match = next((m for form in _FORMS if (m := form.fullmatch(line.strip()))), None)
-        if match is None:
+        match = _LINE.fullmatch(line.strip())
+        if match is None or not _whole(match):
             opening = number == 0 and line.startswith(_ORDER)
             count["systematic"] += opening
             count["unread"] += bool(line.strip()) and not opening
@@ -106,22 +107,28 @@ def diagnose(problem: Problem, completion: str) -> Diagnosis:
     return Diagnosis(**count)
 
 
-def _count_try(problem: Problem, match: re.Match, seen: set[str], count: dict[str, int]) -> tuple[str, bool]:
-    """Add one try to `count`; returns its canonical expression and whether it says yes."""
+def _count_try(
+    problem: Problem, match: re.Match, seen: dict[str, list[str]], count: dict[str, int]
+) -> tuple[str, bool]:
+    """Add one try to `count`, and its terms to `seen`; returns its canonical expression and whether it says yes."""
     numbers, goal = sorted(problem.meta["numbers"]), problem.meta["target"]
-    expression, op, then, step, verdict = match.group("expression", "op", "then", "step", "verdict")
-    x, y, z, middle, kept, claimed, target = map(int, match.group("x", "y", "z", "middle", "kept", "claimed", "target"))
-    left, right = (middle, kept) if expression.startswith("(") else (kept, middle)
-    linked, verdict, key = (then, z) == (step, kept), _MEANING[verdict], _tried(expression)
-    assert key is not None, expression
+    claimed, verdict, terms = int(match["claimed"]), _MEANING[match["verdict"]], _TERMS.findall(match["expression"])
+    key = _tried(match["expression"])
+    assert key is not None, match["expression"]
     count["tries"] += 1
     count["repeated"] += key in seen
-    seen.add(key)
-    count["steps"] += 2
-    count["steps_right"] += (apply(x, op, y) == middle) + (apply(left, step, right) == claimed)
+    earlier = list(seen.values())[:-1]
+    count["returned"] += match["back"] is not None and any(_is_change(terms, other) for other in earlier)
+    seen[key] = seen.pop(key, terms)
+    front = not match["expression"].startswith("(") and "(" in match["expression"]
+    if front:  # z-(x-y): the pair comes first
+        terms = [*terms[2:], terms[1], terms[0]]
+    right, linked = _steps_right(terms, match["steps"], claimed, front)
+    count["steps"] += len(terms) // 2
+    count["steps_right"] += right
     count["linked"] += linked
-    count["right_numbers"] += linked and sorted((x, y, z)) == numbers
-    count["right_target"] += target == goal
+    count["right_numbers"] += linked and sorted(map(int, terms[::2])) == numbers
+    count["right_target"] += int(match["target"]) == goal
     if claimed == goal:
         count["hits"] += 1
         count["yes_on_hit"] += verdict == "yes"
@@ -131,6 +138,37 @@ def _count_try(problem: Problem, match: re.Match, seen: set[str], count: dict[st
         count["low_high_right"] += verdict == ("low" if claimed < goal else "high")
     count["waits"] += match["tail"] in _WAIT
     return key, verdict == "yes"
+
+
+def _whole(match: re.Match) -> bool:
+    """Whether the line has all steps of an expression whose parentheses close."""
+    operators = len(_TERMS.findall(match["expression"])) // 2
+    return match["steps"].count("=") == operators - 1 and _tried(match["expression"]) is not None
+
+
+def _steps_right(terms: list[str], steps: str, claimed: int, front: bool) -> tuple[int, bool]:
+    """(steps computed right, whether the steps are what remains of the expression); `terms` in order of calculation."""
+    written = [_TERMS.findall(step) for step in steps.split("=")[1:]]
+    if front:
+        written = [step[::-1] for step in written]
+    lines = [terms[:3], *written]
+    values = [*(int(step[0]) for step in written), claimed]
+    swaps = [False] * len(written) + [front]
+    right = sum(
+        apply(*((int(b), op, int(a)) if swap else (int(a), op, int(b)))) == value
+        for (a, op, b), value, swap in zip(lines, values, swaps, strict=True)
+    )
+    return right, all(step[1:] == terms[3 + 2 * n : 5 + 2 * n] for n, step in enumerate(written))
+
+
+def _is_change(terms: list[str], other: list[str]) -> bool:
+    """Whether one operator differs, or two numbers are exchanged."""
+    if len(terms) != len(other):
+        return False
+    places = [n for n, (a, b) in enumerate(zip(terms, other, strict=True)) if a != b]
+    if len(places) == 1:
+        return places[0] % 2 == 1
+    return len(places) == 2 and all(terms[a] == other[b] for a, b in (places, places[::-1]))
 
 
 def _canonical(expression: str | None) -> str | None:
@@ -151,6 +189,7 @@ def rates(diagnoses: Iterable[Diagnosis]) -> dict[str, float | None]:
     parts = {
         "tries": (d.tries, d.responses),
         "waits": (d.waits, d.responses),
+        "returned": (d.returned, d.tries),
         "repeated": (d.repeated, d.tries),
         "step_right": (d.steps_right, d.steps),
         "linked": (d.linked, d.tries),

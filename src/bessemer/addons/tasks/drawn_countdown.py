@@ -1,13 +1,15 @@
-"""Countdown with other numbers: `countdown:4` asks for four. Its problems are drawn, not enumerated, and no document
-shows them. As in `tasks/countdown.py`, each number is used once and the multiset of numbers decides the split."""
+"""Countdown with other numbers: `countdown:4` asks for four. Its problems are drawn, not enumerated. As in
+`tasks/countdown.py`, each number is used once and the multiset of numbers decides the split. Its documents are those of
+`countdown_search.py`."""
 
 import random
 from dataclasses import dataclass
 from typing import Any
 
+from bessemer.addons.tasks.countdown_search import SearchMix, drill, respond
 from bessemer.errors import UserError
-from bessemer.tasks.base import Problem, Task, TaskOptions, Written, split_of
-from bessemer.tasks.countdown import MAX_TARGET, NUMBERS, Countdown
+from bessemer.tasks.base import Problem, TaskOptions, Written, split_of
+from bessemer.tasks.countdown import COMMA, DRILL_HEADS, MAX_TARGET, NUMBERS, Countdown
 from bessemer.tasks.countdown_expressions import OPS, apply
 
 MOST_DRAWS = 10_000
@@ -32,6 +34,8 @@ class DrawnOptions(TaskOptions):
 class DrawnCountdown(Countdown):
     Options = DrawnOptions
     options: DrawnOptions
+    Mix = SearchMix
+    mix: SearchMix  # type: ignore[assignment]  # the documents are others than those of three numbers
 
     def __init__(self, numbers: str, **settings: Any) -> None:
         if numbers not in map(str, range(2, 9)):
@@ -48,11 +52,20 @@ class DrawnCountdown(Countdown):
         name = f"{self.name}/{split}/{seed}/{index}/{language}"
         return self.asked(name, numbers, target, self.numbers, language, phrasing, rng)
 
-    def document(self, index: int, seed: int = 0, language: str | None = None) -> str:
-        return Task.document(self, index, seed, language)
-
     def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
-        return Task.written(self, index, seed, language)
+        problem = self.train_problem(index, seed, language)
+        numbers, target = problem.meta["numbers"], problem.meta["target"]
+        rng = self.rng("document", index, seed)
+        return Written(problem, *respond(numbers, target, self.mix, problem.language, rng))
+
+    def drill(self, index: int, seed: int = 0, language: str | None = None) -> str:
+        """A drill page of 8 to 12 lines, with numbers of the train split."""
+        language = self._language(language, "drill", index, seed)
+        rng, lines = self.rng("drill", index, seed), []
+        for _ in range(rng.randint(4, 6)):
+            numbers, _ = _drawn(self.numbers, self.options, "train", rng)
+            lines += drill(numbers, COMMA[language].join(map(str, numbers)), language, rng)
+        return DRILL_HEADS[language] + "\n".join(lines)
 
 
 def _drawn(n: int, options: DrawnOptions, split: str, rng: random.Random) -> tuple[tuple[int, ...], int]:

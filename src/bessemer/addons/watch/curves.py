@@ -99,6 +99,7 @@ NAMES = {
     "rl/trace/yes_given_hit": "hits recognised as hits",
     "rl/trace/yes_given_miss": "misses taken for hits",
     "rl/trace/repeated": "repeated tries",
+    "rl/trace/returned": "returns to an earlier try",
     "rl/trace/gave_up": "answers that gave up",
 }
 

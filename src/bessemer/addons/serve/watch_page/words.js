@@ -73,7 +73,7 @@ const SERVER = {
   "held-out problems": "留出题", "groups without contrast": "奖励无差异的组", "answers cut off": "被截断的回答", "tokens clipped": "被裁剪的词元",
   "distance of log-probabilities": "对数概率之差", "KL": "KL", "mean weight": "平均权重",
   "share cut": "被截断的比例", "steps computed right": "计算正确的步骤", "tries with the given numbers": "数字使用正确的尝试",
-  "hits recognised as hits": "命中且被认出", "misses taken for hits": "未命中却被当成命中", "repeated tries": "重复的尝试",
+  "hits recognised as hits": "命中且被认出", "misses taken for hits": "未命中却被当成命中", "repeated tries": "重复的尝试", "returns to an earlier try": "回到先前的尝试",
   "answers that gave up": "中途放弃的回答", "layer {n}": "第 {n} 层",
   // alarms: titles
   "format hacking": "刷格式奖励", "length collapse": "长度坍缩", "thinking stops": "不再思考", "collapse": "训练崩溃",
