@@ -51,7 +51,7 @@ BESIDE = (
 NETWORK = (
     "model/", "addons/accelerate/register.py", "addons/accelerate/kernels/attention.py",
     "addons/accelerate/kernels/deferred.py", "addons/accelerate/kernels/experts.py",
-    "addons/accelerate/kernels/gate.py", "addons/accelerate/kernels/norm.py",
+    "addons/accelerate/kernels/gate.py", "addons/accelerate/kernels/norm.py", "addons/accelerate/kernels/product.py",
 )  # fmt: skip
 ASKED = 4
 """Calls of a function whose variables are searched for the followed setting."""

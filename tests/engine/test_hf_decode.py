@@ -190,4 +190,4 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
 
 def test_routing_cannot_be_recorded(tokenizer):
     with pytest.raises(UserError, match="no layer of this model has routed experts"):
-        Engine(model("mixtral"), tokenizer).generate([[5]], record_routing=True)
+        Engine(model("llama"), tokenizer).generate([[5]], record_routing=True)

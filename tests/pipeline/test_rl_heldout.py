@@ -103,7 +103,12 @@ def test_credit_and_an_own_reward_pass_the_gate_where_answers_differ_in_them(bas
         )
         loop = stage.loop()
         advance = loop.ctx.progress.advance
-        loop.ctx.progress.advance = lambda n, note, advance=advance: output.append(note) or advance(n, note)
+
+        def noted(n, note, advance=advance, **cost):
+            output.append(note)
+            advance(n, note, **cost)
+
+        loop.ctx.progress.advance = noted
         loop.run()
         assert stage.values("rl/heldout_accuracy") == [0.0, 0.0] and stage.values("rl/accuracy") == [0.0]
         assert stage.values("rl/score")[0] > 0 and stage.values("rl/heldout_score")[0] > 0

@@ -264,7 +264,7 @@ def summed_without_gates(model, objective, batches):
 
 def test_a_model_that_ignores_segments_gets_padded_rows():
     class Mixing(CausalLM):
-        def hidden(self, tokens_BT, positions_BT=None, /, **cached):
-            return super().hidden(tokens_BT, None, **cached)
+        def hidden(self, tokens_BT, positions_BT=None, choice_BTLK=None, /, **cached):
+            return super().hidden(tokens_BT, None, choice_BTLK, **cached)
 
     assert not Mixing(made("llama")).keeps_segments()

@@ -148,10 +148,13 @@ class StepBackend:
 
     model: LanguageModel
 
-    def batch_invariant(self) -> StepBackend | None:
+    def batch_invariant(self) -> StepBackend:
         """Steps of the same model whose rows get the same bits in any company: whatever the other rows, the tokens of a
-        pass and the cuts of a prefill. None if there are none."""
-        return None
+        pass and the cuts of a prefill. UserError if there are none."""
+        raise UserError(
+            f"batch_invariant: nothing here decodes a {type(self.model).__name__} on this device with bits that do not "
+            "depend on the batch; leave it out, or take a model of DeepSeek's architecture on a CPU"
+        )
 
     def new_cache(self, drafts: int = 0, make: Callable[..., LatentCache] = LatentCache) -> Any:
         """An empty cache. Each MTP module that drafts needs a layer of its own. `make`: the class, for a model of this
@@ -201,11 +204,5 @@ def backend_of(model: LanguageModel, batch_invariant: bool = False) -> StepBacke
     plugins.table("steps")
     for make in _MAKERS:
         if (steps := make(model)) is not None:
-            invariant = steps.batch_invariant() if batch_invariant else steps
-            if invariant is not None:
-                return invariant
-            raise UserError(
-                f"batch_invariant: nothing here decodes a {type(model).__name__} on this device with bits that do not "
-                "depend on the batch; leave it out, or take a model of DeepSeek's architecture on a CPU"
-            )
+            return steps.batch_invariant() if batch_invariant else steps
     raise UserError(f"nothing here decodes with a {type(model).__name__}; install the add-on that brought the model")

@@ -28,6 +28,9 @@ from bessemer.runs.files import BACK, explained, read_json, write_atomic, write_
 from bessemer.runs.metrics import Metrics
 from bessemer.system import claim, sync_folder
 
+PLAN = "plan.json"
+"""What the hook `progress` keeps: {"seconds": {stage: estimate}, "interval": of what was to run, "share": of a core
+that the measurement got, "left": {"seconds", "time"}}."""
 _RECORDS = {"done.json", "stage.json", "wall.json"}
 _STAGE = re.compile(r"(\d\d+)-([A-Za-z0-9][A-Za-z0-9_-]*)")
 

@@ -160,8 +160,10 @@ def _alone(n: int, position: int, pages_P: Tensor, dtype: torch.dtype) -> RowGro
 class PlainSteps(TorchSteps):
     """torch's steps, which have a batch-invariant form on a CPU."""
 
-    def batch_invariant(self) -> StepBackend | None:
-        return FixedSteps(self.model) if self.model.embed.weight.device.type == "cpu" else None
+    def batch_invariant(self) -> StepBackend:
+        if self.model.embed.weight.device.type != "cpu":
+            return super().batch_invariant()
+        return FixedSteps(self.model)
 
 
 register(lambda model: PlainSteps(model) if isinstance(model, Transformer) else None)

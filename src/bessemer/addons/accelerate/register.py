@@ -85,7 +85,7 @@ def _uncompiled(x: Tensor, *_: object) -> bool:
 
 
 ops.multiply.register(product.serves, product.multiply)
-ops.linear.register(product.serves_linear, product.linear)
+ops.linear.register(product.serves, product.linear)
 rms_norm.register(norm.serves, norm.on_cpu)
 rms_norm.register(_uncompiled, norm.on_gpu)
 mla.latent_attention.register(attention.serves, attention.latent_attention)

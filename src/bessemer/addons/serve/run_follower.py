@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.addons.watch.alarms import AlarmTracker
-from bessemer.addons.watch.bars import PLAN
 from bessemer.addons.watch.following import LineTail, StageLines
-from bessemer.runs.directory import stage_folders, writing_models
+from bessemer.runs.directory import PLAN, stage_folders, writing_models
 from bessemer.runs.files import read_json
 
 EVERY = 1.0

@@ -18,13 +18,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from bessemer.addons.watch.expected import MACHINE, Expected, ExpectedTime
 from bessemer.addons.watch.speed import StageSpeed
 from bessemer.config.units import show_seconds
-from bessemer.runs.directory import stage_folders
+from bessemer.runs.directory import PLAN, stage_folders
 from bessemer.runs.files import read_json, write_json
 from bessemer.runs.progress import PLAIN_EVERY, RunProgress, StageProgress
 
-PLAN = "plan.json"
-"""In a run directory: {"seconds": {stage: estimate}, "interval": of what was to run, "share": of a core that the
-measurement got, "left": {"seconds", "time"}}."""
 RELATIVE = 3.0
 """Standard deviation of the logarithm of a common factor on estimates that may be mere weights."""
 
@@ -152,5 +149,6 @@ def record_plan(root: Path, expected: Expected) -> dict[str, float]:
     recorded = (read_json(root / PLAN) or {}).get("seconds", {})
     still_begun = {name: value for name, value in recorded.items() if name in begun and isinstance(value, int | float)}
     merged = {name: float(still_begun.get(name, round(of.seconds, 3))) for name, of in expected.stages.items()}
-    write_json(root / PLAN, {"seconds": merged, "interval": expected.interval().facts(), "share": expected.share})
+    if expected.due or recorded != merged:
+        write_json(root / PLAN, {"seconds": merged, "interval": expected.interval().facts(), "share": expected.share})
     return merged

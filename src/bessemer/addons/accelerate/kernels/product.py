@@ -16,12 +16,10 @@ from bessemer.addons.accelerate.kernels import deferred
 from bessemer.addons.accelerate.kernels.library import beat_mkl, call, fits, threads
 
 
-def _takes(*tensors: Tensor) -> bool:
-    return fits(*tensors) and tensors[0].dtype == torch.float32 and min(t.numel() for t in tensors) > 0 and beat_mkl()
-
-
-def serves(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, add: bool = False) -> bool:
-    return _takes(a_MK, b_KN) and (out is None or (out.dtype == torch.float32 and out.stride(1) == 1))
+def serves(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> bool:
+    """Whether the kernel takes a product of these tensors, or a linear map of [..., K] by [N, K]."""
+    takes = fits(a, b) and a.dtype == torch.float32 and a.dim() > 1 and min(a.numel(), b.numel()) > 0 and beat_mkl()
+    return takes and (out is None or (out.dtype == torch.float32 and out.stride(1) == 1))
 
 
 def multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
@@ -33,10 +31,6 @@ def multiply(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, add: bool = 
         M, N, K, a_MK, *a_MK.stride(), b_KN, *b_KN.stride(), c_MN, c_MN.stride(0), add, threads(),
     )  # fmt: skip
     return c_MN
-
-
-def serves_linear(x: Tensor, weight: Tensor) -> bool:
-    return x.dim() > 1 and _takes(x, weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
