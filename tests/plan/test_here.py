@@ -67,7 +67,8 @@ def test_each_training_setup_is_measured_once(monkeypatch):
         (32, "off", "float32", "muon"), (32, "off", "auto", "adamw"), (32, "short-sums", "float32", "muon"),
         (64, "off", "float32", "muon"), (64, "off", "auto", "adamw"),
     ]  # fmt: skip
-    assert prediction.rates["training_tokens_per_second"] == 1000 / 32
+    # times the share of a core that other work left
+    assert 0 < prediction.rates["training_tokens_per_second"] <= 1.001 * 1000 / 32
     assert prediction.rates["training_tokens_per_second_of_short"] == 40 / 32
     assert "decoding_tokens_per_second_of_wide-zero" in prediction.rates and "of_again" not in str(prediction.rates)
 
