@@ -1,7 +1,7 @@
 """What staleness costs: the RL stage of recipes/tiny.toml with 0, 1, 2, 4 and 8 rollouts in flight, on three seeds.
 
     bessemer run tiny --until pretrain
-    python bench/staleness.py runs/tiny                 # --rollouts N: fewer than the recipe's 40
+    python bench/staleness.py runs/tiny                 # --rollouts N: fewer than the recipe's 24
 
 Every cell (staleness, seed) is a run of its own from the same base, with the hook "sample-ahead" and, beside it,
 "correction" (token-truncate), which also the cells without staleness have. A finished cell is a file of
@@ -28,7 +28,7 @@ CORRECTION = '{name="correction", form="token-truncate"}'
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="a run of tiny with the stage pretrain")
-    parser.add_argument("--rollouts", type=int, default=40)
+    parser.add_argument("--rollouts", type=int, default=24)
     parser.add_argument("--only", nargs="*", default=[], help="cells such as 4-2 (staleness 4, seed 2)")
     parser.add_argument("--runs", type=Path, default=Path("runs/staleness"))
     given = parser.parse_args()

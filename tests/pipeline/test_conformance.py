@@ -58,7 +58,7 @@ OSOSOSSASSPSSAAASSSSOSS GRPO groups
 OPOPOPPPPPPAPPPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
 OAOAOPAAAAPAAAAAAAAPOAA Loss of a token
 OAOAOAAAAAPAAAAAAAAAOAA Clip
-OAOAOPAPPOPAAOOOAAAPOAA KL to the reference (k3, in the loss)
+OAOAOPAPPOPAAOOOAOAPOAA KL to the reference (k3, in the loss)
 OAOAOAAAAAPAAAAAAAAAOAA Mini-batches per rollout
 OPOAOPAPPPPAPPPPPPPPOPP On policy, every sample used
 OSOSOSSSSSPSSSSSSSSSOSS Learning rate of RL
@@ -147,7 +147,7 @@ def test_a_row():
         ("smollm2", "Distillation: SFT of a smaller model on checked samples", "the teacher's own base: "),
         ("tiny", "Learning rate over consumed tokens", "warm-up, constant, linear: 0 at 0, 0.006 at 150K"),
         ("tiny", "Clip", "-0.2 / +0.28"),
-        ("tiny", "KL to the reference (k3, in the loss)", "0.001, refreshed every 24 steps"),
+        ("zero", "KL to the reference (k3, in the loss)", "0.001, refreshed every 24 steps"),
         ("tiny", "Rewards", "accuracy + 0 x format"),
         ("tiny", "Loss of a token", "grpo, mean over all tokens"),
         ("tiny", "Evaluation by sampling", "pass@1 over 16 samples, T 1, top-p 1, 300 tokens"),

@@ -305,7 +305,7 @@ def test_a_recipe_on_a_cluster(call, tmp_path):
     facts = json.loads(call(ROOT / "recipes/tiny.toml", "--cluster", "2xH100", "--json").out)
     output = call(ROOT / "recipes/tiny.toml", "--cluster", "1xH100", "--set", "precision=bf16").out
     assert (
-        "40 rollouts of 256 answers" in output
+        "24 rollouts of 256 answers" in output
         and "served from units of" in output
         and "1,024" not in output.splitlines()[0]
     )
