@@ -45,7 +45,7 @@ DRILL_HEADS = {"en": "Drill:\n", "zh": "练习:\n"}
 class Countdown(Task):
     name, domain = "countdown", "search"
     translated = True
-    Mix = TraceMix
+    Mix: ClassVar[type] = TraceMix
 
     def size(self, split: str) -> int | None:
         """Number of different problems (multiset and target) in a split."""

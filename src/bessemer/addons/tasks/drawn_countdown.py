@@ -35,7 +35,7 @@ class DrawnCountdown(Countdown):
     Options = DrawnOptions
     options: DrawnOptions
     Mix = SearchMix
-    mix: SearchMix  # type: ignore[assignment]  # the documents are others than those of three numbers
+    mix: SearchMix
 
     def __init__(self, numbers: str, **settings: Any) -> None:
         if numbers not in map(str, range(2, 9)):
