@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import combinations_with_replacement
+from typing import ClassVar
 
 from bessemer import plugins
 from bessemer.tasks.base import (
