@@ -13,7 +13,7 @@ from typing import Any
 from bessemer_claims import phrases, registry, runs, verdict
 from bessemer_claims.registry import ClaimEntry, Text, claims, data, experiments
 from bessemer_claims.seeds import holm
-from bessemer_claims.verdict import ClaimVerdict, Evidence, Measured, Outcome, PartFinding
+from bessemer_claims.verdict import ClaimVerdict, Documented, Evidence, Measured, Outcome, PartFinding, Seen
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class Card:
     name: str
     claim: ClaimEntry
     verdict: ClaimVerdict
+    documented: Documented
+    """Whether documents bear the claim out: what the headline counts."""
+    seen: Seen
+    """Whether runs show it at their size."""
+    rules_1: ClaimVerdict
+    """The verdict that the claim had under rules 1, which had one answer for both questions."""
     findings: list[PartFinding]
     found: tuple[str, str] | None
     limit: Text
@@ -58,6 +64,8 @@ class Card:
         claim = self.claim
         return {
             "id": self.name, "claim": dict(zip(registry.LANGUAGES, claim.text, strict=True)), "verdict": self.verdict,
+            "documented": self.documented, "documented_parts": verdict.parts_held(self.findings, "documents"),
+            "seen": self.seen, "seen_parts": verdict.parts_held(self.findings, "seen"), "rules_1": self.rules_1,
             "kinds": claim.kinds, "experiment": claim.experiment, "arms": claim.arms,
             "published": dict(zip(registry.LANGUAGES, map(claim.published, (0, 1)), strict=True)),
             "source": claim.sources()[0],
@@ -121,7 +129,23 @@ def _card(name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None,
     values["n_holds"] = sum(side.outcome is Outcome.HOLDS for side in findings)
     limit = claim.limit or experiments()[claim.experiment].limit
     beside = [_beside(name, side, value) for side, value in besides]
-    return Card(name, claim, decided, findings, _found(name, claim, values, earlier), limit, earlier, values, beside)
+    rule = registry.rules().claim.get(name)
+    needs_all = rule is not None and rule.needs == "all"
+    answers = verdict.documented(findings, needs_all), verdict.seen(findings, needs_all)
+    rules_1 = ClaimVerdict(registry.verdicts_1()[name])
+    return Card(
+        name,
+        claim,
+        decided,
+        *answers,
+        rules_1,
+        findings,
+        _found(name, claim, values, earlier),
+        limit,
+        earlier,
+        values,
+        beside,
+    )
 
 
 def _beside(name: str, side: runs.Beside, measured: Measured) -> PartFinding:

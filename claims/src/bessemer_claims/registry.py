@@ -60,6 +60,13 @@ class ClaimEntry(ConfigTable):
         return self
 
 
+Role = Literal["documents", "seen", "consistency", "prediction"]
+"""What a part of a rule speaks to: whether documents bear the claim out; whether a run shows it; only that this package
+agrees with the figures typed into it; what the planner predicts. The last two decide neither answer."""
+ROLES: dict[str, Role] = {"X": "documents", "B": "documents", "S": "prediction", "R": "seen"}
+"""Kind of a part -> its role, unless the part names another."""
+
+
 class Part(ConfigTable):
     """One part of a rule; the head of rules.toml explains the fields."""
 
@@ -74,6 +81,11 @@ class Part(ConfigTable):
     negative: str = ""
     low: str = ""
     high: str = ""
+    role: Role | None = None
+
+    @property
+    def speaks_to(self) -> Role:
+        return self.role or ROLES[self.kind]
 
     @model_validator(mode="after")
     def _complete(self) -> Part:
@@ -166,6 +178,12 @@ def rules() -> Rules:
     if unknown := read.claim.keys() - claims().keys():
         raise UserError(f"rules.toml: no claim {', '.join(sorted(unknown))}")
     return read
+
+
+@cache
+def verdicts_1() -> dict[str, str]:
+    """Claim -> its verdict under rules 1, as recorded when rules 2 took their place."""
+    return {name: verdict for verdict, names in read_toml("verdicts-1.toml").items() for name in names.split()}
 
 
 def rules_hash() -> str:

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from bessemer.addons.evals.intervals import Interval, over_seeds, shares_apart, smallest_visible
-from bessemer_claims.registry import ClaimEntry, Part, PublishedScore, Rules
+from bessemer_claims.registry import ClaimEntry, Part, PublishedScore, Role, Rules
 from bessemer_claims.seeds import equivalent, p_value
 
 
@@ -43,6 +43,24 @@ class ClaimVerdict(StrEnum):
     CONTRADICTED = "contradicted"
     NOT_TESTABLE = "not testable here"
     NOT_RUN = "not run yet"
+
+
+class Documented(StrEnum):
+    """Whether documents bear a claim out: its sources, published figures compared, arithmetic on published figures."""
+
+    YES = "yes"
+    PARTLY = "partly"
+    NO = "no"
+    UNKNOWN = "unknown"
+
+
+class Seen(StrEnum):
+    """Whether runs of trained networks, or measured code, show a claim at their size."""
+
+    YES = "yes"
+    NO = "no"
+    CANNOT_TELL = "cannot-tell"
+    NOT_ASKED = "not-asked"
 
 
 class Outcome(StrEnum):
@@ -112,9 +130,15 @@ class PartFinding:
     score: PublishedScore | None = None
     """The published scores that the part compares, if it does."""
 
+    @property
+    def role(self) -> Role:
+        """What the part speaks to; an audit has no rule, and is of documents."""
+        return "documents" if self.part is None else self.part.speaks_to
+
     def facts(self) -> dict[str, Any]:
         summary = {
-            "what": self.label, "outcome": self.outcome, "interval": self.interval, "positive_control": self.control,
+            "what": self.label, "role": self.role, "outcome": self.outcome, "interval": self.interval,
+            "positive_control": self.control,
             "smallest_visible_effect": self.visible if self.visible != math.inf else None, "p": self.p,
             "seeds": self.seeds or None, "size": self.size[0] or None, "value": self.value,
             "doubts": self.doubts or None,
@@ -175,6 +199,35 @@ def combine(outcomes: Sequence[Outcome], needs_all: bool = False) -> ClaimVerdic
     if Outcome.OPEN in seen:
         return ClaimVerdict.NOT_RUN
     return ClaimVerdict.NOT_SHOWN if Outcome.UNCLEAR in seen else ClaimVerdict.NOT_TESTABLE
+
+
+def parts_held(findings: Sequence[PartFinding], role: Role) -> tuple[int, int]:
+    """How many parts of this role hold, and of how many: "2 of 3 parts"."""
+    outcomes = [finding.outcome for finding in findings if finding.role == role]
+    return outcomes.count(Outcome.HOLDS), len(outcomes)
+
+
+def documented(findings: Sequence[PartFinding], needs_all: bool = False) -> Documented:
+    """What documents say of a claim with these findings. One that cannot be known weighs nothing; a claim of several
+    parts that fails in one of them and holds in none is wrong only if nothing about it is open."""
+    outcomes = {finding.outcome for finding in findings if finding.role == "documents"}
+    outcomes -= {Outcome.OPEN, Outcome.UNKNOWABLE}
+    if Outcome.FAILS in outcomes and (needs_all or outcomes == {Outcome.FAILS}):
+        return Documented.NO
+    if outcomes == {Outcome.HOLDS}:
+        return Documented.YES
+    return Documented.PARTLY if Outcome.HOLDS in outcomes else Documented.UNKNOWN
+
+
+def seen(findings: Sequence[PartFinding], needs_all: bool = False) -> Seen:
+    """What runs say of a claim with these findings: yes, if every part that has run holds; no, if none holds and one
+    fails, or if all must hold and one fails."""
+    outcomes = {finding.outcome for finding in findings if finding.role == "seen"} - {Outcome.OPEN}
+    if not outcomes:
+        return Seen.NOT_ASKED
+    if Outcome.FAILS in outcomes and (needs_all or Outcome.HOLDS not in outcomes):
+        return Seen.NO
+    return Seen.YES if outcomes == {Outcome.HOLDS} else Seen.CANNOT_TELL
 
 
 def _audit(claim: ClaimEntry) -> list[PartFinding]:
