@@ -121,6 +121,19 @@ def test_credit_and_an_own_reward_pass_the_gate_where_answers_differ_in_them(bas
         stage.run()
 
 
+@pytest.mark.parametrize(("task", "has_score"), [("Formless", False), ("Near", True)])
+def test_a_score_is_shown_where_the_task_gives_credit(base, tmp_path, file, task, has_score):
+    """An own reward gives no credit: without the task's, a score would only repeat the accuracy."""
+    keys = (f'tasks=["{file}:{task}"]', f'reward="{file}:length"', "rollouts=1")
+    stage = rl_stage.Stage(base, tmp_path / "run", *keys)
+    loop, output = stage.loop(), []
+    loop.ctx.progress.say = output.append
+    loop.run()
+    assert bool(stage.values("rl/heldout_score")) == has_score
+    lines = [line for line in output if "held-out" in line]
+    assert len(lines) == 2 and all("accuracy" in line and ("score" in line) == has_score for line in lines)
+
+
 def test_form_and_language_are_no_contrast(tmp_path):
     (tmp_path / "mine.py").write_text("def same(problem, answer, verdict): return 0.1")
     paid = reward(f"{tmp_path}/mine.py:same", ("format", 0.5), "language")

@@ -35,7 +35,8 @@ def heldout_row(
     n                          number of problems
     accuracy, score, reward    means, as `rl/accuracy`, `rl/score` and `rl/reward` count them in training
     accuracy_k                 share of problems with a right answer among the k
-    graded                     1 if answers may earn something between nothing and all, else 0
+    credit                     1 if the task gives partial credit, else 0: then `score` repeats the accuracy
+    graded                     1 if the task or an own reward may pay something between nothing and all, else 0
     contrast                   share of problems whose answers differ in reward, apart from form and language
     pass_at_1, _k, maj_at_k    of right answers in any form, as the stage `eval` counts them
     """
@@ -48,6 +49,7 @@ def heldout_row(
     score(groups)
     verdicts = [[row.verdict for row in group] for group in groups]
     sound = [row for row in rows if not row.failure] or rows
+    credit = any(row.verdict.partial is not None for row in rows)
     aims = [{round(reward.content(row), 6) for row in group if not row.failure} for group in groups]
     return {
         "n": len(groups),
@@ -55,7 +57,8 @@ def heldout_row(
         "accuracy_k": _some(verdicts, k),
         "score": fmean(row.verdict.score for row in rows),
         "reward": fmean(row.reward for row in sound),
-        "graded": float(reward.own or any(row.verdict.partial is not None for row in rows)),
+        "credit": float(credit),
+        "graded": float(reward.own or credit),
         "contrast": fmean(len(aim) > 1 for aim in aims),
         "pass_at_1": fmean(verdict_metrics.pass_at_1(any_form)),
         "pass_at_k": _some(any_form, k),

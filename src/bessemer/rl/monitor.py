@@ -172,7 +172,7 @@ class Evaluator:
         values = {f"rl/heldout_{key}": mean[key] for key in ("accuracy", "reward", "pass_at_1")}
         values |= {f"rl/heldout_{key}_4": mean[f"{key}_k"] for key in ("pass_at", "maj_at")}
         values["rl/heldout_language"] = mean["language_consistency"]
-        if mean["graded"]:
+        if mean["credit"]:
             values["rl/heldout_score"] = mean["score"]
         by_task = ""
         if len(rows) > 1:
@@ -184,7 +184,7 @@ class Evaluator:
         self.ctx.say(
             f"rollout {done} of {settings.rollouts}, step {trainer.step}: held-out ({asked}): "
             f"reward {mean['reward']:.3f}, accuracy {mean['accuracy']:.3f}{by_task}"
-            + (f", score {mean['score']:.3f}" if mean["graded"] else "")
+            + (f", score {mean['score']:.3f}" if mean["credit"] else "")
             + (f", in any form pass@1 {mean['pass_at_1']:.3f}" if settings.accuracy_needs_format else "")
             + f", pass@4 {mean['pass_at_k']:.3f}, maj@4 {mean['maj_at_k']:.3f}, length {mean['mean_length']:.0f}"
             + (f", language {mean['language_consistency']:.3f}" if self.generator.reward.weight("language") else "")
