@@ -55,6 +55,22 @@ def test_plan_of_a_model_of_another_family(name, call):
     assert 'stage "grpo" needs' in out and "nine in ten" in out
 
 
+def test_what_does_not_fit_names_what_does():
+    """Same ranks and more recomputation, cards for a sampler, ranks for a model of which only the size is known."""
+    recipe, needs = needs_of("qwen3-30b-a3b-grpo", cluster="8xH100")
+    assert "vLLM sample, a copy on 2 devices" in stage_memory.fault(recipe, needs["eval"], device("H100"))
+    recipe, needs = needs_of("v2-lite-r1", "layout.ep=1", "layout.dp=8")
+    assert "ep = 8, recompute = " in stage_memory.fault(recipe, needs["zero"], device("H100")), "as many ranks"
+    recipe, needs = needs_of("r1-paper", "layout.recompute=[]")
+    assert "cp = 8, recompute = " in stage_memory.fault(recipe, needs["zero"], device("H200")), "2,048 ranks as before"
+    large = Recipe.parse(
+        'name = "large"\n[[stage]]\nkind = "import"\nname = "base"\nmodel = "hf://someone/llama-70b"\n[[stage]]\n'
+        'kind = "rl"\nname = "zero"\nfrom = "base"\ntasks = ["countdown"]\nrollouts = 1\nlr = 1e-6\n'
+    )
+    need = stage_memory.of_stages(large, 8, device("H100"))["zero"]
+    assert "[layout] that fits: dp = 16" in stage_memory.fault(large, need, device("H100"))
+
+
 def test_the_nearest_layout_is_named():
     recipe, needs = needs_of("qwen2.5-7b-grpo", "layout.dp=1", "layout.recompute=[]", cluster="1xH100")
     assert "[layout] that fits: dp = 4" in stage_memory.fault(recipe, needs["grpo"], device("H100"))
