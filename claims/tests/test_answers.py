@@ -38,7 +38,7 @@ def test_what_documents_say(outcomes, any_holds, all_must):
     [
         ([], "not-asked", "not-asked"),
         ([OPEN], "not-asked", "not-asked"),
-        ([HOLDS, OPEN], "yes", "yes"),
+        ([HOLDS, OPEN], "yes", "cannot-tell"),
         ([HOLDS, UNCLEAR], "cannot-tell", "cannot-tell"),
         ([Outcome.WEAK], "cannot-tell", "cannot-tell"),
         ([HOLDS, FAILS], "cannot-tell", "no"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 from bessemer_claims import phrases, registry, runs, verdict
 from bessemer_claims.registry import ClaimEntry, Text, claims, data, experiments
-from bessemer_claims.seeds import holm
+from bessemer_claims.seeds import corrected
 from bessemer_claims.verdict import ClaimVerdict, Documented, Evidence, Measured, Outcome, PartFinding, Seen
 
 
@@ -31,7 +31,6 @@ class Card:
 
     name: str
     claim: ClaimEntry
-    verdict: ClaimVerdict
     documented: Documented
     """Whether documents bear the claim out: what the headline counts."""
     seen: Seen
@@ -49,10 +48,26 @@ class Card:
 
     @property
     def open(self) -> bool:
-        """Whether a part still needs a run, though others have decided."""
-        return self.verdict is not ClaimVerdict.NOT_RUN and any(
-            finding.outcome is Outcome.OPEN for finding in self.findings
-        )
+        """Whether a part still needs a run."""
+        return any(finding.outcome is Outcome.OPEN for finding in self.findings)
+
+    @property
+    def seen_at(self) -> Sequence[str]:
+        """The sizes of the runs behind `seen`, English and Chinese; empty without any."""
+        decided = [finding for finding in self.findings if finding.seeds and finding.size[0]]
+        sizes = list(dict.fromkeys(tuple(finding.size) for finding in decided))
+        return ["; ".join(size[0] for size in sizes), "；".join(size[1] for size in sizes)]
+
+    @property
+    def verdict(self) -> ClaimVerdict:
+        """`rules_1`, for the page of one verdict."""
+        return self.rules_1
+
+    @property
+    def same_as(self) -> str:
+        """The claim that states the same fact; empty for most."""
+        rule = registry.rules().claim.get(self.name)
+        return "" if rule is None else rule.same
 
     @property
     def wrong_equalities(self) -> list[str]:
@@ -63,9 +78,10 @@ class Card:
         """The card as JSON."""
         claim = self.claim
         return {
-            "id": self.name, "claim": dict(zip(registry.LANGUAGES, claim.text, strict=True)), "verdict": self.verdict,
+            "id": self.name, "claim": dict(zip(registry.LANGUAGES, claim.text, strict=True)),
             "documented": self.documented, "documented_parts": verdict.parts_held(self.findings, "documents"),
-            "seen": self.seen, "seen_parts": verdict.parts_held(self.findings, "seen"), "rules_1": self.rules_1,
+            "seen": self.seen, "seen_parts": verdict.parts_held(self.findings, "seen"), "seen_at": self.seen_at[0],
+            "rules_1": self.rules_1, "same_fact_as": self.same_as,
             "kinds": claim.kinds, "experiment": claim.experiment, "arms": claim.arms,
             "published": dict(zip(registry.LANGUAGES, map(claim.published, (0, 1)), strict=True)),
             "source": claim.sources()[0],
@@ -96,21 +112,38 @@ def make(
     names: Sequence[str], results: Results = MappingProxyType({}), again: Results = MappingProxyType({})
 ) -> list[Card]:
     """The cards of these claims; computes everything they need, in seconds for all of them. `again`: one seed of
-    other runs, which is judged by `results` of the same size and only shown beside others."""
-    cards = [_card(name, claims()[name], results.get(name), again.get(name, {})) for name in names]
-    tested = [
-        (number, at)
-        for number, card in enumerate(cards)
-        for at, finding in enumerate(card.findings)
-        if finding.p is not None
-    ]
-    corrected = holm([cards[number].findings[at].p or 0.0 for number, at in tested])
-    for (number, at), p in zip(tested, corrected, strict=True):
-        cards[number].findings[at] = replace(cards[number].findings[at], p=p)
-    return cards
+    other runs, which is judged by `results` of the same size and only shown beside others. The correction for many
+    tests is over all claims in `results`."""
+    tested = corrections(results)
+    return [_card(name, claims()[name], results.get(name), again.get(name, {}), tested) for name in names]
 
 
-def _card(name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None, again: Mapping[str, Measured]) -> Card:
+def corrections(results: Results) -> dict[tuple[str, str], float]:
+    """(claim, metric) -> the p value after the correction for many tests, of every part of a rule that runs test."""
+    rules = registry.rules()
+    tests = {
+        (name, part.metric): verdict.run(part, _of_runs(name, results.get(name)).get(part.metric), rules).p
+        for name, rule in rules.claim.items()
+        for part in rule.parts
+        if part.speaks_to == "seen" and part.kind == "R"
+    }
+    tested = {key: p for key, p in tests.items() if p is not None}
+    return dict(zip(tested, corrected(list(tested.values())), strict=True))
+
+
+def _of_runs(name: str, measured: Mapping[str, Measured] | None) -> Mapping[str, Measured]:
+    """What runs gave for the parts of a claim's rule; from before the rules, if there is nothing else."""
+    others = {side.name for side in runs.beside(name)}
+    decided = {metric: value for metric, value in (measured or {}).items() if metric not in others}
+    if decided or (measured is not None and not others & measured.keys()):
+        return decided
+    return _earlier()[name].measured if name in _earlier() else {}
+
+
+def _card(
+    name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None, again: Mapping[str, Measured],
+    tested: Mapping[tuple[str, str], float],
+) -> Card:  # fmt: skip
     from bessemer_claims import exact, planned, spot_checks
 
     values: dict[str, Any] = {}
@@ -120,38 +153,38 @@ def _card(name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None,
     if name in planned.PLANNED:
         values |= planned.values(name)
     besides = [(side, measured[side.name]) for side in runs.beside(name) if measured and side.name in measured]
-    if besides and measured is not None:
-        others = {side.name for side, _ in besides}
-        measured = {metric: value for metric, value in measured.items() if metric not in others} or None
-    earlier = _earlier().get(name) if measured is None else None
-    evidence = Evidence(values, measured or ({} if earlier is None else earlier.measured), again)
-    decided, findings = verdict.judge(name, claim, evidence, registry.rules())
+    decided = _of_runs(name, measured)
+    earlier = _earlier().get(name) if any(value.earlier for value in decided.values()) else None
+    rules, rule = registry.rules(), registry.rules().claim.get(name)
+    findings = [
+        verdict.corrected(finding, tested.get((name, finding.label)), rules)
+        for finding in verdict.judge(name, claim, Evidence(values, decided, again), rules)
+    ]
     values["n_holds"] = sum(side.outcome is Outcome.HOLDS for side in findings)
     limit = claim.limit or experiments()[claim.experiment].limit
-    beside = [_beside(name, side, value) for side, value in besides]
-    rule = registry.rules().claim.get(name)
+    beside = [_beside(name, side, value) for side, value in besides] + _printed(name)
     needs_all = rule is not None and rule.needs == "all"
-    answers = verdict.documented(findings, needs_all), verdict.seen(findings, needs_all)
-    rules_1 = ClaimVerdict(registry.verdicts_1()[name])
     return Card(
-        name,
-        claim,
-        decided,
-        *answers,
-        rules_1,
-        findings,
-        _found(name, claim, values, earlier),
-        limit,
-        earlier,
-        values,
-        beside,
-    )
+        name, claim, verdict.documented(findings, needs_all), verdict.seen(findings, needs_all),
+        ClaimVerdict(registry.verdicts_1()[name]), findings, _found(name, claim, values, earlier), limit, earlier,
+        values, beside,
+    )  # fmt: skip
 
 
 def _beside(name: str, side: runs.Beside, measured: Measured) -> PartFinding:
     rules = registry.rules()
     [like] = [part for part in rules.claim[name].parts if part.metric == side.like]
     return verdict.beside(like, side.name, measured, rules, (bool(side.metric.positive), bool(side.metric.negative)))
+
+
+def _printed(name: str) -> list[PartFinding]:
+    """What runs of the recipe r1-small gave, of which only figures are left."""
+    rules, small = registry.rules(), registry.r1_small()
+    findings = []
+    for figure in small.figures.get(name, ()):
+        [like] = [part for part in rules.claim[name].parts if part.metric == figure.like]
+        findings.append(verdict.printed(like, figure, small, rules))
+    return findings
 
 
 def _found(name: str, claim: ClaimEntry, values: dict[str, Any], earlier: EarlierRun | None) -> tuple[str, str] | None:
@@ -179,20 +212,54 @@ def _measured(claim: str, finding: PartFinding) -> str:
 
 
 def counts(cards: Sequence[Card]) -> dict[ClaimVerdict, int]:
-    """How many cards have each verdict, in the order of the verdicts."""
-    totals = Counter(card.verdict for card in cards)
+    """How many cards had each verdict under rules 1, in the order of the verdicts."""
+    totals = Counter(card.rules_1 for card in cards)
     return {kind: totals[kind] for kind in ClaimVerdict}
+
+
+def answers(cards: Sequence[Card]) -> tuple[dict[Documented, int], dict[Seen, int]]:
+    """How many cards have each answer of either kind, in the order of the answers."""
+    documented, seen = Counter(card.documented for card in cards), Counter(card.seen for card in cards)
+    return {kind: documented[kind] for kind in Documented}, {kind: seen[kind] for kind in Seen}
 
 
 def describe(cards: Sequence[Card]) -> str:
     """The cards for a terminal."""
     lines = []
     for card in cards:
-        lines.append(f"{card.name:<4} {card.verdict:<24} {card.claim.text[0]}")
+        lines.append(f"{card.name:<4} documented: {card.documented:<8} seen: {card.seen:<12} {card.claim.text[0]}")
         would = f"would be run: {experiments()[card.claim.experiment].does[0]}"
-        text = card.found[0] if card.found else would if card.verdict is ClaimVerdict.NOT_RUN else ""
+        text = card.found[0] if card.found else would if card.open else ""
         measured = [_measured(card.name, finding) for finding in card.findings]
         measured += [f"beside the rule: {_measured(card.name, finding)}" for finding in card.beside]
         lines += [f"{'':<30}{line}" for line in (text, *measured) if line]
-    total = ", ".join(f"{number} {verdict}" for verdict, number in counts(cards).items() if number)
-    return "\n".join([*lines, "", f"{len(cards)} claims: {total}"])
+    return "\n".join([*lines, "", f"{len(cards)} claims. {_totals(cards)}"])
+
+
+def _totals(cards: Sequence[Card]) -> str:
+    return ". ".join(
+        f"{question} {', '.join(f'{number} {answer}' for answer, number in of.items() if number)}"
+        for question, of in zip(("Documented:", "Seen in small:"), answers(cards), strict=True)
+    )
+
+
+def compared(cards: Sequence[Card]) -> str:
+    """Verdicts under rules 1 beside the answers under rules 2, as Markdown: counts, then every claim."""
+    rules = registry.rules()
+    old = ", ".join(f"{number} {verdict}" for verdict, number in counts(cards).items() if number)
+    names = {role: name for role, name in (("documents", "documents"), ("seen", "runs"))}
+    lines = [
+        f"# The claims under rules 1 and rules 2 ({rules.date})", "",
+        f"Rules 2 are rules.toml, SHA-256 {registry.rules_hash()[:16]}; rules 1 rules-1.toml, {rules.before[0][:16]}.",
+        "",
+        f"- {len(cards)} claims under rules 1: {old}.", f"- Under rules 2: {_totals(cards)}.", "",
+        "| | rules 1 | documented | seen in small | parts that hold | claim |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for card in cards:
+        held = {names[role]: verdict.parts_held(card.findings, role) for role in ("documents", "seen")}
+        parts = ", ".join(f"{name} {holds} of {of}" for name, (holds, of) in held.items() if of)
+        same = f" (as {card.same_as})" if card.same_as else ""
+        lines.append(
+            f"| {card.name} | {card.rules_1} | {card.documented} | {card.seen} | {parts} | {card.claim.text[0]}{same} |"
+        )
+    return "\n".join(lines) + "\n"

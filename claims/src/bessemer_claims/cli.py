@@ -37,6 +37,9 @@ def claims(
         typer.Option(metavar="DIR", help="Also add the runs' results to DIR, in the form of the committed ones."),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the claims and their ids; compute nothing.")] = False,
+    rules: Annotated[
+        bool, typer.Option("--rules", help="Verdicts under rules 1 beside the answers under rules 2; runs nothing.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page to write. Default: claims.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -49,12 +52,17 @@ def claims(
 
     if quick and full:
         raise UserError("--quick and --full are two tiers; leave one of them out")
-    idle = "--list" if list_ else "--dry-run" if dry_run else ""
+    idle = "--list" if list_ else "--dry-run" if dry_run else "--rules" if rules else ""
     for option, value, other, which in (
         ("--only", only, list_ and "--list", "lists all claims"),
         ("--out", out, idle or (as_json and "--json") or (only is not None and "--only"), "writes no page"),
         ("--save", save, idle, "runs nothing"),
-        ("--seeds", seeds, (list_ and "--list") or (part == "none" and "--part none"), "runs nothing"),
+        (
+            "--seeds",
+            seeds,
+            (list_ and "--list") or (rules and "--rules") or (part == "none" and "--part none"),
+            "runs nothing",
+        ),
     ):
         if value is not None and other:
             raise UserError(f"{option} has no effect with {other}, which {which}; leave one of them out")
@@ -65,6 +73,9 @@ def claims(
         )
         return
     names = list(registry.claims()) if only is None else registry.chosen(only.split(","))
+    if rules:
+        _compared(names, as_json)
+        return
     tier: Tier = "quick" if quick else "full" if full else "default"
     planned = _planned(tier, part, None if only is None else names, seeds)
     if dry_run:
@@ -125,6 +136,14 @@ def _planned(tier: Tier, part: Part | None, names: list[str] | None, seeds: int 
 
     parts = PARTS if part is None else () if part is Part.none else (part.value,)
     return all_runs.planned(tier, parts, names, seeds)
+
+
+def _compared(names: list[str], as_json: bool) -> None:
+    """Prints verdicts under both rules, from the committed results."""
+    from bessemer_claims import cards, results, runs
+
+    made = cards.make(names, runs.best(results.committed().results))
+    print_json([card.facts() for card in made]) if as_json else print(cards.compared(made), end="")
 
 
 def _dry_run(planned: list[ArmJob], folder: Path, at_once: int, as_json: bool) -> None:

@@ -105,11 +105,19 @@ def own(name: str, other: str | None = None) -> Callable[[Numbers], float]:
 
 
 LONGEST = "2048 x 16"
+
+
+def grouped(numbers: Numbers) -> float:
+    """How many ways of keeping every head's keys and values grouped heads beat in bytes and in time: 1 or 0."""
+    pairs = ((f"bytes {name}", f"us {name} {LONGEST}") for name in ("groups", "keys"))
+    (bytes_, us), (keys_bytes, keys_us) = ([numbers[name] for name in names] for names in pairs)
+    return float(bytes_ < keys_bytes and us < keys_us)
+
+
 METRICS: dict[tuple[str, str], Metric] = {
     ("P2", "idle share: DualPipe / 1F1B"): Metric(
         own("idle dualpipe", "idle 1f1b"), ("pipelines",), ("pipelines",), ("pipelines",),
-        of_positive=own("idle gpipe", "idle 1f1b"),
-        of_negative=lambda numbers: numbers["idle 1f1b again"] / numbers["idle 1f1b"] - 1,
+        of_positive=own("idle zb1p", "idle 1f1b"), of_negative=own("idle 1f1b again", "idle 1f1b"),
     ),
     ("P3", "share of the exchange hidden"): Metric(
         own("hidden"), ("pipelines",), negative=("pipelines",), of_negative=own("hidden without overlap")
@@ -129,9 +137,9 @@ METRICS: dict[tuple[str, str], Metric] = {
         of_negative=own("us keys 2048", "us keys 128"),
     ),
     ("L10", "dominated ways, measured"): Metric(own("dominated"), ("caches",)),
+    ("L10", "dominated ways, with grouped heads, measured"): Metric(grouped, ("caches",)),
     ("T5", "wall ratio, best number of guesses"): Metric(
         own("unseen"), ("drafts",), ("drafts",), ("drafts",), of_positive=own("memorised"), of_negative=own("random")
     ),
 }  # fmt: skip
-"""P2's negative control, a ratio of equals, is taken minus 1: it must not show that anything is idle."""
 BESIDE: tuple[Beside, ...] = ()

@@ -12,7 +12,7 @@ from bessemer.addons.evals.intervals import Interval
 from bessemer.addons.watch import page
 from bessemer.addons.watch.page import Html
 from bessemer_claims.registry import data, metrics
-from bessemer_claims.verdict import Again, Outcome, PartFinding
+from bessemer_claims.verdict import Again, Doubt, Outcome, PartFinding
 
 
 @cache
@@ -112,7 +112,10 @@ def judged(finding: PartFinding) -> Html:
 
 def outcome(claim: str, finding: PartFinding) -> Html:
     """What follows from a part, and why no more follows."""
+    doubts = finding.doubts
     if finding.part is None or finding.outcome not in (Outcome.WEAK, Outcome.UNCLEAR):
+        doubts = tuple(doubt for doubt in doubts if doubt in (Doubt.SMALL, Doubt.ALIKE))
+    if finding.part is None or not doubts:
         return judged(finding)
     controls = metrics()["control"]
     names = {"positive": finding.part.positive, "negative": finding.part.negative}
@@ -124,7 +127,7 @@ def outcome(claim: str, finding: PartFinding) -> Html:
                 for language, text in enumerate(texts)
             ]
         )
-        for texts in (words()["doubt"][doubt] for doubt in finding.doubts)
+        for texts in (words()["doubt"][doubt] for doubt in doubts)
     ]
     return page.join(judged(finding), page.join(*why, by=SEMICOLON), by=COLON)
 

@@ -102,21 +102,22 @@ METRICS: dict[tuple[str, str], Metric] = {
     ),
     # no negative control: the reference against itself also lies above M4's threshold of 0.8
     ("M4", "tokens/s(ref) / tokens/s(DACT)"): Metric(own("ref/DACT"), ("speed",)),
-    # a control shows the effect of a part "below" a positive threshold by lying above 0, so not the ratio itself
     ("M19", "tokens/s(ref) / tokens/s(DACT)"): Metric(
-        own("ref/DACT"), ("speed",), (), ("speed",), of_negative=lambda speed: 1 - speed["ref/ref"]
+        own("ref/DACT"), ("speed",), (), ("speed",), of_negative=own("ref/ref")
     ),
     # design of the experts
     ("M6", "bpb(NL) - bpb(CO)"): Metric(BPB, ("NL", "CO"), ("DTOT", "CO"), AGAIN),
     ("M7", "rise of bpb, best experts masked: NL - NS"): MASKED,
     ("M7", "bpb(NL) - bpb(NS)"): Metric(BPB, ("NL", "NS"), ("DTOT", "NS"), AGAIN),
-    ("M8", "rise of bpb, best experts masked: NL - NS"): MASKED,
+    ("M8", "damage to the own domain - to others: NL - NS"): Metric(
+        gap("damage"), ("NL", "NS"), ("HASH", "NS"), ("NL", "NS"), of_negative=gap("damage_shuffled")
+    ),
     ("M9", "bpb on unread domains: NL - NS"): Metric(gap("bpb_unread"), ("NL", "NS"), ("DTOT", "NS"), AGAIN),
     ("M10", "bpb(ref) / bpb(NL) - 1"): Metric(ratio("bpb"), ("ref", "NL"), ("LIM1", "NL"), AGAIN),
     ("M11", "MaxVio(ref) - MaxVio(NONE)"): Metric(
         gap("maxvio"), ("ref", "NONE"), ("NONE",), AGAIN, of_positive=lambda none: 0.1 - none["maxvio"]
     ),
-    ("M11", "bpb(ref) / bpb(AUX) - 1"): Metric(ratio("bpb"), ("ref", "AUX"), (), AGAIN),
+    ("M11", "bpb(ref) / bpb(AUX) - 1"): Metric(ratio("bpb"), ("ref", "AUX"), ("HASH", "AUX"), AGAIN),
     ("M2", "damage to the own domain - to others"): Metric(
         own("damage"), ("ref",), ("HASH",), ("ref",), of_negative=own("damage_shuffled")
     ),

@@ -60,9 +60,10 @@ class ClaimEntry(ConfigTable):
         return self
 
 
-Role = Literal["documents", "seen", "consistency", "prediction"]
+Role = Literal["documents", "seen", "consistency", "prediction", "beside"]
 """What a part of a rule speaks to: whether documents bear the claim out; whether a run shows it; only that this package
-agrees with the figures typed into it; what the planner predicts. The last two decide neither answer."""
+agrees with the figures typed into it; what the planner predicts; another question than the claim's. The last three
+decide neither answer."""
 ROLES: dict[str, Role] = {"X": "documents", "B": "documents", "S": "prediction", "R": "seen"}
 """Kind of a part -> its role, unless the part names another."""
 
@@ -82,6 +83,7 @@ class Part(ConfigTable):
     low: str = ""
     high: str = ""
     role: Role | None = None
+    harm: bool = False
 
     @property
     def speaks_to(self) -> Role:
@@ -107,16 +109,51 @@ class ClaimRule(ConfigTable):
 
     parts: list[Part]
     needs: Literal["all", "any"] = "any"
+    same: str = ""
 
 
 class Rules(ConfigTable):
     """The contents of rules.toml."""
 
+    date: str
+    before: list[str]
+    """Hashes of older rules whose runs still count: a run's numbers do not follow from the rules that judge it."""
     confidence: float
     seeds: int
-    smaller: int
+    false_share: float
     aa_confidence: float
+    aa_seeds: int
     claim: dict[str, ClaimRule]
+
+
+class PrintedFigure(ConfigTable):
+    """A figure of docs/results.md beside a rule; the head of r1-small.toml explains the fields."""
+
+    like: str
+    name: Text
+    unit: str
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    values: list[float] = Field(default_factory=list)
+    before: float | None = None
+    after: float | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> PrintedFigure:
+        forms = (bool(self.values), None not in (self.mean, self.low, self.high), None not in (self.before, self.after))
+        if sum(forms) != 1:
+            raise ValueError("needs values, or mean, low and high, or before and after")
+        return self
+
+
+class PrintedRuns(ConfigTable):
+    """Runs of which only the printed figures are left."""
+
+    size: Text
+    where: str
+    seeds: int
+    figures: dict[str, list[PrintedFigure]]
 
 
 class Experiment(ConfigTable):
@@ -169,13 +206,26 @@ def claims() -> dict[str, ClaimEntry]:
 def metrics() -> dict[str, dict[str, list[str]]]:
     """Claim -> metric of its rule -> [English, Chinese, unit]; "beside CLAIM" -> what else its card shows -> the same;
     "control" -> control -> [English, Chinese]."""
-    return read_toml("metrics.toml")
+    table = read_toml("metrics.toml")
+    for name, figures in r1_small().figures.items():
+        table.setdefault(f"beside {name}", {}).update(
+            {figure.name[0]: [*figure.name, figure.unit] for figure in figures}
+        )
+    return table
+
+
+@cache
+def r1_small() -> PrintedRuns:
+    table = read_toml("r1-small.toml")
+    own = {key: table.pop(key) for key in ("size", "where", "seeds")}
+    return entry(PrintedRuns, own | {"figures": table}, "r1-small.toml")
 
 
 @cache
 def rules() -> Rules:
     read = entry(Rules, read_toml("rules.toml"), "rules.toml")
-    if unknown := read.claim.keys() - claims().keys():
+    named = read.claim.keys() | {rule.same for rule in read.claim.values() if rule.same}
+    if unknown := named - claims().keys():
         raise UserError(f"rules.toml: no claim {', '.join(sorted(unknown))}")
     return read
 
@@ -189,6 +239,11 @@ def verdicts_1() -> dict[str, str]:
 def rules_hash() -> str:
     """The hash of rules.toml, which shows a reader that no rule changed after a result."""
     return hashlib.sha256(data("rules.toml")).hexdigest()
+
+
+def counts(hash_: str) -> bool:
+    """Whether results that carry this hash of their rules count today."""
+    return hash_ == rules_hash() or hash_ in rules().before
 
 
 def chosen(names: Sequence[str]) -> list[str]:

@@ -87,7 +87,7 @@ def sifted(results: Iterable[ArmResult], where: str) -> Sifted:
     others: dict[str, list[str]] = {}
     for result in results:
         today = known.get((result.part, result.arm, result.shape))
-        if result.rules != rules:
+        if not registry.counts(result.rules):
             why = f"ran under other rules ({result.rules[:12]}, today's are {rules[:12]})"
         elif today != result.settings:
             why = "no longer exist" if today is None else "ran with other settings than the arm has today"
@@ -118,11 +118,7 @@ def save(results: Sequence[ArmResult], folder: Path) -> list[Path]:
 def of_job(job: ArmJob, folder: Path) -> ArmResult | None:
     """The job's finished result, if it has today's settings and rules."""
     result = read(folder)
-    return (
-        result
-        if result is not None and (result.settings, result.rules) == (job.digest, registry.rules_hash())
-        else None
-    )
+    return result if result is not None and result.settings == job.digest and registry.counts(result.rules) else None
 
 
 def evidence(

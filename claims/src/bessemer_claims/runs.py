@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from bessemer_claims import PARTS
 from bessemer_claims.registry import Text, rules
-from bessemer_claims.verdict import Measured, agrees
+from bessemer_claims.verdict import Measured, SelfTest, self_test
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -299,18 +299,26 @@ def best(results: Sequence[ArmResult], own: Sequence[ArmResult] = ()) -> dict[st
     return dict(by_claim)
 
 
+def self_tests(results: Sequence[ArmResult]) -> list[SelfTest]:
+    """The A/A tests: pairs of arms that may differ only by chance, at every size that has run."""
+    tests = []
+    for name in PARTS:
+        if (pair := part(name).SAME) is None:
+            continue
+        *arms, number = pair
+        for shape, size in part(name).SIZES.items():
+            of_shape = _of(results, name, shape)
+            one, other = (of_shape.arms.get(arm, {}) for arm in arms)
+            gaps = [other[seed][number] - one[seed][number] for seed in of_shape.seeds(*arms)]
+            if len(gaps) > 1:
+                tests.append(self_test(gaps, rules(), name, size, (arms[0], arms[1]), number))
+    return tests
+
+
 def different(results: Sequence[ArmResult]) -> list[str]:
-    """The A/A tests that fail: a sentence for every pair of arms that may differ only by chance, yet differ by more."""
-    wrong = []
-    for tier in TIERS:
-        for name, of_part in _runs(results, tier).items():
-            if (pair := part(name).SAME) is None:
-                continue
-            arm_a, arm_b, number = pair
-            seeds = of_part.seeds(arm_a, arm_b)
-            values = [[of_part.arms[arm][seed][number] for seed in seeds] for arm in (arm_a, arm_b)]
-            if len(seeds) > 1 and not agrees(values[0], values[1], rules()):
-                wrong.append(
-                    f"A/A test: {number} of {arm_a} and {arm_b} differ by more than chance, {len(seeds)} seeds"
-                )
-    return wrong
+    """A sentence for every A/A test that fails."""
+    return [
+        f"A/A test: {test.number} of {test.arms[0]} and {test.arms[1]} differ by more than chance, {test.seeds} seeds"
+        for test in self_tests(results)
+        if test.agrees is False
+    ]

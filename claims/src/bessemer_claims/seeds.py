@@ -1,16 +1,22 @@
-"""Tests over a handful of seeds, and Holm's correction for several of them, which scipy lacks.
+"""Tests over a handful of seeds, and the correction for many of them.
 
 The seed is the unit: `values` are differences within each seed.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
 from scipy import stats
 
 from bessemer.addons.evals.intervals import over_seeds
+
+
+def alike(values: Sequence[float]) -> bool:
+    """Whether several values are the same, but for rounding: no spread, so no interval and no p value."""
+    return len(values) > 1 and max(values) - min(values) <= 1e-12 * max(1.0, *map(abs, values))
 
 
 def p_value(values: Sequence[float], threshold: float = 0.0) -> float:
@@ -22,17 +28,40 @@ def p_value(values: Sequence[float], threshold: float = 0.0) -> float:
     return float(stats.ttest_1samp(values, threshold).pvalue)
 
 
+def p_equivalent(values: Sequence[float], centre: float, margin: float) -> float:
+    """The p value of two one-sided tests that the mean lies within `margin` of `centre` (Schuirmann 1987)."""
+    return max(
+        float(stats.ttest_1samp(values, end, alternative=side).pvalue)
+        for end, side in ((centre - margin, "greater"), (centre + margin, "less"))
+    )
+
+
 def equivalent(values: Sequence[float], centre: float, margin: float, confidence: float = 0.95) -> bool:
     """Whether two one-sided tests show that the mean lies within `margin` of `centre` (Schuirmann 1987)."""
     one_sided = over_seeds(values, 2 * confidence - 1)
     return centre - margin < one_sided.low and one_sided.high < centre + margin
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrected p values of several tests, in the order given (Holm 1979)."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = highest
-    return corrected
+def corrected(p_values: Sequence[float]) -> list[float]:
+    """p values after Benjamini and Hochberg's procedure (1995), in the order given: a p value at or below q marks a
+    discovery if no more than the share q of all discoveries may be false, in expectation."""
+    return [float(q) for q in stats.false_discovery_control(p_values, method="bh")] if p_values else []
+
+
+MOST = 10_000
+
+
+def seeds_for(values: Sequence[float], margin: float, confidence: float = 0.95) -> int | None:
+    """How many seeds with the spread of these values have an interval that reaches no farther than `margin`, by
+    t s / sqrt n. None without spread, without a margin, or above MOST."""
+    if len(values) < 2 or margin <= 0 or alike(values):
+        return None
+    spread = statistics.stdev(values)
+    low, high = 2, MOST
+    while low < high:
+        n = (low + high) // 2
+        if float(stats.t.ppf((1 + confidence) / 2, n - 1)) * spread / math.sqrt(n) <= margin:
+            high = n
+        else:
+            low = n + 1
+    return low if low < MOST else None

@@ -1,6 +1,7 @@
-"""From evidence to a verdict, by rules that were fixed before any run.
+"""From evidence to two answers, by the rules of rules.toml: what documents say of a claim, and what runs show.
 
-A rule has parts. The evidence decides each part on its own (`Outcome`); `combine` turns the outcomes into the verdict.
+A rule has parts. The evidence decides each part on its own (`Outcome`), the parts of runs after the correction for many
+tests (`corrected`); `documented` and `seen` turn the outcomes into the answers.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from bessemer.addons.evals.intervals import Interval, over_seeds, shares_apart, smallest_visible
-from bessemer_claims.registry import ClaimEntry, Part, PublishedScore, Role, Rules
-from bessemer_claims.seeds import equivalent, p_value
+from bessemer_claims.registry import ClaimEntry, Part, PrintedFigure, PrintedRuns, PublishedScore, Role, Rules
+from bessemer_claims.seeds import alike, equivalent, p_equivalent, p_value, seeds_for
 
 
 class Doubt(StrEnum):
@@ -30,12 +31,19 @@ class Doubt(StrEnum):
     UNCONTROLLED = "uncontrolled"
     """A control has not been run, or the negative one with fewer seeds than the rules ask for."""
     SMALL = "small"
+    """An effect, if there is any, is smaller than matters."""
+    CHANCE = "chance"
+    """The part holds or fails alone, but not after the correction for many tests."""
+    ALIKE = "alike"
+    """The same in every run."""
+    MEANS = "means"
+    """Only the means over the runs are left, not their spread."""
     EARLIER = "earlier"
     PREDICTED = "predicted"
 
 
 class ClaimVerdict(StrEnum):
-    """What the evidence says about a claim."""
+    """What rules 1 said of a claim."""
 
     SHOWN = "shown"
     PART = "shown in part"
@@ -116,6 +124,11 @@ class PartFinding:
     control: Interval | None = None
     visible: float | None = None
     p: float | None = None
+    """The p value of the part's own question, margin included; None without spread."""
+    q: float | None = None
+    """The p value after the correction for many tests."""
+    needed_seeds: int | None = None
+    """How many seeds of this spread could see the margin."""
     exact: bool = False
     """A printed figure that arithmetic must give."""
     again: Again | None = None
@@ -139,7 +152,8 @@ class PartFinding:
         summary = {
             "what": self.label, "role": self.role, "outcome": self.outcome, "interval": self.interval,
             "positive_control": self.control,
-            "smallest_visible_effect": self.visible if self.visible != math.inf else None, "p": self.p,
+            "smallest_visible_effect": self.visible if self.visible != math.inf else None, "p": self.p, "q": self.q,
+            "seeds_to_see_the_margin": self.needed_seeds,
             "seeds": self.seeds or None, "size": self.size[0] or None, "value": self.value,
             "doubts": self.doubts or None,
             "this_run": self.again and self.again.facts(),
@@ -159,8 +173,8 @@ class Evidence:
     """One seed from this machine, beside the measured ones."""
 
 
-def judge(name: str, claim: ClaimEntry, evidence: Evidence, rules: Rules) -> tuple[ClaimVerdict, list[PartFinding]]:
-    """The verdict on a claim, and the finding on each of its parts."""
+def judge(name: str, claim: ClaimEntry, evidence: Evidence, rules: Rules) -> list[PartFinding]:
+    """The finding on each part of a claim, those of runs before the correction for many tests."""
     rule = rules.claim.get(name)
     findings = list(_audit(claim))
     for part in rule.parts if rule else ():
@@ -172,9 +186,16 @@ def judge(name: str, claim: ClaimEntry, evidence: Evidence, rules: Rules) -> tup
             findings.append(replace(finding, again=beside))
         else:
             findings.append(computed(part, evidence.values))
-    if claim.kinds[0] == "N" or not findings:
-        return ClaimVerdict.NOT_TESTABLE, findings
-    return combine([finding.outcome for finding in findings], rule is not None and rule.needs == "all"), findings
+    return findings
+
+
+def corrected(finding: PartFinding, q: float | None, rules: Rules) -> PartFinding:
+    """The finding after the correction for many tests; `q`: its p value after it, None for a part without one."""
+    if q is None:
+        return finding
+    if finding.outcome in (Outcome.HOLDS, Outcome.FAILS) and q > rules.false_share:
+        return replace(finding, q=q, outcome=Outcome.UNCLEAR, doubts=(*finding.doubts, Doubt.CHANCE))
+    return replace(finding, q=q)
 
 
 def beside(like: Part, name: str, measured: Measured, rules: Rules, controls: tuple[bool, bool]) -> PartFinding:
@@ -187,18 +208,23 @@ def beside(like: Part, name: str, measured: Measured, rules: Rules, controls: tu
     return run(like.model_copy(update=own), measured, rules)
 
 
-def combine(outcomes: Sequence[Outcome], needs_all: bool = False) -> ClaimVerdict:
-    """The verdict on a claim whose parts have these outcomes."""
-    seen = set(outcomes)
-    if Outcome.FAILS in seen and (needs_all or not seen & {Outcome.HOLDS, Outcome.WEAK}):
-        return ClaimVerdict.CONTRADICTED
-    if seen == {Outcome.HOLDS}:
-        return ClaimVerdict.SHOWN
-    if seen & {Outcome.HOLDS, Outcome.WEAK}:
-        return ClaimVerdict.PART
-    if Outcome.OPEN in seen:
-        return ClaimVerdict.NOT_RUN
-    return ClaimVerdict.NOT_SHOWN if Outcome.UNCLEAR in seen else ClaimVerdict.NOT_TESTABLE
+def printed(like: Part, figure: PrintedFigure, runs: PrintedRuns, rules: Rules) -> PartFinding:
+    """The finding on a figure of which no run is left, by the threshold of another part, `like`. No verdict uses it."""
+    if figure.values:
+        return beside(like, figure.name[0], Measured(figure.values, size=runs.size), rules, (False, False))
+    own = {"metric": figure.name[0], "paper": None, "positive": "", "negative": ""}
+    part, known = like.model_copy(update=own), {"seeds": runs.seeds, "size": runs.size}
+    if figure.mean is None or figure.low is None or figure.high is None:
+        gap = (figure.after or 0.0) - (figure.before or 0.0)
+        return PartFinding(part, Outcome.UNCLEAR, part.metric, value=gap, doubts=(Doubt.MEANS,), **known)
+    interval = Interval(figure.mean, figure.low, figure.high)
+    outcome = _side(part, interval)
+    doubts = {
+        Doubt.SPREAD: outcome is Outcome.UNCLEAR,
+        Doubt.SMALL: outcome is Outcome.FAILS and _beyond(part, figure.mean),
+    }
+    there = tuple(doubt for doubt, holds in doubts.items() if holds)
+    return PartFinding(part, outcome, part.metric, interval, value=figure.mean, doubts=there, **known)
 
 
 def parts_held(findings: Sequence[PartFinding], role: Role) -> tuple[int, int]:
@@ -220,14 +246,15 @@ def documented(findings: Sequence[PartFinding], needs_all: bool = False) -> Docu
 
 
 def seen(findings: Sequence[PartFinding], needs_all: bool = False) -> Seen:
-    """What runs say of a claim with these findings: yes, if every part that has run holds; no, if none holds and one
-    fails, or if all must hold and one fails."""
-    outcomes = {finding.outcome for finding in findings if finding.role == "seen"} - {Outcome.OPEN}
-    if not outcomes:
+    """What runs say of a claim with these findings: yes, if every part that has run holds, or every part, if all must;
+    no, if none holds and one fails, or if all must hold and one fails."""
+    outcomes = {finding.outcome for finding in findings if finding.role == "seen"}
+    if not outcomes - {Outcome.OPEN}:
         return Seen.NOT_ASKED
     if Outcome.FAILS in outcomes and (needs_all or Outcome.HOLDS not in outcomes):
         return Seen.NO
-    return Seen.YES if outcomes == {Outcome.HOLDS} else Seen.CANNOT_TELL
+    decisive = outcomes if needs_all else outcomes - {Outcome.OPEN}
+    return Seen.YES if decisive == {Outcome.HOLDS} else Seen.CANNOT_TELL
 
 
 def _audit(claim: ClaimEntry) -> list[PartFinding]:
@@ -284,42 +311,67 @@ def score(part: Part, published: PublishedScore) -> PartFinding:
 
 
 def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
-    """Judges a metric over seeds by the rule: interval, controls, number of seeds, size of the effect."""
+    """Judges a metric over seeds by the rule: interval, margin, controls, number of seeds."""
     if measured is None:
         return PartFinding(part, Outcome.OPEN, part.metric)
-    interval = over_seeds(measured.values, rules.confidence)
-    few = len(measured.values) < rules.seeds
-    outcome = _side(part, interval)
-    if part.side == "equal" and outcome is Outcome.UNCLEAR:
-        threshold, margin = part.threshold or 0.0, part.margin or 0.0
-        if equivalent(measured.values, threshold, margin, rules.confidence):  # two one-sided tests
-            outcome = Outcome.HOLDS
+    values, few, same = measured.values, len(measured.values) < rules.seeds, alike(measured.values)
+    middle = statistics.fmean(values)
+    interval = over_seeds(values, rules.confidence)
+    outcome = _side(part, _point(middle) if few or same else interval)
+    tested = part.side == "equal" and outcome is Outcome.UNCLEAR and not few
+    if tested and equivalent(values, part.threshold or 0.0, part.margin or 0.0, rules.confidence):
+        outcome = Outcome.HOLDS
     if few:  # too few for a spread of their own: at most the direction
-        point = Interval(interval.middle, interval.middle, interval.middle)
-        outcome = Outcome.WEAK if _side(part, point) is Outcome.HOLDS else Outcome.UNCLEAR
-    doubts = {Doubt.FEW: few, Doubt.SPREAD: outcome is Outcome.UNCLEAR}
-    control = None if measured.positive is None else over_seeds(measured.positive, rules.confidence)
-    if control is not None and few:  # a point, like the value that it controls
-        control = Interval(control.middle, control.middle, control.middle)
-    if control is not None and not _fires(part, control):
+        outcome = Outcome.WEAK if outcome is Outcome.HOLDS else Outcome.UNCLEAR
+    doubts = {
+        Doubt.FEW: few, Doubt.SPREAD: outcome is Outcome.UNCLEAR and not few, Doubt.ALIKE: same,
+        Doubt.SMALL: outcome is Outcome.FAILS and _beyond(part, middle),
+    }  # fmt: skip
+    control, negative = (
+        None if seeds is None else _reach(seeds, few, rules) for seeds in (measured.positive, measured.negative)
+    )
+    missing = bool(part.positive) and control is None
+    if control is not None and not _fires(part, control, part.margin or 0.0):
         outcome = Outcome.UNCLEAR  # the run could not have seen the effect, or its absence
         doubts[Doubt.BLIND] = True
-    negative = None if measured.negative is None else over_seeds(measured.negative, rules.confidence)
-    missing = bool(part.positive) and control is None
-    if negative is not None and _fires(part, negative):
+    if negative is not None and len(measured.negative or ()) > 1 and _fires(part, negative, 0.0):
         outcome = Outcome.UNCLEAR  # what must not show the effect shows it too
         doubts[Doubt.ANYHOW] = True
     elif part.negative and len(measured.negative or ()) < rules.seeds:
         missing = True  # with one seed it can show no effect
-    doubts |= {Doubt.UNCONTROLLED: missing, Doubt.EARLIER: measured.earlier, Doubt.SMALL: _small(part, interval, rules)}
-    if outcome is Outcome.HOLDS and (missing or measured.earlier or _small(part, interval, rules)):
-        outcome = Outcome.WEAK
+    doubts |= {Doubt.UNCONTROLLED: missing, Doubt.EARLIER: measured.earlier}
+    if outcome in (Outcome.HOLDS, Outcome.FAILS) and (missing or measured.earlier):
+        outcome = Outcome.WEAK if outcome is Outcome.HOLDS else Outcome.UNCLEAR
+    spread = len(values) > 1 and not same
     return PartFinding(
-        part, outcome, part.metric, interval if len(measured.values) > 1 else None, control,
-        smallest_visible(measured.values, rules.confidence), p_value(measured.values, part.threshold or 0.0),
-        seeds=len(measured.values), size=measured.size, value=interval.middle,
+        part, outcome, part.metric, interval if spread else None, control,
+        smallest_visible(values, rules.confidence) if spread else None, None if few or same else _p(part, values),
+        needed_seeds=seeds_for(values, part.margin or 0.0, rules.confidence),
+        seeds=len(values), size=measured.size, value=middle,
         doubts=tuple(doubt for doubt, there in doubts.items() if there),
     )  # fmt: skip
+
+
+def _point(value: float) -> Interval:
+    return Interval(value, value, value)
+
+
+def _reach(values: Sequence[float], few: bool, rules: Rules) -> Interval:
+    """The interval of a control: its value, if it has no spread, or like the value that it controls."""
+    point = few or alike(values)
+    return _point(statistics.fmean(values)) if point else over_seeds(values, rules.confidence)
+
+
+def _p(part: Part, values: Sequence[float]) -> float:
+    """The p value of what the part asks: that the mean lies beyond threshold and margin, or not; of "equal", inside the
+    margin, or outside."""
+    threshold, margin = part.threshold or 0.0, part.margin or 0.0
+    if part.side != "equal":
+        return p_value(values, _cut(part, margin))
+    middle = statistics.fmean(values)
+    if abs(middle - threshold) < margin:
+        return p_equivalent(values, threshold, margin)
+    return p_value(values, threshold + math.copysign(margin, middle - threshold))
 
 
 def again(decided: Measured | None, second: Measured | None, rules: Rules) -> Again | None:
@@ -338,35 +390,62 @@ def again(decided: Measured | None, second: Measured | None, rules: Rules) -> Ag
     return Again(second.values[0], Interval(middle, middle - reach, middle + reach), second.size)
 
 
-def _side(part: Part, interval: Interval) -> Outcome:
-    """On which side of the threshold the whole interval lies."""
-    threshold, margin = part.threshold or 0.0, part.margin or 0.0
+def _cut(part: Part, margin: float) -> float:
+    """What the interval of "above" or "below" must clear."""
+    return (part.threshold or 0.0) + (margin if part.side == "above" else -margin)
+
+
+def _beyond(part: Part, value: float) -> bool:
+    """Whether a value lies on the claimed side of the threshold, margin apart."""
+    threshold = part.threshold or 0.0
+    return (part.side == "above" and value > threshold) or (part.side == "below" and value < threshold)
+
+
+def _side(part: Part, interval: Interval, margin: float | None = None) -> Outcome:
+    """Whether the whole interval lies beyond threshold and margin, short of that, or neither; `margin`: instead of the
+    part's."""
+    margin = (part.margin or 0.0) if margin is None else margin
     if part.side == "equal":
-        low, high = threshold - margin, threshold + margin
+        low, high = (part.threshold or 0.0) - margin, (part.threshold or 0.0) + margin
         if low < interval.low and interval.high < high:
             return Outcome.HOLDS
         return Outcome.FAILS if interval.high < low or interval.low > high else Outcome.UNCLEAR
-    above, below = interval.low > threshold, interval.high < threshold
+    cut = _cut(part, margin)
+    above, below = interval.low > cut, interval.high < cut
     if part.side == "below":
         above, below = below, above
     return Outcome.HOLDS if above else Outcome.FAILS if below else Outcome.UNCLEAR
 
 
-def _fires(part: Part, control: Interval) -> bool:
+def _fires(part: Part, control: Interval, margin: float) -> bool:
     """Whether a control shows the effect that the run looks for: harm, if the claim is that there is none."""
-    threshold, margin = part.threshold or 0.0, part.margin or 0.0
     if part.side == "equal":
-        return control.low > threshold + margin or control.high < threshold - margin
-    harmless = part.side == "below" and threshold > 0
-    return control.low > 0 if harmless else _side(part, control) is Outcome.HOLDS
+        threshold, equal = part.threshold or 0.0, part.margin or 0.0
+        return control.low > threshold + equal or control.high < threshold - equal
+    if part.harm:
+        return control.low > 0 if part.side == "below" else control.high < 0
+    return _side(part, control, margin) is Outcome.HOLDS
 
 
-def _small(part: Part, interval: Interval, rules: Rules) -> bool:
-    return part.paper is not None and abs(interval.middle) * rules.smaller < abs(part.paper)
+@dataclass(frozen=True)
+class SelfTest:
+    """The A/A test: two arms that may differ only by chance."""
+
+    part: str
+    size: Sequence[str]
+    arms: tuple[str, str]
+    number: str
+    seeds: int
+    interval: Interval
+    """Mean difference within a seed, and its interval."""
+    agrees: bool | None
+    """Whether the interval holds 0; None with fewer seeds than make a test."""
 
 
-def agrees(reference: Sequence[float], again: Sequence[float], rules: Rules) -> bool:
-    """The A/A test: the reference and the reference with other initial weights show no visible difference."""
-    gaps = [value - repeated for value, repeated in zip(reference, again, strict=True)]
+def self_test(
+    gaps: Sequence[float], rules: Rules, part: str, size: Sequence[str], arms: tuple[str, str], number: str
+) -> SelfTest:
+    """The A/A test on the differences `gaps` within each seed; `number`: of what."""
     interval = over_seeds(gaps, rules.aa_confidence)
-    return interval.low <= 0 <= interval.high or statistics.fmean(gaps) == 0
+    holds = interval.low <= 0 <= interval.high or interval.middle == 0
+    return SelfTest(part, size, arms, number, len(gaps), interval, holds if len(gaps) >= rules.aa_seeds else None)
