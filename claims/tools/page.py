@@ -6,6 +6,7 @@ With --runs, the finished runs in that folder are first added to the committed r
 """
 
 import argparse
+import datetime
 import re
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def main(runs: Path | None) -> None:
             sys.exit(f"no finished runs in {runs}; its folders hold result.json")
         results.save(arm_results.results, results.COMMITTED)
     card_list = page.committed()
-    PAGE.write_text(page.document(card_list), encoding="utf-8")
+    PAGE.write_text(page.document(card_list, datetime.date.today()), encoding="utf-8")
     for readme, tally in zip(READMES, tallies(card_list), strict=True):
         form = re.sub(r"\d+", r"\\d+", re.escape(tally))
         text, changed = re.subn(form, tally, readme.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,7 +95,7 @@ def claims(
         from bessemer_claims import page
 
         path = out or Path("claims.html")
-        write_page(path, page.document(written))
+        write_page(path, page.document(written, date.today()))
         print(path)
     unequal = [f"{card.name} ({label})" for card in written for label in card.wrong_equalities]
     wrong += [f"arithmetic does not give: {'; '.join(unequal)}"] * bool(unequal) + apart

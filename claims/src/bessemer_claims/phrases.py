@@ -22,14 +22,20 @@ def words() -> dict[str, Any]:
 
 
 def both(texts: Sequence[object], **values: object) -> Html:
-    """A text in both languages; the page shows one of them."""
+    """A text in both languages, of which the page shows one. A value that is [English, Chinese] enters each in its own;
+    Chinese has no space before %."""
     english, chinese = (
-        (str(phrase).format(**values) if values else str(phrase)).replace(" %", "\u202f%") for phrase in texts
+        (str(phrase).format(**_of(language, values)) if values else str(phrase)).replace(" %", percent)
+        for language, (phrase, percent) in enumerate(zip(texts, ("\u202f%", "%"), strict=True))
     )
     if english == chinese:
         return page.text(english)
     html = f'<span class="en" lang="en">{page.text(english)}</span>'
     return Html(f'{html}<span class="zh" lang="zh-Hans">{page.text(chinese)}</span>')
+
+
+def _of(language: int, values: dict[str, object]) -> dict[str, object]:
+    return {name: value[language] if isinstance(value, list) else value for name, value in values.items()}
 
 
 def word(name: str, **values: object) -> Html:
@@ -107,7 +113,7 @@ def needed(claim: str, finding: PartFinding) -> Html:
 
 def judged(finding: PartFinding) -> Html:
     """What follows from a part, in a word."""
-    return both(words()["outcome"][finding.outcome])
+    return Html(f"<b>{both(words()['outcome'][finding.outcome])}</b>")
 
 
 def outcome(claim: str, finding: PartFinding) -> Html:
@@ -117,9 +123,8 @@ def outcome(claim: str, finding: PartFinding) -> Html:
         doubts = tuple(doubt for doubt in doubts if doubt in (Doubt.SMALL, Doubt.ALIKE))
     if finding.part is None or not doubts:
         return judged(finding)
-    controls = metrics()["control"]
     names = {"positive": finding.part.positive, "negative": finding.part.negative}
-    phrases = {key: controls.get(f"{claim}: {name}", controls.get(name, [name, name])) for key, name in names.items()}
+    phrases = {key: control(claim, name) for key, name in names.items()}
     why = [
         both(
             [
@@ -130,6 +135,20 @@ def outcome(claim: str, finding: PartFinding) -> Html:
         for texts in (words()["doubt"][doubt] for doubt in doubts)
     ]
     return page.join(judged(finding), page.join(*why, by=SEMICOLON), by=COLON)
+
+
+def control(claim: str, name: str) -> Sequence[str]:
+    """What a control of a claim is, in English and Chinese."""
+    controls = metrics()["control"]
+    return controls.get(f"{claim}: {name}", controls.get(name, [name, name]))
+
+
+def controlled(claim: str, finding: PartFinding) -> Html:
+    """What the positive control gave, with its interval if it has one."""
+    assert finding.part is not None and finding.control is not None, "only parts of a rule have controls"
+    reach = finding.control if finding.control.low < finding.control.high else None
+    gave = both(amount(claim, finding, finding.control.middle, reach))
+    return page.join(word("control"), page.join(both(control(claim, finding.part.positive)), gave, by=COLON), by=COLON)
 
 
 def runs(finding: PartFinding) -> Html:
@@ -154,11 +173,14 @@ def amount(
     unit, printed = words()["unit"][metric(claim, finding)[2]], finding.part.printed
     signed = signed and unit.get("sign", False)
 
-    def digits(number: float) -> str:
-        number *= unit.get("times", 1)
+    def digits(number: float, factor: float) -> str:
+        number *= unit.get("times", 1) * factor
         form = ",.0f" if 1000 <= abs(number) < 1e9 else ".3g"
         form = form if printed is None else f",.{len(printed.partition('.')[2])}f"
         return format(number or 0, "+" * bool(signed and number) + form).replace("-", "−")
 
-    ends = "" if reach is None else f" ({digits(reach.low)} … {digits(reach.high)})"
-    return [digits(value) + ends + text for text in unit["text"]]
+    def written(factor: float) -> str:
+        ends = "" if reach is None else f" ({digits(reach.low, factor)} … {digits(reach.high, factor)})"
+        return digits(value, factor) + ends
+
+    return [written(factor) + text for factor, text in zip((1, unit.get("chinese", 1)), unit["text"], strict=True)]

@@ -1,0 +1,77 @@
+"""The first screen of the page: the answer, the three corrections, how it is known. Every number is computed."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+from bessemer.addons.watch import page
+from bessemer.addons.watch.page import Html
+from bessemer.model import accounting
+from bessemer.model.config import preset
+from bessemer_claims import exact, planned
+from bessemer_claims.cards import Card
+from bessemer_claims.phrases import word, words
+from bessemer_claims.verdict import ClaimVerdict
+
+SAME_ANSWERS = "pass@1, right - fine-tuned on the same answers, points"
+"""The measurement on Z3's card that the third correction quotes."""
+
+
+def values() -> dict[str, Any]:
+    """The computed numbers of the first screen. Dollars in millions, `_wan` in ten thousands, shares in percent."""
+    own, *others = planned.reference()
+    [again] = (run for run in others if "tokens_s" in run)
+    bill, meta = exact.COMPUTED["K2"]()["bill"], exact.COMPUTED["K5"]()
+    times = accounting.main_params(exact.v3()) / accounting.main_params(preset("claims"))
+    return {
+        "bill": bill, "bill_wan": 100 * bill, "speed": 100 * own["v3_hours"] / again["v3_hours"],
+        "own": 2 * own["v3_hours"], "own_wan": 200 * own["v3_hours"],
+        "again": 2 * again["v3_hours"], "again_wan": 200 * again["v3_hours"],
+        "work": meta["work"], "use": meta["use"],
+        "smaller": float(f"{times:.0e}"), "smaller_wan": float(f"{times:.0e}") / 1e4,
+    }  # fmt: skip
+
+
+def answer(cards: Sequence[Card]) -> Html:
+    """The question, its answer, and what has to be corrected."""
+    wrong = sum(card.verdict is ClaimVerdict.CONTRADICTED for card in cards)
+    numbers = values()
+    corrections = {
+        "cost": word("correct_cost", **numbers), "meta": word("correct_meta", **numbers), "alone": _alone(cards),
+    }  # fmt: skip
+    listed = "".join(
+        f"<li><b>{word(f'said_{name}', **numbers)}</b> {correction}</li>" for name, correction in corrections.items()
+    )
+    return Html(
+        f'<h1><span class="question">{word("title")}</span> {word("answer")}</h1>'
+        f'{page.paragraph(word("answer_lead", wrong=wrong), "sub")}<ol class="corrections">{listed}</ol>'
+    )
+
+
+def _alone(cards: Sequence[Card]) -> Html:
+    """The third correction, as far as there are runs for it."""
+    beside = (finding for card in cards if card.name == "Z3" for finding in card.beside)
+    same = next((finding for finding in beside if finding.label == SAME_ANSWERS), None)
+    if same is None or same.interval is None or not same.interval.low <= 0 <= same.interval.high:
+        return word("correct_alone_open")
+    gap, low, high = (_points(end) for end in same.interval)
+    return word("correct_alone", gap=gap, low=low, high=high)
+
+
+def _points(value: float) -> str:
+    return f"{value:.1f}".replace("-", "−")
+
+
+def known(cards: Sequence[Card], made: datetime.date) -> Html:
+    """How the answer is known, whose account it is about, and of which day the page is."""
+    computed = sum("X" in card.claim.kinds for card in cards)
+    audited = sum("A" in card.claim.kinds for card in cards)
+    tried = sum(any(finding.seeds for finding in card.findings) for card in cards)
+    how = word("known", computed=computed, audited=audited, tried=tried, **values())
+    account = word("account", n=len(cards), title=words()["account_name"], date=words()["account_date"])
+    day = word("made", day=[f"{made.day} {made:%B %Y}", f"{made.year} 年 {made.month} 月 {made.day} 日"])
+    day = Html(f'<time datetime="{made.isoformat()}">{day}</time>')
+    errors = Html(f'<a href="#errors">{word("errors")}</a>')
+    return Html(f'<div class="known"><p>{how}</p><p class="unit">{page.join(account, day, errors, by=" ")}</p></div>')
