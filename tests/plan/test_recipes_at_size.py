@@ -12,7 +12,7 @@ from bessemer.config.recipe import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 AT = {
-    "qwen2.5-1.5b-grpo": "1xH100", "qwen2.5-7b-grpo": "8xH100", "qwen3-30b-a3b-grpo": "8xH200",
+    "qwen2.5-1.5b-grpo": "1xH100", "qwen2.5-7b-grpo": "8xH100", "qwen3-30b-a3b-grpo": "4xH200",
     "v2-lite-r1": "8xH100", "smollm2-vllm": None, "node": "8xH200", "r1-paper": "2048xH200",
 }  # fmt: skip
 """Recipe -> the devices that its header names; None: this machine."""

@@ -129,8 +129,11 @@ def test_a_recipe_runs_in_miniature(name, sampler, tmp_path):
     assert all((folder / "done.json").is_file() for folder in folders)
     for stage in recipe.stages:
         if stage.kind == "rl":
-            norms, gaps = (figures(tmp_path / "run", stage.name, f"rl/{name}") for name in ("grad_norm", "sampler_gap"))
+            names = ("grad_norm", "sampler_gap", "staleness")
+            norms, gaps, old = (figures(tmp_path / "run", stage.name, f"rl/{name}") for name in names)
             assert max(norms) == 4 and max(norms.values()) > 0, "two rollouts of two updates trained it"
-            assert max(gaps.values()) < 1e-4, "the sampler is the model that is trained"
+            fresh = [gap for step, gap in gaps.items() if not old[step]]
+            assert max(fresh) < 1e-4, "the sampler is the model that is trained"
+            assert any(hook.name == "sample-ahead" for hook in stage.hooks) == (len(fresh) < len(gaps))
     if ranks > 1 and family != "v2-lite":
         assert "FSDP2" in output
