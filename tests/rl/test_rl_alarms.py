@@ -55,6 +55,7 @@ def codes(history):
         # as the log reports for the first documents: format .88 -> .99, accuracy .06 -> .04
         ("format-hacking", {"accuracy": (0.06, 0.04), "format": (0.88, 0.99), "length": (57, 60)}),
         ("length-collapse", {**STUCK, "length": (57, 27)}),
+        ("no-growth", {**STUCK, "tries": (1.0, 1.0)}),
         ("thinking-stops", {"think_share": (0.8, 0.2)}),
         ("thinking-stops", {"think_share": (0.8, 0.2), "turns": (1.2, 1.2)}),
         ("collapse", {"accuracy": (0.5, 0.05), "format": (0.9, 0.9), "truncated": (0.0, 0.0)}),
@@ -76,6 +77,21 @@ def test_each_rings_alone(code, ends):
     told = str(alarms[0])
     assert told.startswith(code.replace("-", " ") + ": ") and "Likely cause: " in told and "What to do: " in told
     assert any(digit.isdigit() for digit in alarms[0].message)
+
+
+def test_a_run_that_does_not_grow_hears_what_differs_from_one_that_does():
+    one_try, hard = (
+        {**STUCK, "tries": (tries, tries), "dead_groups": (dead, dead)} for tries, dead in ((1, 0.3), (3, 0.7))
+    )
+    for ends, differs in (
+        (one_try, "1.0 tries"),
+        (hard, "70% of the groups"),
+        ({**hard, "dead_groups": (0.3, 0.3)}, "steps"),
+    ):
+        (alarm,) = active(made(**ends))
+        assert alarm.code == "no-growth" and differs in alarm.cause
+    assert "no-growth" not in codes(made(rollouts=19, **one_try))
+    assert codes(made(tries=(1, 3), length=(68, 80), accuracy=(0.1, 0.1), format=(0.7, 0.7))) == []
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -54,6 +54,20 @@ KL = 1.0
 """KL runaway, nats per token, window median since k3 has rare huge values. A drift into private language gave .79."""
 PREFERENCE_RISE, TRUE_FALL = 0.05, 0.05
 """Reward-model hacking: the score (about 0 to 1) rose by this much and true accuracy fell by this much."""
+GREW = 0.1
+"""No growth: length rose by less than this share of its start, and accuracy by less than ACCURACY_RISE."""
+OTHER_THAN_ZERO_LONG: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "tries",
+        lambda tries: tries < 1.5,
+        "at first an answer has {:.1f} tries: under this prompt the base does not search",
+    ),
+    ("dead_groups", lambda dead: dead > 0.6, "at first {:.0%} of the groups have no contrast, and teach nothing"),
+    ("format", lambda form: form < 0.5, "at first {:.0%} of the answers are well-formed"),
+    ("entropy", lambda entropy: entropy < 0.05, "at first entropy is {:.2g} nats per token: samples are alike"),
+)
+"""No growth: how the first rollouts differ from those of recipes/zero-long.toml (seed 7), the likeliest cause first."""
+ZERO_LONG = "the recipe zero-long, which grows, begins with 2.5 tries, half of the groups, 90% and 0.28 nats"
 MIXED, MIXED_FALL = 0.8, 0.05
 """Language mixing: share of words in the problem's language among answers that think, and its fall since the start."""
 MIXED_ALWAYS = 0.6
@@ -164,6 +178,31 @@ def _length_collapse(history: MetricHistory) -> Alarm | None:
         f"({right.start:.1%} to {right.now:.1%})",
         "thinking is not worth it: it goes wrong too often, or the normalisation favours short answers",
         'pre-train longer on worked problems, lower the weight of the term format, or use normalise = "token"',
+    )
+
+
+def _no_growth(history: MetricHistory) -> Alarm | None:
+    if not history.has("length", "accuracy", "tries", values=LEARNT):
+        return None
+    length, right = history["length"], history["accuracy"]
+    if length.rise >= GREW * length.start or right.rise >= ACCURACY_RISE or right.now >= 0.5:
+        return None
+    differs = (
+        text.format(history[name].start)
+        for name, is_far, text in OTHER_THAN_ZERO_LONG
+        if history.has(name) and is_far(history[name].start)
+    )
+    cause = next(differs, None)
+    return Alarm(
+        "no-growth",
+        f"answers have {length.now:.0f} tokens ({length.start:.0f} at first), {right.now:.1%} are right "
+        f"({right.start:.1%})",
+        f"{cause}; {ZERO_LONG}"
+        if cause
+        else "steps are too small: the first rollouts are like those of runs that grow",
+        "pre-train on pages with several tries and on dialogues in the prompt's manner, or choose easier problems"
+        if cause
+        else "raise lr or rollouts",
     )
 
 
@@ -342,8 +381,8 @@ def _language_mixing(history: MetricHistory) -> Alarm | None:
 
 
 RULES: tuple[Callable[[MetricHistory], Alarm | None], ...] = (
-    _format_hacking, _length_collapse, _thinking_stops, _collapse, _entropy_collapse, _entropy_explosion, _dead_groups,
-    _never_ending, _sampler_mismatch, _kl_runaway, _reward_model_hacking, _language_mixing,
+    _format_hacking, _length_collapse, _no_growth, _thinking_stops, _collapse, _entropy_collapse, _entropy_explosion,
+    _dead_groups, _never_ending, _sampler_mismatch, _kl_runaway, _reward_model_hacking, _language_mixing,
 )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ const SERVER = {
   "hits recognised as hits": "命中且被认出", "misses taken for hits": "未命中却被当成命中", "repeated tries": "重复的尝试", "returns to an earlier try": "回到先前的尝试",
   "answers that gave up": "中途放弃的回答", "layer {n}": "第 {n} 层",
   // alarms: titles
-  "format hacking": "刷格式奖励", "length collapse": "长度坍缩", "thinking stops": "不再思考", "collapse": "训练崩溃",
+  "format hacking": "刷格式奖励", "length collapse": "长度坍缩", "no growth": "没有增长", "thinking stops": "不再思考", "collapse": "训练崩溃",
   "entropy collapse": "熵坍缩", "entropy explosion": "熵爆炸", "groups too hard": "题目过难", "groups too easy": "题目过易",
   "never ending": "回答不收尾", "sampler mismatch": "训推不一致", "kl runaway": "KL 失控", "reward model hacking": "钻奖励模型的空子",
   "language mixing": "语言混杂", "not finite": "出现非有限值",
@@ -86,6 +86,19 @@ const SERVER = {
     "格式有奖励，而题目超出模型能力，能学到的只有格式",
   "lower the weight of the term format, choose easier problems, or start from a better base": "降低 format 项的权重，改用更容易的题目，或换更好的基座模型",
   "answers shrank from {a} to {b} tokens and accuracy did not rise ({c} to {d})": "回答从 {a} 个词元缩短到 {b} 个，准确率没有提高（{c} 到 {d}）",
+  "answers have {a} tokens ({b} at first), {c} are right ({d})": "回答有 {a} 个词元（起初 {b} 个），{c} 正确（起初 {d}）",
+  "at first an answer has {a} tries: under this prompt the base does not search; the recipe zero-long, which grows, begins with 2.5 tries, half of the groups, 90% and 0.28 nats":
+    "起初每个回答只尝试 {a} 次：在这种提示下基座模型不搜索；会增长的配方 zero-long 起初为 2.5 次尝试、一半的组无差异、格式正确 90%、0.28 奈特",
+  "at first {a} of the groups have no contrast, and teach nothing; the recipe zero-long, which grows, begins with 2.5 tries, half of the groups, 90% and 0.28 nats":
+    "起初 {a} 的组内奖励无差异，学不到东西；会增长的配方 zero-long 起初为 2.5 次尝试、一半的组无差异、格式正确 90%、0.28 奈特",
+  "at first {a} of the answers are well-formed; the recipe zero-long, which grows, begins with 2.5 tries, half of the groups, 90% and 0.28 nats":
+    "起初只有 {a} 的回答格式正确；会增长的配方 zero-long 起初为 2.5 次尝试、一半的组无差异、格式正确 90%、0.28 奈特",
+  "at first entropy is {a} nats per token: samples are alike; the recipe zero-long, which grows, begins with 2.5 tries, half of the groups, 90% and 0.28 nats":
+    "起初熵为每词元 {a} 奈特，样本彼此雷同；会增长的配方 zero-long 起初为 2.5 次尝试、一半的组无差异、格式正确 90%、0.28 奈特",
+  "steps are too small: the first rollouts are like those of runs that grow": "步长太小：最初的样本与会增长的运行相似",
+  "pre-train on pages with several tries and on dialogues in the prompt's manner, or choose easier problems":
+    "用包含多次尝试的文本和与提示形式相近的对话做预训练，或改用更容易的题目",
+  "raise lr or rollouts": "提高 lr 或增加 rollouts",
   "thinking is not worth it: it goes wrong too often, or the normalisation favours short answers":
     "思考得不偿失：出错太多，或归一化方式偏向短回答",
   'pre-train longer on worked problems, lower the weight of the term format, or use normalise = "token"':
