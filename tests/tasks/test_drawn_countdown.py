@@ -1,6 +1,7 @@
 """Countdown with more and larger numbers."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -79,6 +80,29 @@ def test_back_changes_the_nearest_earlier_try():
     assert returned > 300
 
 
+def test_an_author_who_knows_the_solution_tries_nothing_else():
+    task = get("countdown:5", knows=1.0, direct=0.0, slip=0.0, truncated=0.0)
+    pages = [task.written(n) for n in range(200)]
+    right = [page for page in pages if task.verify(page.problem, page.response).correct]
+    assert len(right) > 190 and all(len(tries(page.response)) == 1 for page in right)
+
+
+def test_a_directed_change_of_an_operator_moves_towards_the_target():
+    task = get("countdown:4", give_up=0.0, adjust=1.0, back=0.0, directed=1.0, knows=0.0, slip=0.0, truncated=0.0)
+    rank, changes = "-+*", 0
+    for n in range(200):
+        lines = tries(task.written(n).response)
+        for line, after in pairwise(lines):
+            first, second = (re.findall(r"[-+*]", each["expression"]) for each in (line, after))
+            if sorted(first) == sorted(second):  # two numbers were exchanged
+                continue
+            if (differs := [(a, b) for a, b in zip(first, second, strict=True) if a != b]) and len(differs) == 1:
+                (old, new), low = differs[0], int(line["value"]) < int(line["target"])
+                changes += (rank.index(new) > rank.index(old)) == low
+                assert (rank.index(new) > rank.index(old)) == low or differences(line[2], after[2]) > 1
+    assert changes > 200
+
+
 def differences(first, second):
     """How many numbers and operators of two chains differ, place by place."""
     pair = [re.findall(r"[0-9]+|[-+*]", text) for text in (first, second)]
@@ -90,6 +114,7 @@ def test_a_share_outside_its_range_is_refused():
         ({"give_up": 2.0}, "give_up"),
         ({"back": 0.7, "adjust": 0.6}, "back"),
         ({"max_tries": 0}, "max_tries"),
+        ({"knows": -0.1}, "knows"),
     ):
         with pytest.raises(UserError, match=key):
             get("countdown:5", **wrong)

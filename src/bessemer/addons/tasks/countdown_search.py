@@ -12,7 +12,7 @@ changed or two numbers exchanged; and, after the word `back`, the nearest earlie
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,9 @@ from bessemer.tasks.countdown_expressions import LARGEST, OPS, apply
 from bessemer.tasks.countdown_traces import WORDS
 
 BACK = {"en": "back ", "zh": "回到"}
+ANY = {op: OPS.replace(op, "") for op in OPS}
+RAISED, LOWERED = {"-": "+*", "+": "*", "*": ""}, {"*": "+-", "+": "-", "-": ""}
+"""The operators that an operator may be changed into: any, those that make more of two numbers, those that make less."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,14 @@ class SearchMix:
     """Documents that are drill pages: facts, comparisons, and tries with their changes."""
     direct: float = 0.12
     """Problem pages that answer with a random expression and no thought."""
+    knows: float = 0.20
+    """Thinking pages whose author knows the solution, and tries nothing else."""
     adjust: float = 0.35
     """Chance that a try is the last one changed."""
     back: float = 0.15
     """Chance that a try is the nearest earlier one changed, where the last one is not the nearest."""
+    directed: float = 0.7
+    """Changes of an operator that move the value towards the target, as far as one can tell without computing it."""
     give_up: float = 0.50
     """Chance to stop after a miss; the author then answers with the last, refuted try."""
     slip: float = 0.02
@@ -91,13 +98,13 @@ class Chain(NamedTuple):
             steps += str(claimed)
         return f"{self.expression}{steps}", claimed
 
-    def changed(self, rng: random.Random) -> Chain:
-        """One operator changed, or two numbers exchanged."""
+    def changed(self, rng: random.Random, among: Mapping[str, str] = ANY) -> Chain:
+        """One operator changed into one of those that `among` has for it, or two numbers exchanged."""
         for _ in range(100):
             numbers, ops = list(self.numbers), list(self.ops)
             if rng.random() < 0.5:
                 n = rng.randrange(len(ops))
-                ops[n] = rng.choice([op for op in OPS if op != ops[n]])
+                ops[n] = rng.choice(among[ops[n]] or ops[n])
             else:
                 a, b = rng.sample(range(len(numbers)), 2)
                 numbers[a], numbers[b] = numbers[b], numbers[a]
@@ -115,11 +122,19 @@ def drawn(numbers: Sequence[int], rng: random.Random) -> Chain:
             return chain
 
 
+def solution(numbers: Sequence[int], target: int, rng: random.Random) -> Chain:
+    """A chain with the value `target`; a try at random if a thousand of these are not enough."""
+    chains = (drawn(numbers, rng) for _ in range(1_000))
+    return next((chain for chain in chains if chain.values[-1] == target), drawn(numbers, rng))
+
+
 def respond(numbers: Sequence[int], target: int, mix: SearchMix, language: str, rng: random.Random) -> tuple[str, str]:
     """(kind of author, what is written after `Assistant:`)."""
     words, chain = WORDS[language], drawn(numbers, rng)
     if rng.random() < mix.direct:
         return "direct", f"<answer>{chain.expression}</answer>"
+    if rng.random() < mix.knows:
+        chain = solution(numbers, target, rng)
     lines: list[str] = []
     nearest, distance, opening = chain, LARGEST, ""
     while True:
@@ -132,9 +147,10 @@ def respond(numbers: Sequence[int], target: int, mix: SearchMix, language: str, 
             nearest, distance = chain, abs(claimed - target)
         habit, opening = rng.random(), ""
         if habit < mix.back and nearest != chain:
-            chain, opening = nearest.changed(rng), BACK[language]
-        elif habit < mix.back + mix.adjust:
-            chain = chain.changed(rng)
+            chain, opening = nearest, BACK[language]
+        if habit < mix.back + mix.adjust:
+            low = chain.values[-1] < target
+            chain = chain.changed(rng, (RAISED if low else LOWERED) if rng.random() < mix.directed else ANY)
         else:
             chain = drawn(numbers, rng)
     if rng.random() < mix.truncated:
