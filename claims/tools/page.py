@@ -11,18 +11,11 @@ import re
 import sys
 from pathlib import Path
 
-from bessemer_claims import cards, page, phrases, results
+from bessemer_claims import page, results
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "claims.html"
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
-
-
-def tallies(all_cards: list[cards.Card]) -> list[str]:
-    """The counts of verdicts as the READMEs print them: English, Chinese."""
-    names, numbers = phrases.words()["verdict"], cards.counts(all_cards)
-    english = ", ".join(f"{number} {names[verdict][0]}" for verdict, number in numbers.items())
-    return [english, "，".join(f"{names[verdict][1]} {number} 条" for verdict, number in numbers.items())]
 
 
 def main(runs: Path | None) -> None:
@@ -35,7 +28,7 @@ def main(runs: Path | None) -> None:
         results.save(arm_results.results, results.COMMITTED)
     card_list = page.committed()
     PAGE.write_text(page.document(card_list, datetime.date.today()), encoding="utf-8")
-    for readme, tally in zip(READMES, tallies(card_list), strict=True):
+    for readme, tally in zip(READMES, page.tallies(card_list), strict=True):
         form = re.sub(r"\d+", r"\\d+", re.escape(tally))
         text, changed = re.subn(form, tally, readme.read_text(encoding="utf-8"))
         assert changed == 1, f"{readme.name} has no sentence like: {tally}"

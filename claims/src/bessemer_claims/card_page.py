@@ -13,7 +13,7 @@ from bessemer_claims import phrases, pictures
 from bessemer_claims.cards import Card
 from bessemer_claims.phrases import COLON, SEMICOLON, SPACE, both, word, words
 from bessemer_claims.registry import experiments
-from bessemer_claims.verdict import ClaimVerdict, Outcome, PartFinding
+from bessemer_claims.verdict import Documented, Outcome, PartFinding, Seen, parts_held
 
 
 class Look(NamedTuple):
@@ -24,10 +24,13 @@ class Look(NamedTuple):
 
 
 ANSWERS: Mapping[str, Mapping[str, Look]] = {
-    "verdict": {
-        ClaimVerdict.SHOWN: Look("✓", "yes"), ClaimVerdict.PART: Look("◐", "partly"),
-        ClaimVerdict.NOT_SHOWN: Look("○", "cannot-tell"), ClaimVerdict.CONTRADICTED: Look("✗", "no"),
-        ClaimVerdict.NOT_TESTABLE: Look("–", "unknown"), ClaimVerdict.NOT_RUN: Look("…", "not-asked"),
+    "documented": {
+        Documented.YES: Look("✓", "yes"), Documented.PARTLY: Look("◐", "partly"), Documented.NO: Look("✗", "no"),
+        Documented.UNKNOWN: Look("–", "unknown"),
+    },
+    "seen": {
+        Seen.YES: Look("✓", "yes"), Seen.NO: Look("✗", "no"), Seen.CANNOT_TELL: Look("○", "cannot-tell"),
+        Seen.NOT_ASKED: Look("–", "not-asked"),
     },
 }  # fmt: skip
 """Field of a card -> its values in the order of the bar."""
@@ -41,15 +44,16 @@ def tally(cards: Sequence[Card], field: str) -> list[tuple[str, Look, int]]:
 
 
 def chips(card: Card) -> Html:
-    """The card's answers in a word each."""
-    several = len(ANSWERS) > 1
+    """The card's two answers in a word each, and how many parts hold where only some do."""
     shown = []
     for field, looks in ANSWERS.items():
         answer = getattr(card, field)
-        asked = f"<span>{word(f'{field}_short')}</span> " if several else ""
+        parts = [finding for finding in card.findings if finding.part is not None]
+        held, of = parts_held(parts, "documents" if field == "documented" else "seen")
+        some = word("parts_held", held=held, of=of) if 0 < held < of else ""
         shown.append(
-            f'<span class="chip v-{looks[answer].style}">{asked}<b>'
-            f'<span aria-hidden="true">{looks[answer].symbol}</span> {both(words()[field][answer])}</b></span>'
+            f'<span class="chip v-{looks[answer].style}"><span>{word(f"{field}_short")}</span> '
+            f'<b><span aria-hidden="true">{looks[answer].symbol}</span> {both(words()[field][answer])}</b>{some}</span>'
         )
     return Html(f'<span class="chips">{"".join(shown)}</span>')
 
@@ -111,7 +115,7 @@ def _details(card: Card) -> Html:
 
     def shown(finding: PartFinding) -> Html:
         if finding.part:
-            return phrases.decided(card.name, finding)
+            return page.join(phrases.decided(card.name, finding), phrases.role(finding), by=SEMICOLON)
         return page.join(audited, phrases.judged(finding), by=COLON)
 
     parts = "".join(f"<li>{shown(finding)}</li>" for finding in card.findings)
@@ -123,6 +127,9 @@ def _details(card: Card) -> Html:
         (word("parts"), Html(f"<ul>{parts}</ul>") if parts else ""),
         (word("beside"), Html(f"<ul>{beside}</ul>") if beside else ""),
         (word("earlier"), Html(f"<code>{page.text(card.earlier.where)}</code>") if card.earlier else ""),
+        (word("seen_at"), both(card.seen_at) if card.seen_at[0] else ""),
+        (word("same"), Html(f'<a href="#{card.same_as}">{card.same_as}</a>') if card.same_as else ""),
+        (word("rules_1"), both(words()["verdict"][card.rules_1]) if card.rules_1 else ""),
         (word("limit"), Html(f'<span class="limit">{both(card.limit)}</span>')),
         (word("kinds"), kinds),
         (word("arms"), page.text(claim.arms)),

@@ -12,8 +12,8 @@ from bessemer.model import accounting
 from bessemer.model.config import preset
 from bessemer_claims import exact, planned
 from bessemer_claims.cards import Card
-from bessemer_claims.phrases import word, words
-from bessemer_claims.verdict import ClaimVerdict
+from bessemer_claims.phrases import SPACE, word, words
+from bessemer_claims.verdict import Documented
 
 SAME_ANSWERS = "pass@1, right - fine-tuned on the same answers, points"
 """The measurement on Z3's card that the third correction quotes."""
@@ -36,13 +36,14 @@ def values() -> dict[str, Any]:
 
 def answer(cards: Sequence[Card]) -> Html:
     """The question, its answer, and what has to be corrected."""
-    wrong = sum(card.verdict is ClaimVerdict.CONTRADICTED for card in cards)
+    wrong = sum(card.documented is Documented.NO for card in cards)
     numbers = values()
     corrections = {
         "cost": word("correct_cost", **numbers), "meta": word("correct_meta", **numbers), "alone": _alone(cards),
     }  # fmt: skip
     listed = "".join(
-        f"<li><b>{word(f'said_{name}', **numbers)}</b> {correction}</li>" for name, correction in corrections.items()
+        f"<li><b>{word(f'said_{name}', **numbers)}</b>{SPACE}{correction}</li>"
+        for name, correction in corrections.items()
     )
     return Html(
         f'<h1><span class="question">{word("title")}</span> {word("answer")}</h1>'

@@ -7,7 +7,6 @@ The page holds both languages, filled from the same values; `?lang=` and a butto
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -17,12 +16,17 @@ from bessemer.addons.watch.page import Html
 from bessemer_claims import PARTS, card_page, first_screen, pictures, results, runs
 from bessemer_claims.card_page import ANSWERS, links, tally
 from bessemer_claims.cards import Card, make
-from bessemer_claims.phrases import both, word, words
+from bessemer_claims.phrases import SPACE, both, word, words
 from bessemer_claims.registry import claims, data, rules, rules_hash
-from bessemer_claims.verdict import ClaimVerdict, Doubt
+from bessemer_claims.verdict import ClaimVerdict, Documented, Doubt, Seen
 
 HEADLINES = ("K2", "K1", "K5", "M5", "M12", "L5", "L6", "F7", "P2", "Z2", "Z3", "R6")
-SECTIONS = ("cost", "headlines", "all", "unrun", "method", "words")
+SECTIONS = ("cost", "headlines", "all", "changed", "unrun", "method", "words")
+UNDER_RULES_1 = {
+    ClaimVerdict.SHOWN: "yes", ClaimVerdict.PART: "partly", ClaimVerdict.CONTRADICTED: "no",
+    ClaimVerdict.NOT_SHOWN: "unknown", ClaimVerdict.NOT_TESTABLE: "unknown", ClaimVerdict.NOT_RUN: "unknown",
+}  # fmt: skip
+"""The one verdict of rules 1 -> the answer that stands for it under rules 2."""
 
 
 def committed() -> list[Card]:
@@ -48,6 +52,7 @@ def document(cards: Sequence[Card], made: datetime.date) -> str:
             "all", word("all", n=len(cards)), page.join(page.paragraph(word("legend"), "lead"), *chapters),
             word("all_lead"),
         ),
+        page.section("changed", word("changed"), _changed(cards), word("changed_lead")),
         page.section("unrun", word("unrun"), _unrun(cards), word("unrun_lead")),
         page.section("method", word("method"), _method(), word("method_lead")),
         page.section("words", word("words"), _glossary()),
@@ -100,10 +105,51 @@ def _chapter(letter: str, cards: list[Card]) -> Html:
     )
 
 
+def _changed(cards: Sequence[Card]) -> Html:
+    """The counts under rules 1 beside those under rules 2, and the claims whose answer is another now."""
+    columns = [(field, answer) for field, looks in ANSWERS.items() for answer in looks]
+    headings = [word("rules_1"), word("claims")]
+    headings += [page.join(word(f"{field}_short"), both(words()[field][answer]), by=SPACE) for field, answer in columns]
+    rows, lists = [], []
+    for verdict in (*ClaimVerdict, None):
+        before = [card for card in cards if card.rules_1 == verdict]
+        if not before:
+            continue
+        name = both(words()["verdict"][verdict]) if verdict else word("new")
+        now = [sum(getattr(card, field) is answer for card in before) for field, answer in columns]
+        rows.append([name, *map(str, (len(before), *now))])
+        for answer in Documented if verdict else ():
+            other = [card for card in before if _now(card) == answer != UNDER_RULES_1[verdict]]
+            change = page.join(name, both(words()["documented"][answer]), by=" → ")
+            lists.append(f"<li>{change} ({len(other)}): {links(other)}</li>" if other else "")
+    rows.append(
+        [word("total"), str(len(cards)), *(str(sum(getattr(card, f) is a for card in cards)) for f, a in columns)]
+    )
+    table = page.table(headings, rows, numeric=range(1, len(headings)))
+    return Html(f'<div class="wide" tabindex="0">{table}</div><ul class="how">{"".join(lists)}</ul>')
+
+
+def _now(card: Card) -> str:
+    """The answer of documents, or where they decide nothing that of the runs."""
+    if card.documented is not Documented.UNKNOWN:
+        return card.documented
+    return {Seen.YES: "yes", Seen.NO: "no"}.get(card.seen, "unknown")
+
+
+def tallies(cards: Sequence[Card]) -> list[str]:
+    """The counts of answers as the READMEs print them: English, Chinese."""
+    numbers = {
+        f"{field}_{look.style.replace('-', '_')}": number
+        for field in ANSWERS
+        for _, look, number in tally(cards, field)
+    }
+    return [text.format_map({"n": len(cards)} | numbers) for text in words()["tallies"]]
+
+
 def _unrun(cards: Sequence[Card]) -> Html:
     """Which claims wait for runs, wholly or in part, which have few seeds, and which no runs are written for."""
-    waiting = [card for card in cards if card.verdict is ClaimVerdict.NOT_RUN]
-    partly = [card for card in cards if card.open]
+    waiting = [card for card in cards if card.open and card.seen is Seen.NOT_ASKED]
+    partly = [card for card in cards if card.open and card not in waiting]
     few = [card for card in cards if any(Doubt.FEW in finding.doubts for finding in card.findings)]
     built = {claim for name in PARTS for claim, _ in runs.part(name).METRICS}
     unbuilt = [card for card in waiting + partly if card.name not in built]
@@ -130,9 +176,8 @@ def _method() -> Html:
         + "</ul>"
         for field, looks in ANSWERS.items()
     )
-    run = sum(any(part.kind == "R" for part in rule.parts) for rule in rules().claim.values())
-    by_chance = math.ceil(run * (1 - rules().confidence) / 2)
-    listed = "".join(f"<li>{both(rule, n=run, few=by_chance)}</li>" for rule in words()["rules"].values())
+    judged = {"seeds": rules().seeds, "share": 100 * rules().false_share, "sure": 100 * rules().confidence}
+    listed = "".join(f"<li>{both(rule, **judged)}</li>" for rule in words()["rules"].values())
     commands = page.text("\n".join(words()["commands"]))
     return Html(
         f'{meanings}<h3>{word("rules_title")}</h3><ul class="how">{listed}</ul>'

@@ -11,7 +11,7 @@ from typing import Any
 from bessemer.addons.evals.intervals import Interval
 from bessemer.addons.watch import page
 from bessemer.addons.watch.page import Html
-from bessemer_claims.registry import data, metrics
+from bessemer_claims.registry import Part, data, metrics
 from bessemer_claims.verdict import Again, Doubt, Outcome, PartFinding
 
 
@@ -65,6 +65,8 @@ def decided(claim: str, finding: PartFinding) -> Html:
         pieces = [value(claim, finding), needed(claim, finding), outcome(claim, finding)]
     if finding.visible and math.isfinite(finding.visible):
         pieces.append(page.join(word("visible"), both(amount(claim, finding, finding.visible, signed=False)), by=COLON))
+    if finding.needed_seeds is not None and finding.needed_seeds > finding.seeds > 1:
+        pieces.append(word("needed_seeds", n=finding.needed_seeds))
     if finding.again is not None:
         again = page.join(both(amount(claim, finding, finding.again.value)), both(compared(finding.again)), by=COMMA)
         pieces.append(page.join(word("this_run"), again, by=COLON))
@@ -101,7 +103,7 @@ def needed(claim: str, finding: PartFinding) -> Html:
         kind, numbers = "printed", [float(part.printed)]
     else:
         kind = "within" if part.side == "equal" else part.side
-        numbers = [part.threshold or 0.0, part.margin or 0.0]
+        numbers = [bound(part), part.margin or 0.0]
     amounts = [amount(claim, finding, number, signed=kind != "within") for number in numbers]
     if kind in ("within", "between", "outside"):  # the unit stands once
         unit = words()["unit"][metric(claim, finding)[2]]["text"]
@@ -111,9 +113,22 @@ def needed(claim: str, finding: PartFinding) -> Html:
     )
 
 
+def bound(part: Part) -> float:
+    """What the interval of a part must lie beyond: the threshold, and by at least the smallest effect of interest. Of
+    "equal", its middle."""
+    beyond = {"above": part.margin or 0.0, "below": -(part.margin or 0.0)}
+    return (part.threshold or 0.0) + beyond.get(part.side, 0.0)
+
+
 def judged(finding: PartFinding) -> Html:
     """What follows from a part, in a word."""
     return Html(f"<b>{both(words()['outcome'][finding.outcome])}</b>")
+
+
+def role(finding: PartFinding) -> Html:
+    """Why a part decides neither answer; empty for one that decides."""
+    why = words()["role"].get(finding.role)
+    return both(why) if why else Html()
 
 
 def outcome(claim: str, finding: PartFinding) -> Html:

@@ -39,7 +39,8 @@ def measured(claim: str, finding: PartFinding, others: Sequence[PartFinding] = (
         control += f'<span class="at control" style="left:{at(finding.control.middle)}"></span>'
     paper = "" if finding.part.paper is None else f'<span class="paper" style="left:{at(finding.part.paper)}"></span>'
     drawn = (
-        f'{zone}<span class="threshold" style="left:{at(threshold)}"></span>{control}{span("reach", reach)}'
+        f'{zone}<span class="none" style="left:{at(threshold)}"></span>'
+        f'<span class="threshold" style="left:{at(phrases.bound(finding.part))}"></span>{control}{span("reach", reach)}'
         f'<span class="at" style="left:{at(reach.middle)}"></span>{paper}'
     )
     figures = f'<b class="figures"><i class="key"></i>{phrases.value(claim, finding)}</b>'
@@ -59,7 +60,9 @@ def _legend(claim: str, finding: PartFinding) -> Html:
     if part.paper is not None:
         amount = phrases.both(phrases.amount(claim, finding, part.paper))
         lines.append(("paper", page.join(word("published_effect"), amount, by=COLON)))
-    conclusion = page.join(phrases.outcome(claim, finding), phrases.runs(finding) if finding.seeds else "", by=" · ")
+    conclusion = page.join(
+        phrases.outcome(claim, finding), phrases.role(finding), phrases.runs(finding) if finding.seeds else "", by=" · "
+    )
     marked = "".join(f'<small><i class="key {kind}"></i>{text}</small>' for kind, text in lines)
     return Html(f"{marked}<small>{conclusion}</small>")
 
@@ -74,7 +77,7 @@ def _marks(finding: PartFinding) -> list[float]:
     """Everything that the picture of a part must hold."""
     assert finding.part is not None, "only parts of a rule have intervals"
     threshold, margin = float(finding.part.threshold or 0), float(finding.part.margin or 0)
-    marks = [*_reach(finding), threshold, 0.0]
+    marks = [*_reach(finding), threshold, phrases.bound(finding.part), 0.0]
     marks += [threshold - margin, threshold + margin] if finding.part.side == "equal" else []
     marks += [finding.part.paper] if finding.part.paper is not None else []
     return marks + ([*finding.control] if finding.control is not None else [])
