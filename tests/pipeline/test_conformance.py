@@ -23,60 +23,60 @@ ACTIVATIONS = "Activations stored in FP8 and E5M6; norms and up-projections reco
 LETTERS = {PUBLISHED: "P", SCALED: "S", ADAPTED: "A", OFF: "O"}
 
 STATES = """
-SSSSSOSOOOOSSOOOSSSOPSS Multi-head latent attention
-SSSSSOSOOOOSSOOOSSSOPSS Query compression
-PPPPAOPOOOOPPOOOPPPOPPP Interleaved RoPE, YaRN off in the short stage
-SSSSSOSOOOOSSOOOSSSOPSS DeepSeekMoE
-PPPPPOPOOOOPPOOOPPPOPPP Sigmoid gate, normalised, scaled
-SSSSSOSOOOOSSOOOSSSOPSS Group-limited routing
-SSSSSOSOOOOSSOOOSSSOPSS Leading dense layers
-ASASSOSOOOOSSOOOSSAOPSS Bias balancing, MTP layers included
-PPPPPOPOOOOPPOOOPPPOPPP Sequence-wise balance loss
-PPPPPOPOOOOPPOOOPPPOPPP No token dropping
-ASOSOOSOOOOSSOOOSSAOPSS Multi-token prediction
-AAPAAOAOOOOAAOOOAAAOPAA AdamW, FP32 masters
-AAAAAOAOOOOAAOOOAAAOPAA Learning rate over consumed tokens
-OOOOOOAOOOOOOOOOOOOOPOO Batch size over consumed tokens
-SSSSSOSOOOOSSOOOSSSOPSS Initialisation
-SSSSOOOOOOOSSOOOSSSOPSS Packing without cross-document mask
-OAAAOOAOOOOAAOOOOAOOPAA Fill-in-the-middle
-PPPPPOPOOOOPPOOOPPPOPPP Random split of punctuation + line break
-SSSSSOSOOOOSSOOOSSSOPSS Byte-level BPE with V3's pre-split
-OOPOOOOOOOOOOOOOOOOOPOO FP8 training
-OOPOOOOOOOOOOOOOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
-OOPOOOPOOOOOOOOOOOOOPOO Moments of the optimizer in BF16
-OOOOOOOOOOOOOOOOOOOOPOO Moving average of the weights
-OOOOOOOOOOOOOOOOOOOOPOO DualPipe
-OOOOOSOOOOSOOOOOOOOSPOO Expert parallelism, a token to a node once
-OOOOOSOOSSSOOOOOOOOSPOO ZeRO-1
-OOOOAOOOOOOOOOOOOOOOPOO Long-context extension in phases
-OOOOSOOOOOOOOOOOOOOOPOO YaRN on the rotary key, the same in every phase
-OOOOAOOOOOOOOOOOOOOOOOO Needle in a haystack over lengths and depths
-OPOPOPPPPPPPPOOOPPPPOPP R1-Zero: RL from the base, no SFT
-OAOAOAAAAAAAAOOOAAAAOAA Prompt template
-OSOSOSSASSPSSAAASSSSOSS GRPO groups
-OPOPOPPPPPPAPPPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
-OAOAOPAAAAPAAAAAAAAPOAA Loss of a token
-OAOAOAAAAAPAAAAAAAAAOAA Clip
-OAOAOPAPPOPAAOOOAOAPOAA KL to the reference (k3, in the loss)
-OAOAOAAAAAPAAAAAAAAAOAA Mini-batches per rollout
-OPOAOPAPPPPAPPPPPPPPOPP On policy, every sample used
-OSOSOSSSSSPSSSSSSSSSOSS Learning rate of RL
-OPOPOPPPPPPPPPPPPPPPOPP Sampling temperature of RL
-OOOOOPPOOOPPPOOOOOOOOOO Sampling temperature with preference rewards
-OOOAOPAPPPPAAAAAAAAPOAA Rewards
-OAOOOSSOOOPSAAAAOOOSOOO SFT: answers only, samples packed with masks
-OOOOOSSOSOPOSOOOOSOSOSO Length cap raised mid-run
-OOOOOAAOOOAAAAAAOOOAOOO Cold start: readable R1-Zero answers in one form
-OAOOOPAOOOPAAOOOOOOPOOO Language consistency reward
-OOOOOSSOOOPSSAAOOOOOOOO Rejection sampling: correct and readable answers
-OOOOOAAOOOPAAOOOOOOOOOO Reward models: helpful by pairs, harmless by labels
-OOOOOSSOOOPSSOOOOOOOOOO Preference rewards only at the end
-OOOOOOOOOOPAAAAOOOOOOOO Distillation: SFT of a smaller model on checked samples
-OAOAOSSAAAPSSAAAAAASOAA Evaluation by sampling
+SSSSSOSOOOOSSOOOSSSOPSSS Multi-head latent attention
+SSSSSOSOOOOSSOOOSSSOPSSS Query compression
+PPPPAOPOOOOPPOOOPPPOPPPP Interleaved RoPE, YaRN off in the short stage
+SSSSSOSOOOOSSOOOSSSOPSSS DeepSeekMoE
+PPPPPOPOOOOPPOOOPPPOPPPP Sigmoid gate, normalised, scaled
+SSSSSOSOOOOSSOOOSSSOPSSS Group-limited routing
+SSSSSOSOOOOSSOOOSSSOPSSS Leading dense layers
+ASASSOSOOOOSSOOOSSAOPSSS Bias balancing, MTP layers included
+PPPPPOPOOOOPPOOOPPPOPPPP Sequence-wise balance loss
+PPPPPOPOOOOPPOOOPPPOPPPP No token dropping
+ASOSOOSOOOOSSOOOSSAOPSSS Multi-token prediction
+AAPAAOAOOOOAAOOOAAAOPAAA AdamW, FP32 masters
+AAAAAOAOOOOAAOOOAAAOPAAA Learning rate over consumed tokens
+OOOOOOAOOOOOOOOOOOOOPOOO Batch size over consumed tokens
+SSSSSOSOOOOSSOOOSSSOPSSS Initialisation
+SSSSOOOOOOOSSOOOSSSOPSSS Packing without cross-document mask
+OAAAOOAOOOOAAOOOOAOOPAOA Fill-in-the-middle
+PPPPPOPOOOOPPOOOPPPOPPPP Random split of punctuation + line break
+SSSSSOSOOOOSSOOOSSSOPSSS Byte-level BPE with V3's pre-split
+OOPOOOOOOOOOOOOOOOOOPOOO FP8 training
+OOPOOOOOOOOOOOOOOOOOPOOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
+OOPOOOPOOOOOOOOOOOOOPOOO Moments of the optimizer in BF16
+OOOOOOOOOOOOOOOOOOOOPOOO Moving average of the weights
+OOOOOOOOOOOOOOOOOOOOPOOO DualPipe
+OOOOOSOOOOSOOOOOOOOSPOOO Expert parallelism, a token to a node once
+OOOOOSOOSSSOOOOOOOOSPOOO ZeRO-1
+OOOOAOOOOOOOOOOOOOOOPOOO Long-context extension in phases
+OOOOSOOOOOOOOOOOOOOOPOOO YaRN on the rotary key, the same in every phase
+OOOOAOOOOOOOOOOOOOOOOOOO Needle in a haystack over lengths and depths
+OPOPOPPPPPPPPOOOPPPPOPPP R1-Zero: RL from the base, no SFT
+OAOAOAAAAAAAAOOOAAAAOAAA Prompt template
+OSOSOSSASSPSSAAASSSSOSSS GRPO groups
+OPOPOPPPPPPAPPPPPPPPOPPP Advantage: reward minus the group's mean, over its standard deviation
+OAOAOPAAAAPAAAAAAAAPOAPA Loss of a token
+OAOAOAAAAAPAAAAAAAAAOAAA Clip
+OAOAOPAPPOPAAOOOAOAPOAOA KL to the reference (k3, in the loss)
+OAOAOAAAAAPAAAAAAAAAOAAA Mini-batches per rollout
+OPOAOPAPPPPAPPPPPPPPOPPP On policy, every sample used
+OSOSOSSSSSPSSSSSSSSSOSSS Learning rate of RL
+OPOPOPPPPPPPPPPPPPPPOPPP Sampling temperature of RL
+OOOOOPPOOOPPPOOOOOOOOOOO Sampling temperature with preference rewards
+OOOAOPAPPPPAAAAAAAAPOAOA Rewards
+OAOOOSSOOOPSAAAAOOOSOOOO SFT: answers only, samples packed with masks
+OOOOOSSOSOPOSOOOOSOSOSOO Length cap raised mid-run
+OOOOOAAOOOAAAAAAOOOAOOOO Cold start: readable R1-Zero answers in one form
+OAOOOPAOOOPAAOOOOOOPOOOO Language consistency reward
+OOOOOSSOOOPSSAAOOOOOOOOO Rejection sampling: correct and readable answers
+OOOOOAAOOOPAAOOOOOOOOOOO Reward models: helpful by pairs, harmless by labels
+OOOOOSSOOOPSSOOOOOOOOOOO Preference rewards only at the end
+OOOOOOOOOOPAAAAOOOOOOOOO Distillation: SFT of a smaller model on checked samples
+OAOAOSSAAAPSSAAAAAASOAAA Evaluation by sampling
 """
 """One letter for each recipe, in the order of RECIPES: continue, controls, fp8-study, later-grpo, long, node, one-gpu,
-r1-paper, r1-small, r1-tiny, smollm2, smollm2-lora, specialists, tiny, tools, v3, zero, zero-template."""
+r1-paper, r1-small, r1-tiny, smollm2, smollm2-lora, specialists, tiny, tools, v3, zero, zero-long, zero-template."""
 
 
 def of(recipe, *overrides):
@@ -113,7 +113,7 @@ def test_every_recipe_s_states():
     """Checked by hand against the papers, item by item; a recipe or a published value that changes shows up here."""
     states = [[LETTERS[state] for state, _ in of(recipe).values()] for recipe in RECIPES]
     lines = ["".join(letters) + " " + item.item for letters, item in zip(zip(*states, strict=True), ITEMS, strict=True)]
-    assert len(RECIPES) == 23 and lines == STATES.strip().splitlines()
+    assert len(RECIPES) == 24 and lines == STATES.strip().splitlines()
 
 
 def test_an_imported_model_s_items_come_from_its_config(tmp_path):
