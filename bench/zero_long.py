@@ -29,7 +29,9 @@ from typing import Any
 
 from machine import processor
 
+from bessemer import tasks
 from bessemer.addons.evals.intervals import over_seeds
+from bessemer.addons.tasks.countdown_diagnosis import diagnose, rates
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "zero-long.toml"
 STAGES = ("zero", "coin", "easy")
@@ -69,6 +71,15 @@ def curves_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
         name: [round(values[metric], 4) for values in lines if values.get(metric) is not None]
         for name, metric in CURVES.items()
     }
+
+
+def corpus_rates(pages: int = 2_000) -> dict[str, float | None]:
+    """What the thoughts of the corpus hold: the base rates of what the curves count."""
+    task = tasks.get(f"{RECIPE.parent / 'few_numbers.py'}:{FIVE}")
+    written = [task.written(number) for number in range(pages)]
+    found = rates(diagnose(page.problem, page.response) for page in written)
+    lengths = [page.response.count("\n") + 1 for page in written if "<think>" in page.response]
+    return found | {"longest": max(lengths)}
 
 
 def held_out(seed: Mapping[str, Any], model: str, task: str) -> Mapping[str, float]:
@@ -165,7 +176,7 @@ def main() -> None:
         found = verdict(seeds)
         print(json.dumps(found), flush=True)
         if given.json:
-            report = {"machine": processor(), "rule": found, "seeds": seeds}
+            report = {"machine": processor(), "rule": found, "corpus": corpus_rates(), "seeds": seeds}
             given.json.write_text(json.dumps(report, indent=None) + "\n")
     if given.svg:
         draw(seeds, given.svg)
