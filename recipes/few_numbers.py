@@ -46,6 +46,7 @@ class DialogueMix(SearchMix):
 
 class FewNumbers(DrawnCountdown):
     Mix = DialogueMix
+    mix: DialogueMix
 
     def __init__(self, numbers: str, **settings: Any) -> None:
         super().__init__(numbers, **{"languages": ["en"], "largest": 6, "highest_target": 30} | settings)
