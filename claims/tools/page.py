@@ -1,4 +1,4 @@
-"""Writes docs/claims.html, and its counts in both READMEs, from the committed results.
+"""Writes docs/claims.html and docs/claims-rules.md, and their counts in both READMEs, from the committed results.
 
     python claims/tools/page.py [--runs runs/claims]
 
@@ -11,10 +11,11 @@ import re
 import sys
 from pathlib import Path
 
-from bessemer_claims import page, results
+from bessemer_claims import both_rules, page, results
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "claims.html"
+RULES = ROOT / "docs" / "claims-rules.md"
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 
 
@@ -28,6 +29,7 @@ def main(runs: Path | None) -> None:
         results.save(arm_results.results, results.COMMITTED)
     card_list = page.committed()
     PAGE.write_text(page.document(card_list, datetime.date.today()), encoding="utf-8")
+    RULES.write_text(both_rules.compared(card_list), encoding="utf-8")
     for readme, tally in zip(READMES, page.tallies(card_list), strict=True):
         form = re.sub(r"\d+", r"\\d+", re.escape(tally))
         text, changed = re.subn(form, tally, readme.read_text(encoding="utf-8"))

@@ -233,33 +233,12 @@ def describe(cards: Sequence[Card]) -> str:
         measured = [_measured(card.name, finding) for finding in card.findings]
         measured += [f"beside the rule: {_measured(card.name, finding)}" for finding in card.beside]
         lines += [f"{'':<30}{line}" for line in (text, *measured) if line]
-    return "\n".join([*lines, "", f"{len(cards)} claims. {_totals(cards)}"])
+    return "\n".join([*lines, "", f"{len(cards)} claims. {totals(cards)}"])
 
 
-def _totals(cards: Sequence[Card]) -> str:
+def totals(cards: Sequence[Card]) -> str:
+    """How many cards have each answer, in a line."""
     return ". ".join(
         f"{question} {', '.join(f'{number} {answer}' for answer, number in of.items() if number)}"
         for question, of in zip(("Documented:", "Seen in small:"), answers(cards), strict=True)
     )
-
-
-def compared(cards: Sequence[Card]) -> str:
-    """Verdicts under rules 1 beside the answers under rules 2, as Markdown: counts, then every claim."""
-    rules = registry.rules()
-    old = ", ".join(f"{number} {verdict}" for verdict, number in counts(cards).items() if number)
-    names = {role: name for role, name in (("documents", "documents"), ("seen", "runs"))}
-    lines = [
-        f"# The claims under rules 1 and rules 2 ({rules.date})", "",
-        f"Rules 2 are rules.toml, SHA-256 {registry.rules_hash()[:16]}; rules 1 rules-1.toml, {rules.before[0][:16]}.",
-        "",
-        f"- {len(cards)} claims under rules 1: {old}.", f"- Under rules 2: {_totals(cards)}.", "",
-        "| | rules 1 | documented | seen in small | parts that hold | claim |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for card in cards:
-        held = {names[role]: verdict.parts_held(card.findings, role) for role in ("documents", "seen")}
-        parts = ", ".join(f"{name} {holds} of {of}" for name, (holds, of) in held.items() if of)
-        same = f" (as {card.same_as})" if card.same_as else ""
-        lines.append(
-            f"| {card.name} | {card.rules_1} | {card.documented} | {card.seen} | {parts} | {card.claim.text[0]}{same} |"
-        )
-    return "\n".join(lines) + "\n"

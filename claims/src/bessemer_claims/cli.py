@@ -141,10 +141,10 @@ def _planned(tier: Tier, part: Part | None, names: list[str] | None, seeds: int 
 
 def _compared(names: list[str], as_json: bool) -> None:
     """Prints verdicts under both rules, from the committed results."""
-    from bessemer_claims import cards, results, runs
+    from bessemer_claims import both_rules, cards, results, runs
 
     made = cards.make(names, runs.best(results.committed().results))
-    print_json([card.facts() for card in made]) if as_json else print(cards.compared(made), end="")
+    print_json([card.facts() for card in made]) if as_json else print(both_rules.compared(made), end="")
 
 
 def _dry_run(planned: list[ArmJob], folder: Path, at_once: int, as_json: bool) -> None:
