@@ -22,7 +22,7 @@ from bessemer_claims.verdict import ClaimVerdict, Documented, Doubt, Seen
 
 HEADLINES = ("K2", "K1", "K5", "M5", "M12", "L5", "L6", "F7", "P2", "Z2", "Z3", "R6")
 SECTIONS = ("cost", "headlines", "all", "changed", "unrun", "method", "words")
-UNDER_RULES_1 = {
+UNDER_RULES_1: dict[ClaimVerdict | None, str] = {
     ClaimVerdict.SHOWN: "yes", ClaimVerdict.PART: "partly", ClaimVerdict.CONTRADICTED: "no",
     ClaimVerdict.NOT_SHOWN: "unknown", ClaimVerdict.NOT_TESTABLE: "unknown", ClaimVerdict.NOT_RUN: "unknown",
 }  # fmt: skip
