@@ -1,13 +1,14 @@
 """What an RL stage on many ranks holds of weights, in bytes a rank by kind, while it samples and while it updates.
 
     python bench/rl_memory.py                  # a miniature of DeepSeek-V2-Lite on 1, 2 and 4 gloo ranks
-    python bench/rl_memory.py --json FILE --only ray    # some of the cases, into another file
+    python bench/rl_memory.py --only ray       # some of the cases; the file keeps the others
 
 A network of V2-Lite's proportions in float32 runs two rollouts, with a reference that follows the policy after the
 first. It samples in the trainer's processes or, where a case ends with "ray", in a Ray worker of rank 0; a case with
-"FSDP2" is a Qwen2 of about that size. The counts are of live tensors, of the fullest rank; weights, reference, gathered
-networks and what a rank hands over to Ray's store are also given as multiples of one whole network. The store itself,
-activations and caches are not counted. Results: bench/results/rl_memory.json.
+"FSDP2" is a Qwen2 of about that size, and one with "MTP" has a frozen MTP module. The counts are of live tensors, of
+the fullest rank; weights, reference, gathered networks and what a rank hands over to Ray's store are also given as
+multiples of one whole network. The store itself, activations and caches are not counted. Results:
+bench/results/rl_memory.json.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "4 ranks, pp 2 x ep 2, ray": {"pp": 2, "ep": 2},
     "2 ranks, ep 2, correction, ray": {"ep": 2},
     "2 ranks, ep 2, routing-replay, ray": {"ep": 2},
+    "2 ranks, ep 2, MTP, ray": {"ep": 2},
     "2 ranks, FSDP2, ray": {"dp": 2},
 }
 OTHER = dict(
@@ -80,7 +82,7 @@ MOMENTS = ("sampling", "preparing", "updates")
 RESULTS = Path(__file__).parent / "results" / "rl_memory.json"
 
 
-def write_base(folder: Path, other: bool) -> int:
+def write_base(folder: Path, name: str) -> int:
     """Makes the stage's source, of our own or of another family; returns the bytes of its weights."""
     from bessemer.data.tokenizer import Tokenizer
     from bessemer.hf import deepseek  # noqa: F401 (it writes models)
@@ -89,7 +91,7 @@ def write_base(folder: Path, other: bool) -> int:
 
     tokenizer = Tokenizer.train(["User: Compute 3*7+6.\nAssistant: <think>21+6=27</think><answer>27</answer>"] * 8, 290)
     tokenizer.save(folder / "tokenizer")
-    if other:
+    if "FSDP2" in name:
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
         torch.manual_seed(3)
@@ -97,7 +99,7 @@ def write_base(folder: Path, other: bool) -> int:
         foreign.save_pretrained(folder / "model")
         tokenizer.save(folder / "model")
         return sum(tensor.nbytes for tensor in foreign.state_dict().values())
-    model = Transformer(preset("v2-lite", vocab_size=512, **SHAPE)).initialise(3)
+    model = Transformer(preset("v2-lite", vocab_size=512, n_mtp=int("MTP" in name), **SHAPE)).initialise(3)
     model.save(folder / "model", tokenizer_dir=folder / "tokenizer")
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
@@ -243,7 +245,7 @@ def measure(cases: Sequence[str] = tuple(LAYOUTS)) -> dict:
             run, layout = Path(folder) / str(number), LAYOUTS[name]
             base = run / "base"
             base.mkdir(parents=True)
-            whole = write_base(base, "FSDP2" in name)
+            whole = write_base(base, name)
             ranks = on_ranks(math.prod(layout.values()), name, base, run)
             row = {
                 moment: max((rank[moment] for rank in ranks), key=lambda kinds: sum(kinds.values()))
@@ -260,10 +262,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a word in the names of the cases")
     arguments = parser.parse_args()
     facts = measure([name for name in LAYOUTS if arguments.only in name])
+    measured = facts["layouts"]
     if arguments.json.exists():
-        facts |= {k: v for k, v in json.loads(arguments.json.read_text()).items() if k.startswith("before")}
+        old = json.loads(arguments.json.read_text())
+        rows = old["layouts"] | measured
+        facts |= {k: v for k, v in old.items() if k.startswith("before")}
+        facts["layouts"] = {name: rows[name] for name in LAYOUTS if name in rows}
     arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
-    for name, row in facts["layouts"].items():
+    for name, row in measured.items():
         for moment in MOMENTS:
             kinds = ", ".join(f"{kind} {size / 1e6:.2f}" for kind, size in row[moment].items() if size)
             print(f"{name}, {moment}: {row['networks'][moment]:.2f} networks of {row['whole'] / 1e6:.2f} MB: {kinds}")

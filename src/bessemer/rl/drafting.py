@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
-from bessemer.model.protocol import LanguageModel
-from bessemer.model.transformer import evaluating
+from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.rl.component import Component
+from bessemer.rl.parts import LoopParts
 from bessemer.train.loss import predicting
-from bessemer.train.runtime import Whole
 
 WEIGHT = 0.1
 """Weight of their loss if they are trained: V3's last, and that of SFT."""
@@ -43,25 +43,20 @@ def prepare(model: LanguageModel, settings: RLConfig, say: Callable[[str], None]
 class Drafts(Component):
     """Measures how well frozen modules predict the samples."""
 
-    def __init__(self, policy: Whole) -> None:
-        self.policy = policy
+    def __init__(self, loop: LoopParts) -> None:
+        self.collective, self.depths = loop.trainer.collective, loop.trainer.model.cfg.n_mtp
 
     def before_updates(self, batches: list[Batch]) -> dict[str, float]:
-        if len(self.policy.model.mtp):
-            self.policy.refresh()
-        return losses(self.policy.model, batches[0])
+        if not self.depths:
+            return {}
+        nats_K2 = self.collective.sums(batches[0], nats_of, 2 * self.depths).view(-1, 2).tolist()
+        return {f"rl/mtp_{k}": total / max(weight, 1e-9) for k, (total, weight) in enumerate(nats_K2, start=1)}
 
 
-@torch.no_grad()
-def losses(model: LanguageModel, batch: Batch) -> dict[str, float]:
-    """Cross entropy of each module on the trained tokens of a batch, nats per token."""
-    if not len(model.mtp):
-        return {}
-    batch = batch.to(model.embed.weight.device)
-    with evaluating(model):
-        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=True, **batch.routed)
-    values = {}
-    for k, hidden_BTD in enumerate(out.mtp_hidden, start=1):
-        total, weight = predicting(hidden_BTD, model.head_weight, batch, 1 + k), batch.predicted(1 + k)[1].sum()
-        values[f"rl/mtp_{k}"] = float(total) / max(float(weight), 1e-9)
-    return values
+def nats_of(out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy of each module on the trained tokens of a batch, in nats, and their weight, [2 K]."""
+    pairs = (
+        (predicting(hidden_BTD, weight_VD, batch, 1 + k), batch.predicted(1 + k)[1].sum())
+        for k, hidden_BTD in enumerate(out.mtp_hidden, start=1)
+    )
+    return torch.stack([number for pair in pairs for number in pair])

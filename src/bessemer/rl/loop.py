@@ -107,7 +107,7 @@ class Loop:
         if (text_metrics := plugins.hook("text-metrics")) is not None:
             components.append(text_metrics(self))
         if not self.objective.with_mtp():
-            components.append(drafting.Drafts(self.policy))
+            components.append(drafting.Drafts(self))
         return components + [kind(self, **own) for kind, own in hooks_of(self.settings)]
 
     def _encode(self, problem: tasks.Problem) -> list[int]:

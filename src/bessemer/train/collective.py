@@ -43,11 +43,11 @@ Outputs = Callable[[Sequence["Batch"], Read, Sequence[int]], list[Tensor]]
 
 
 @torch.no_grad()
-def output_of(model: LanguageModel, read: Read, batch: Batch) -> Tensor:
-    """`read` of a batch, on the CPU, after a forward pass in eval mode, without MTP or gradients."""
+def output_of(model: LanguageModel, read: Read, batch: Batch, mtp: bool = False) -> Tensor:
+    """`read` of a batch, on the CPU, after a forward pass in eval mode, without gradients."""
     batch = batch.to(model.embed.weight.device)
     with evaluating(model):
-        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=mtp, **batch.routed)
         return read(out, model.head_weight, batch).cpu()
 
 
@@ -170,6 +170,16 @@ class Collective:
     def own_outputs(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """The same of this process's micro-batches alone; `read` returns a number for every position, [B, T]."""
         return self.outputs(batches, read, [])
+
+    def sums(self, batch: Batch, read: Read, size: int) -> Tensor:
+        """`read` of one of this process's micro-batches after a pass with MTP, [size]; summed over the processes that
+        have parts of its rows."""
+        return output_of(self.trainer.model, read, batch, mtp=True)
+
+    def chosen_experts(self, batch: Batch) -> Tensor:
+        """`LanguageModel.chosen_experts` of one of this process's micro-batches, on the CPU."""
+        batch = batch.to(self.trainer.model.embed.weight.device)
+        return self.trainer.model.chosen_experts(batch.tokens_BT, batch.segments).cpu()
 
     def _output(self, read: Read, batch: Batch) -> Tensor:
         return output_of(self.trainer.model, read, batch)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bessemer.addons.accelerate.precision import tuning
-from bessemer.addons.distributed import schedules, watchdog
+from bessemer.addons.distributed import model_shard, schedules, watchdog
 from bessemer.addons.distributed.executor import Executor, Work
 from bessemer.addons.distributed.model_shard import ModelShard, dealt, forward, heldout_nats, of_step, rows_of
 from bessemer.addons.distributed.rank_store import RankStore, parameter_prefix
@@ -248,6 +248,23 @@ class RankCollective(RankSums):
             dist.all_reduce(flat, group=self.mesh.group["pp"])  # each is 0 on all ranks of the pipeline but one
             parts = flat.cpu().split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def sums(self, batch: Batch, read: Read, size: int) -> Tensor:
+        own = self.shard.context.split(batch).to(self.device)
+        with evaluating(self.shard.model):
+            (values,) = forward(self.shard, [own], read, mtp=True)
+        return self._of_pipeline(torch.zeros(size, device=self.device) if values is None else values.float())
+
+    def chosen_experts(self, batch: Batch) -> Tensor:
+        with evaluating(self.shard.model):
+            return self._of_pipeline(model_shard.chosen_experts(self.shard, batch))
+
+    def _of_pipeline(self, parts: Tensor) -> Tensor:
+        """The sum of what the ranks have that hold parts of this rank's rows, on the CPU."""
+        with watchdog.waiting("numbers of the other stages", range(self.devices)):
+            for kind in ("pp", "cp") if "cp" in self.mesh.group else ("pp",):
+                dist.all_reduce(parts, group=self.mesh.group[kind])
+            return parts.cpu()
 
     def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
         return heldout_nats(self.shard, batches)

@@ -107,6 +107,10 @@ class FSDPCollective(RankSums):
     def _output(self, read: Read, batch: Batch) -> Tensor:
         return output_of(self.sharded.model, read, batch)
 
+    def chosen_experts(self, batch: Batch) -> Tensor:
+        with watchdog.waiting("layers of the other ranks", range(self.devices)):
+            return super().chosen_experts(batch)
+
     def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
         with watchdog.waiting("layers of the other ranks", range(self.devices)):
             own = heldout_nats(self.trainer.model, self.mine(batches))

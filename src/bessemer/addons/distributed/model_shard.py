@@ -25,6 +25,7 @@ from bessemer.hf.mapping import Slot
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model.config import ModelConfig
 from bessemer.model.gate import Gate
+from bessemer.model.layer import Layer
 from bessemer.model.moe import EXPERTS
 from bessemer.model.protocol import TrainOutputs
 from bessemer.model.transformer import Scorer, Transformer
@@ -197,13 +198,15 @@ def dealt(shard: ModelShard, batches: Sequence[Batch]) -> list[Batch]:
 
 @torch.no_grad()
 def forward(
-    shard: ModelShard, batches: Sequence[Batch], read: Callable[[TrainOutputs, Tensor, Batch], _Read], lane: int = 0
-) -> list[_Read | None]:
-    """Runs the batches forward, without MTP. For each returns `read(outputs, head weight, batch)` on the rank of the
-    last stage, and None on other ranks.
+    shard: ModelShard, batches: Sequence[Batch], read: Callable[[TrainOutputs, Tensor, Batch], _Read], lane: int = 0,
+    mtp: bool = False, chosen: dict[Layer, Tensor] | None = None,
+) -> list[_Read | None]:  # fmt: skip
+    """Runs the batches forward. For each returns `read(outputs, head weight, batch)` on the rank of the last stage,
+    and None on other ranks.
 
     Micro-batches go through this lane one after another. All ranks of a pipeline pass the same batches, and all
-    pipelines the same number (`dealt`). With context parallelism the outputs are of this rank's positions.
+    pipelines the same number (`dealt`). With context parallelism the outputs are of this rank's positions. `chosen`: as
+    in `Slice.phases`, of the last batch.
     """
     placement, mesh = shard.place[lane], shard.mesh
     peers = [mesh.layout.rank(pp, mesh.dp, mesh.ep, mesh.cp) for pp in range(mesh.layout.pp)]
@@ -227,7 +230,7 @@ def forward(
                 source = peers[placement[stage - 1]]
                 with watchdog.waiting("activations", [source]):
                     dist.recv(x, source, process_groups.get("messages", (source, mesh.me)))
-            out = _run(part.phases(x, tokens_BT, batch.segments, mtp=False, **batch.routed))
+            out = _run(part.phases(x, tokens_BT, batch.segments, mtp=mtp, **batch.routed, chosen=chosen))
             if part.last:
                 assert part.head is not None, "the last stage has the head"
                 outcome = read(out, part.head.weight, batch)
@@ -254,6 +257,24 @@ def of_step(
     for lane in range(table.lanes - table.idle):
         results += forward(shard, own[lane * table.per_lane : (lane + 1) * table.per_lane], read, lane)
     return results
+
+
+def chosen_experts(shard: ModelShard, batch: Batch) -> Tensor:
+    """The experts that the gates of this rank's layers choose without replay, int32 [B, T, L, K] on the rank's device;
+    0 for the layers and positions of other ranks. All ranks of a pipeline pass the same batch."""
+    chosen: dict[Layer, Tensor] = {}
+    own = shard.context.split(batch.unrouted()).to(shard.device)
+    forward(shard, [own], lambda *_: None, chosen=chosen)
+    cfg, shape = shard.mesh.cfg, batch.tokens_BT.shape
+    sizes = cfg.n_layers - cfg.n_dense_layers, cfg.n_activated_experts
+    choice_BTLK = torch.zeros(*shape, *sizes, dtype=torch.int32, device=shard.device)
+    for part in shard.slices.values():
+        for number, layer in part.layers.items():
+            if layer in chosen:
+                own_BTK = chosen[layer].int().view(len(batch.tokens_BT), -1, cfg.n_activated_experts)
+                at_T = slice(None) if own.own_T is None else own.own_T
+                choice_BTLK[:, at_T, int(number) - part.first_sparse] = own_BTK
+    return choice_BTLK
 
 
 def _run(phases: Phases) -> Any:

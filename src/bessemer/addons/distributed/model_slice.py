@@ -18,7 +18,7 @@ from bessemer.addons.distributed.context_parallel import Attend, WholeAttend, Wh
 from bessemer.addons.distributed.exchange import Exchange
 from bessemer.model.accounting import attention_params, embedding_params, ffn_params
 from bessemer.model.config import ModelConfig
-from bessemer.model.layer import Layer
+from bessemer.model.layer import Attended, Layer
 from bessemer.model.moe import Experts
 from bessemer.model.norm import RMSNorm
 from bessemer.model.segments import Segments
@@ -122,6 +122,18 @@ def through(
     return layer.finish(attended, routed), attended.routing.balance, carried
 
 
+def noting(attend: Attend, chosen: dict[Layer, Tensor]) -> Attend:
+    """`attend` that also keeps the experts of a sparse layer's tokens, [N, K]."""
+
+    def noted(layer: Layer, x_BTD: Tensor, choice_NK: Tensor | None = None) -> Attended:
+        attended = attend(layer, x_BTD, choice_NK)
+        if attended.routing is not None:
+            chosen[layer] = attended.routing.expert_NK
+        return attended
+
+    return noted
+
+
 def _whole(
     layer: Layer, _: None, x_BTD: Tensor, attend: WholeAttend, carried: object = (), choice_NK: Tensor | None = None
 ) -> Phases:
@@ -222,12 +234,14 @@ class Slice(nn.Module):
     def phases(
         self, x: Tensor, tokens_BT: Tensor, segments: Segments = None, mtp: bool = True,
         choice_BTLK: Tensor | None = None, counted_BT: Tensor | None = None,
+        chosen: dict[Layer, Tensor] | None = None,
     ) -> Generator[PhaseOutput, PhaseOutput, tuple[Tensor, Tensor] | TrainOutputs]:  # fmt: skip
         """Returns (residual stream after the slice [B, T, D], balance term); the last stage returns
         `Transformer.train_outputs` with the balance term of this slice alone. x: the output of the previous stage, or
         the tokens at the first. With context parallelism tokens, segments and choices are of the whole rows, outputs of
         this rank's positions. `choice_BTLK` as in `Transformer.train_outputs`, of all sparse layers. `counted_BT`: the
-        tokens that count in the gates' loads; None: all."""
+        tokens that count in the gates' loads; None: all. `chosen`: where to put the experts of each layer, as
+        `noting` does."""
         context, T = self.context, tokens_BT.shape[1]
         self.reads(0)
         if self.first:
@@ -235,14 +249,16 @@ class Slice(nn.Module):
             x = self.embed(context.take(x))
         # a sum of detached terms, so it may live across phases; other tensors must be passed on
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
-        attend = context.attention(T, 0, self.rope_table, segments)
+        attend, run = context.attention(T, 0, self.rope_table, segments), self.through
+        if chosen is not None:
+            attend, run = noting(attend, chosen), through
         choices = () if choice_BTLK is None else context.take(choice_BTLK).flatten(0, 1).unbind(1)
         for part, (number, layer) in enumerate(self.layers.items(), start=1):
             self._enter(part, x)
             choice_NK = choices[int(number) - self.first_sparse] if choices and not layer.dense else None
             if not layer.dense:
                 layer.sparse_ffn.gate.counted_BT = context.counted(0, counted_BT)
-            x, term, _ = yield from self.through(layer, self.exchange, x, attend, (), choice_NK)
+            x, term, _ = yield from run(layer, self.exchange, x, attend, (), choice_NK)
             if term is not None:
                 balance = balance + term
         if not self.last:

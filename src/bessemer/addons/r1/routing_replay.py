@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.model.protocol import LanguageModel
 from bessemer.rl.component import Component
 from bessemer.rl.parts import LoopParts
 
@@ -29,24 +28,22 @@ class RoutingReplay(Component):
     everywhere = False
 
     def __init__(self, loop: LoopParts) -> None:
-        self.policy = loop.policy
         if not loop.policy.model.routes:
             raise UserError(
                 f'stage "{loop.settings.name}": routing-replay has nothing to replay: no layer of this model has '
                 "routed experts; leave the hook out"
             )
+        self.collective = loop.trainer.collective
 
     def before_updates(self, batches: list[Batch]) -> dict[str, float]:
-        self.policy.refresh()
-        return {"rl/routing_disagreement": routing_disagreement(self.policy.model, batches[0])}
+        own_BTLK = self.collective.chosen_experts(batches[0])
+        return {"rl/routing_disagreement": routing_disagreement(own_BTLK, batches[0].extras["choice_BTLK"])}
 
 
-@torch.no_grad()
-def routing_disagreement(model: LanguageModel, batch: Batch) -> float:
+def routing_disagreement(own_BTLK: Tensor, replayed_BTLK: Tensor) -> float:
     """Share of (token, MoE layer) pairs that the model, without replay, would send to other experts than the sampler
-    did. The order of a token's K experts does not count."""
-    batch = batch.to(model.embed.weight.device)
-    replayed = batch.extras["choice_BTLK"]
-    own_BTLK = model.chosen_experts(batch.tokens_BT, batch.segments)
-    other_BTL = (own_BTLK.sort(-1).values != replayed.sort(-1).values).any(-1)
-    return other_BTL[replayed[..., 0] >= 0].float().mean().item()
+    did; where an entry of `replayed_BTLK` is below 0, nothing was sampled. The order of a token's K experts does not
+    count."""
+    replayed_BTLK = replayed_BTLK.to(own_BTLK.device)
+    other_BTL = (own_BTLK.sort(-1).values != replayed_BTLK.sort(-1).values).any(-1)
+    return other_BTL[replayed_BTLK[..., 0] >= 0].float().mean().item()
