@@ -8,7 +8,7 @@ import pytest
 from bessemer.pipeline import preflight
 from bessemer_claims import cards, long
 from bessemer_claims.runs import ArmResult, Runs
-from bessemer_claims.verdict import ClaimVerdict
+from bessemer_claims.verdict import Seen
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "long.json"
 
@@ -39,7 +39,7 @@ def test_a_model_that_finds_needles_before_training_fires_the_control():
             for seed in (1, 2, 3)
         ]
         measured = {name: how.measured(Runs(results)) for (_, name), how in long.METRICS.items()}
-        return cards.make(["D2"], {"D2": measured})[0].verdict
+        return cards.make(["D2"], {"D2": measured})[0].seen
 
-    assert verdict(0.0) is ClaimVerdict.SHOWN
-    assert verdict(0.2) is ClaimVerdict.PART  # the part that rests on the source still holds
+    assert verdict(0.0) is Seen.YES
+    assert verdict(0.2) is Seen.CANNOT_TELL

@@ -16,7 +16,7 @@ from bessemer.model import accounting
 from bessemer.model.config import ModelConfig
 from bessemer.pipeline.stage import find_kind
 from bessemer.train.setup import model_config
-from bessemer_claims import PARTS, cards, page, pretrain, registry, results, runner, runs
+from bessemer_claims import PARTS, card_page, cards, pretrain, registry, results, runner, runs
 from bessemer_claims.pretrain_metrics import SHARES, worst_part
 from bessemer_claims.runs import ArmJob, ArmResult, Runs
 from bessemer_claims.verdict import Doubt, Measured, Outcome, Seen, run
@@ -205,7 +205,7 @@ def test_the_largest_runs_with_enough_seeds_judge():
     unfinished = [arm_result for arm_result in latent_as_good("claims", change=0.03) if arm_result.arm != "MLA-24"]
     assert seen(small + unfinished) is Seen.YES  # the larger runs lack a control, so they wait for it
     [card] = cards.make(["L6"], runs.best(small))
-    [part] = card.facts()["parts"]
+    *_, part = card.facts()["parts"]
     assert (part["seeds"], part["size"]) == (3, "network 128 wide, 4 layers, 500K tokens read")
 
 
@@ -216,14 +216,16 @@ def test_one_seed_beside_the_committed_ones():
         judged, again, wrong = results.evidence("default", committed, own)
         [card] = cards.make(["L6"], judged, again)
         assert card.seen is Seen.YES and not wrong  # the committed seeds decide
-        assert card.facts()["parts"][0]["this_run"]["agrees"] is agrees
+        assert card.facts()["parts"][-1]["this_run"]["agrees"] is agrees
         message = "as expected" if agrees else "outside the 95"
-        assert message in cards.describe([card]) and message in page._card(card) and "3 runs" in page._card(card)
+        assert (
+            message in cards.describe([card]) and message in card_page.full(card) and "3 runs" in card_page.full(card)
+        )
     smaller = [result(arm, 1, "nano", bpb=2.0) for arm in ("ref", "MHA")]
     judged, again, _ = results.evidence("quick", committed, smaller)
     [card] = cards.make(["L6"], judged, again)  # another size is no reason to expect the same value
-    assert card.facts()["parts"][0]["this_run"].keys() == {"value", "size"}
-    message = cards.describe([card]) + page._card(card)
+    assert card.facts()["parts"][-1]["this_run"].keys() == {"value", "size"}
+    message = cards.describe([card]) + card_page.full(card)
     assert message.count("network 64 wide, 2 layers, 250K tokens read") == 2
     assert "as expected" not in message and "prediction interval" not in message
 
@@ -232,7 +234,7 @@ def test_of_two_sources_the_one_with_more_seeds_judges():
     committed = latent_as_good(seeds=1)
     judged, again, _ = results.evidence("default", committed, latent_as_good(seeds=3, change=0.03))
     [card] = cards.make(["L6"], judged, again)
-    assert card.seen is Seen.NO and card.facts()["parts"][0]["seeds"] == 3
+    assert card.seen is Seen.NO and card.facts()["parts"][-1]["seeds"] == 3
     assert not any(again.values())  # seeds that decide are not compared with themselves
     judged, _, _ = results.evidence("default", committed, latent_as_good(seeds=1, change=0.03))
     assert cards.make(["L6"], judged)[0].seen is Seen.CANNOT_TELL  # on a tie the committed seeds decide
@@ -293,9 +295,11 @@ def test_text_beside_a_rule_changes_no_verdict():
     worse = [result("MHA-norm", seed, bpb=1.9 + 0.001 * seed) for seed in (1, 2, 3)]  # MLA is 5 % worse than this arm
     [card] = cards.make(["L6"], runs.best(arm_results + worse))
     [side] = card.beside
-    assert card.seen is Seen.YES and len(card.findings) == 1
+    assert card.seen is Seen.YES and sum(bool(finding.seeds) for finding in card.findings) == 1
     assert side.outcome is Outcome.FAILS and side.interval.low > 0.03 and side.seeds == 3
-    assert "whose keys and values are normalised" in page._card(card) and "beside the rule: " in cards.describe([card])
+    assert "whose keys and values are normalised" in card_page.full(card) and "beside the rule: " in cards.describe(
+        [card]
+    )
     assert card.facts()["beside"][0]["outcome"] == "fails"
     [alone] = cards.make(["L6"], runs.best([side for side in arm_results + worse if side.arm != "MHA"]))
     assert alone.seen is Seen.NOT_ASKED and alone.beside  # the rule's own part has not been run

@@ -133,7 +133,7 @@ def test_published_scores_by_their_number_of_problems(side, margin, first, secon
 
 def test_an_audit_and_a_run_answer_different_questions():
     claim = ClaimEntry(
-        kinds="AR", experiment="E1", text=["a", "b"], paper="", source="s", audit="holds", found=["a", "b"]
+        kinds="AR", experiment="E1", text=["a", "b"], paper="", source=["v3: Table 1"], audit="holds", found=["a", "b"]
     )
     table = rules().model_copy(update={"claim": {"Q1": ClaimRule(parts=[GAIN])}})
     for values, answer in ((None, "not-asked"), (CLEAR, "yes"), ([-1.0, -1.1, -0.9], "no")):

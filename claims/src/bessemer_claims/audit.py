@@ -17,7 +17,7 @@ from bessemer.addons.plan.step_time import step_time
 from bessemer.errors import UserError
 from bessemer.model import accounting
 from bessemer.model.config import preset
-from bessemer_claims.registry import read_toml
+from bessemer_claims.registry import citation, read_toml
 
 CLOSE, LOOSE = 0.10, 0.35
 """Bounds of the verdicts. They are our choice, and a reader may prefer others, so each verdict comes with its error."""
@@ -67,9 +67,14 @@ def deepseek_v3() -> list[Claim]:
     claims = []
     for key, predicted, assumptions in (*_counts(plan), *_training(plan), *_rl(plan), *_serving(plan)):
         claim = published_claims[key]
-        values = (claim["claim"], claim["unit"], claim["value"], predicted, claim["source"])
+        values = (claim["claim"], claim["unit"], claim["value"], predicted, cited(claim))
         claims.append(Claim(*values, assumptions, claim.get("exact", False)))
     return claims
+
+
+def cited(row: dict[str, Any]) -> str:
+    """Source and note of a row of reports.toml, in words."""
+    return "; ".join(filter(None, (citation(row["source"]).label(0), row.get("note"))))
 
 
 Predicted = Iterator[tuple[str, float, str]]

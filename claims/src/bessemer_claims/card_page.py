@@ -12,7 +12,7 @@ from bessemer.addons.watch.page import Html
 from bessemer_claims import phrases, pictures
 from bessemer_claims.cards import Card
 from bessemer_claims.phrases import COLON, SEMICOLON, SPACE, both, word, words
-from bessemer_claims.registry import experiments
+from bessemer_claims.registry import Citation, ClaimEntry
 from bessemer_claims.verdict import Documented, Outcome, PartFinding, Seen, parts_held
 
 
@@ -74,8 +74,8 @@ def brief(card: Card) -> Html:
 
 def full(card: Card) -> Html:
     """The whole card."""
-    body = page.paragraph(both(card.found), "found") if card.found else ""
-    does = both(experiments()[card.claim.experiment].does)
+    body = "".join(page.paragraph(both(text), "found") for text in (card.found, card.seen_text) if text)
+    does = both(card.does)
     if any(finding.seeds for finding in card.findings):
         body += page.paragraph(page.join(word("ran"), does, by=SPACE), "would")
     elif not card.found:
@@ -108,6 +108,21 @@ def links(cards: Iterable[Card]) -> Html:
     return page.join(*(Html(f'<a href="#{card.name}">{card.name}</a>') for card in cards), by=" ")
 
 
+def _sources(claim: ClaimEntry) -> Html:
+    """What the card cites, each a link with its title and date; or that nothing was published."""
+    if not claim.source:
+        return both(claim.sources())
+    return page.join(*(_cited(cited) for cited in claim.citations()), by=SEMICOLON)
+
+
+def _cited(cited: Citation) -> Html:
+    label, source = both([cited.label(0), cited.label(1)]), cited.source
+    if source.url is None:
+        return label
+    title = page.text(f"{source.title} ({source.date})")
+    return Html(f'<a href="{page.text(source.url)}" title="{title}" rel="noopener">{label}</a>')
+
+
 def _details(card: Card) -> Html:
     claim = card.claim
     audits = [finding for finding in card.findings if finding.part is None]
@@ -123,7 +138,7 @@ def _details(card: Card) -> Html:
     kinds = page.join(*(both(words()["kind"][kind]) for kind in claim.kinds), by=" + ")
     lines = [
         (word("published"), both([claim.published(0), claim.published(1)]) if claim.paper != "-" else ""),
-        (word("source"), both(claim.sources())),
+        (word("source"), _sources(claim)),
         (word("parts"), Html(f"<ul>{parts}</ul>") if parts else ""),
         (word("beside"), Html(f"<ul>{beside}</ul>") if beside else ""),
         (word("earlier"), Html(f"<code>{page.text(card.earlier.where)}</code>") if card.earlier else ""),

@@ -10,7 +10,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from bessemer_claims import phrases, registry, runs, verdict
+from bessemer_claims import phrases, registry, runs, sentences, verdict
 from bessemer_claims.registry import ClaimEntry, Text, claims, data, experiments
 from bessemer_claims.seeds import corrected
 from bessemer_claims.verdict import ClaimVerdict, Documented, Evidence, Measured, Outcome, PartFinding, Seen
@@ -35,11 +35,16 @@ class Card:
     """Whether documents bear the claim out: what the headline counts."""
     seen: Seen
     """Whether runs show it at their size."""
-    rules_1: ClaimVerdict
-    """The verdict that the claim had under rules 1, which had one answer for both questions."""
+    rules_1: ClaimVerdict | None
+    """The verdict that the claim had under rules 1, which had one answer for both questions; none for a newer claim."""
     findings: list[PartFinding]
     found: tuple[str, str] | None
-    limit: Text
+    """What documents and arithmetic say."""
+    seen_text: tuple[str, str] | None
+    """What the runs gave, if there is a sentence for it and they have been made."""
+    does: tuple[str, str]
+    """What is run, or would be."""
+    limit: tuple[str, str]
     earlier: EarlierRun | None
     values: dict[str, Any]
     """Everything computed for this card, by name."""
@@ -57,11 +62,6 @@ class Card:
         decided = [finding for finding in self.findings if finding.seeds and finding.size[0]]
         sizes = list(dict.fromkeys(tuple(finding.size) for finding in decided))
         return ["; ".join(size[0] for size in sizes), "；".join(size[1] for size in sizes)]
-
-    @property
-    def verdict(self) -> ClaimVerdict:
-        """`rules_1`, for the page of one verdict."""
-        return self.rules_1
 
     @property
     def same_as(self) -> str:
@@ -84,10 +84,11 @@ class Card:
             "rules_1": self.rules_1, "same_fact_as": self.same_as,
             "kinds": claim.kinds, "experiment": claim.experiment, "arms": claim.arms,
             "published": dict(zip(registry.LANGUAGES, map(claim.published, (0, 1)), strict=True)),
-            "source": claim.sources()[0],
+            "sources": [cited.facts() for cited in claim.citations()],
             "found": None if self.found is None else dict(zip(registry.LANGUAGES, self.found, strict=True)),
+            "runs_found": self.seen_text and dict(zip(registry.LANGUAGES, self.seen_text, strict=True)),
             "does_not_show": dict(zip(registry.LANGUAGES, self.limit, strict=True)),
-            "would_run": dict(zip(registry.LANGUAGES, experiments()[claim.experiment].does, strict=True)),
+            "would_run": dict(zip(registry.LANGUAGES, self.does, strict=True)),
             "values": self.values, "parts": [finding.facts() for finding in self.findings],
             "beside": [finding.facts() for finding in self.beside],
             "earlier_runs": None if self.earlier is None else self.earlier.where,
@@ -146,7 +147,7 @@ def _card(
 ) -> Card:  # fmt: skip
     from bessemer_claims import exact, planned, spot_checks
 
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = _published(name, claim)
     for computed in (exact.COMPUTED, spot_checks.CHECKS):
         if name in computed:
             values |= computed[name]()
@@ -160,15 +161,39 @@ def _card(
         verdict.corrected(finding, tested.get((name, finding.label)), rules)
         for finding in verdict.judge(name, claim, Evidence(values, decided, again), rules)
     ]
-    values["n_holds"] = sum(side.outcome is Outcome.HOLDS for side in findings)
-    limit = claim.limit or experiments()[claim.experiment].limit
-    beside = [_beside(name, side, value) for side, value in besides] + _printed(name)
+    values["n_holds"] = sum(finding.outcome is Outcome.HOLDS for finding in findings if finding.score is not None)
     needs_all = rule is not None and rule.needs == "all"
+    run = sentences.RunValues.of(measured or {}, rules.confidence)
+    experiment, context = experiments()[claim.experiment], exact.shared() | values | {"run": run}
     return Card(
-        name, claim, verdict.documented(findings, needs_all), verdict.seen(findings, needs_all),
-        ClaimVerdict(registry.verdicts_1()[name]), findings, _found(name, claim, values, earlier), limit, earlier,
-        values, beside,
+        name=name, claim=claim, documented=verdict.documented(findings, needs_all),
+        seen=verdict.seen(findings, needs_all), findings=findings,
+        rules_1=ClaimVerdict(before) if (before := registry.verdicts_1().get(name)) else None,
+        found=None if claim.found is None else sentences.filled(claim.found, context),
+        seen_text=_seen_text(claim, context, earlier), does=sentences.filled(experiment.does, context),
+        limit=sentences.filled(claim.limit or experiment.limit, context), earlier=earlier, values=values,
+        beside=[_beside(name, side, value) for side, value in besides] + _printed(name),
     )  # fmt: skip
+
+
+def _published(name: str, claim: ClaimEntry) -> dict[str, Any]:
+    """The published figures of a card, and of its first pair of scores: problems, gap, and how far is still equal."""
+    values: dict[str, Any] = dict(claim.figures)
+    if claim.scores:
+        first = claim.scores[0]
+        [rule] = [part for part in registry.rules().claim[name].parts if part.kind == "B"]
+        margin = abs(rule.threshold or 0) + (rule.margin or 0)
+        values |= {"problems": first.problems, "gap": abs(first.one - first.other), "margin": margin}
+    return values | {"n": len(claim.scores)}
+
+
+def _seen_text(claim: ClaimEntry, context: Mapping[str, Any], earlier: EarlierRun | None) -> tuple[str, str] | None:
+    if claim.seen is not None:
+        try:
+            return sentences.filled(claim.seen, context)
+        except sentences.MissingRun:
+            pass
+    return None if earlier is None else (earlier.text[0], earlier.text[1])
 
 
 def _beside(name: str, side: runs.Beside, measured: Measured) -> PartFinding:
@@ -185,16 +210,6 @@ def _printed(name: str) -> list[PartFinding]:
         [like] = [part for part in rules.claim[name].parts if part.metric == figure.like]
         findings.append(verdict.printed(like, figure, small, rules))
     return findings
-
-
-def _found(name: str, claim: ClaimEntry, values: dict[str, Any], earlier: EarlierRun | None) -> tuple[str, str] | None:
-    if claim.found is None:
-        return None if earlier is None else (earlier.text[0], earlier.text[1])
-    before = _earlier()[name].text if name in _earlier() else ["", ""]
-    english, chinese = (
-        sentence.format(**values, earlier=text) for sentence, text in zip(claim.found, before, strict=True)
-    )
-    return english, chinese
 
 
 def _measured(claim: str, finding: PartFinding) -> str:
@@ -228,11 +243,12 @@ def describe(cards: Sequence[Card]) -> str:
     lines = []
     for card in cards:
         lines.append(f"{card.name:<4} documented: {card.documented:<8} seen: {card.seen:<12} {card.claim.text[0]}")
-        would = f"would be run: {experiments()[card.claim.experiment].does[0]}"
-        text = card.found[0] if card.found else would if card.open else ""
+        texts = [text[0] for text in (card.found, card.seen_text) if text]
+        if card.open and not texts:
+            texts = [f"would be run: {card.does[0]}"]
         measured = [_measured(card.name, finding) for finding in card.findings]
         measured += [f"beside the rule: {_measured(card.name, finding)}" for finding in card.beside]
-        lines += [f"{'':<30}{line}" for line in (text, *measured) if line]
+        lines += [f"{'':<30}{line}" for line in (*texts, *measured) if line]
     return "\n".join([*lines, "", f"{len(cards)} claims. {totals(cards)}"])
 
 

@@ -44,7 +44,7 @@ def claims(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page to write. Default: claims.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check 119 claims of a popular account of DeepSeek-R1 by small runs, by calculation or by audit, on one page.
+    """Check the claims of an account of DeepSeek-R1 by small runs, by calculation or by audit, on one page.
 
     Without --quick or --full the runs take one to three hours, with one seed. Finished runs are not repeated, and
     the committed results count. Exit status 1: arithmetic contradicts a published figure, two runs that

@@ -22,7 +22,7 @@ from bessemer.addons.plan.step_time import step_time
 from bessemer.errors import UserError
 from bessemer_claims import audit, chance, planner_page
 from bessemer_claims.chance import Draws, Quantiles
-from bessemer_claims.registry import read_toml
+from bessemer_claims.registry import citation, read_toml
 
 TIMES = (2, 5, 10)
 LEAST_DRAWS = 20
@@ -89,7 +89,8 @@ class Credibility:
             "inside_million_usd": vars(Quantiles.of(self.usd)),
             "percentile": chance.percentile(self.hours, self.published),
             "percentile_usd": chance.percentile(self.usd, self.published_usd),
-            "outside_million_gpu_hours": vars(self.outside), "inputs": self.inputs, "reference": self.reference,
+            "outside_million_gpu_hours": vars(self.outside), "inputs": self.inputs,
+            "reference": [run | {"citation": run["citation"].facts()} for run in self.reference],
             "would_have_to_be_false": self.false,
             "test_runs": {
                 "runs": len(self.test), "inside_90_of_draws": self.covered[0],
@@ -169,12 +170,19 @@ def reference() -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = read_toml("reference.toml")["run"]
     own = runs[0]
     for run in runs:
-        if "hours" not in run:  # a benchmark of V3 itself, in tokens per second per GPU
-            run["v3_hours"] = own["tokens"] / run["tokens_s"] / 3600 / 1e6
-            continue
-        run["tflops"] = 6 * run["active"] * run["tokens"] / run["hours"] / 3600 / 1e12
-        run["v3_hours"] = own["active"] * own["tokens"] * run["hours"] / run["active"] / run["tokens"] / 1e6
+        run |= {key: run.get(key, False) for key in ("small", "same_network")}
+        run["citation"] = cited = citation(run["source"])
+        run["source"] = "; ".join(filter(None, (cited.label(0), run.get("note"))))
+        if "hours" in run:
+            run["tokens_s"] = run["tokens"] / run["hours"] / 3600
+        run["tflops"] = 6 * run["active"] * run["tokens_s"] / 1e12
+        run["v3_hours"] = 6 * own["active"] * own["tokens"] / (run["tflops"] * 1e12) / 3600 / 1e6
     return runs
+
+
+def slowest(small: bool) -> float:
+    """The most million GPU hours that V3 would take at the rate of a listed run: of a large one, or of any."""
+    return max(run["v3_hours"] for run in reference() if small or not run["small"])
 
 
 @cache
@@ -239,8 +247,10 @@ def _false(plan: RunPlan, times: int, published: float, hours: np.ndarray) -> di
     rate = plan.tokens / true / 3600
     use = rate * setup.shape.flops(setup.length) / (setup.device.bf16 * 1e12)
     slow = plan.gpu_hours / setup.in_step  # GPU hours if kernels were as fast as alone and all time were kernels
-    worst = max(run["v3_hours"] for run in reference() if run["active"] > 10e9)
-    slowest = f"the least efficient large run published would need {worst:.1f}M GPU hours, this {true / 1e6:.1f}M"
+    others = (
+        f"at the rate of the slowest large run listed V3 would need {slowest(False):.1f}M GPU hours, of the slowest "
+        f"of a small network {slowest(True):.1f}M, this {true / 1e6:.1f}M"
+    )
     return {
         "times": times, "million_gpu_hours": true / 1e6, "tokens_per_second_per_gpu": rate, "mfu_bf16": use,
         "in_step": true / slow,
@@ -248,6 +258,6 @@ def _false(plan: RunPlan, times: int, published: float, hours: np.ndarray) -> di
         "text": (
             f"{rate:,.0f} tokens/s/GPU, {100 * use:.1f} % of the BF16 peak; kernels {true / slow:.1f} x as long in "
             f"a step as alone; {true / 2048 / 24:,.0f} days on 2,048 GPUs, or {2048 * times:,} GPUs for the published "
-            f"days; {slowest}"
+            f"days; {others}"
         ),
     }  # fmt: skip

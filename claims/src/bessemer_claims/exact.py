@@ -20,7 +20,7 @@ from bessemer.addons.plan.plan_config import published, setup
 from bessemer.hf import mapping
 from bessemer.model import accounting
 from bessemer.model.config import ModelConfig, preset
-from bessemer_claims.registry import claims, read_toml
+from bessemer_claims.registry import claims, read_toml, rules
 
 Values = dict[str, Any]
 CONTEXT, LENGTH = 131_072, 4096
@@ -30,6 +30,32 @@ HEADS_PER_GROUP = 16
 
 def v3() -> ModelConfig:
     return preset("v3")
+
+
+def _rounded(number: float) -> int:
+    """To two significant digits."""
+    return int(float(f"{number:.1e}"))
+
+
+@cache
+def shared() -> Values:
+    """What sentences of several cards and experiments use: sizes of V3 and of the networks that were trained."""
+    from bessemer_claims import pretrain, results
+
+    def smaller(cfg: ModelConfig) -> int:
+        return _rounded(accounting.main_params(v3()) / accounting.main_params(cfg))
+
+    reference = pretrain.network("ref", "claims")
+    stored = results.committed().results
+    copied = [run.metrics["copy"] for run in stored if run.shape == "claims" and run.arm in ("ref", "MHA")]
+    solved = [run.metrics["pass@1"] for run in stored if run.part == "zero" and run.arm in ("base", "student", "mixed")]
+    return {
+        "smaller": smaller(reference), "smaller_rl": smaller(preset("tiny")), "routed": v3().n_routed_experts,
+        "tokens": pretrain.shapes()["claims"].tokens, "context": CONTEXT,
+        "level": 100 * rules().confidence,
+        "copied_low": 100 * min(copied), "copied_high": 100 * max(copied),
+        "solved_low": 100 * min(solved), "solved_high": 100 * max(solved),
+    }  # fmt: skip
 
 
 def _experts() -> Values:
@@ -57,7 +83,8 @@ def _cache() -> Values:
     token = full * cfg.n_layers * 2
     return {
         "latent": latent, "mha": full, "share": 100 * latent / full, "mha_mb": token / 1e6,
-        "context_gb": token * CONTEXT / 1e9,
+        "context_gb": token * CONTEXT / 1e9, "context": CONTEXT, "gpu_gb": device("H800").memory,
+        "fit": int(token * CONTEXT / 1e9 / device("H800").memory),
     }  # fmt: skip
 
 
@@ -87,7 +114,8 @@ def _recompute() -> Values:
     named = {name: size for name, (size, _) in costs.items()} | {
         f"{name}_work": work for name, (_, work) in costs.items()
     }
-    return named | {"dominated": dominated, "groups": groups, "dominated_by_groups": by_groups - dominated}
+    named |= {"dominated": dominated, "groups": groups, "dominated_by_groups": by_groups - dominated}
+    return named | {"length": LENGTH}
 
 
 def nodes_touched(cfg: ModelConfig) -> float:
@@ -106,7 +134,7 @@ def _prediction() -> Values:
     return {
         "modules": cfg.n_mtp, "heads": heads, "one": logits, "naive": 4 * logits, "growth": 4 * logits / logits,
         "without": plain, "with_": more,
-        "more": 100 * (more / plain - 1),
+        "more": 100 * (more / plain - 1), "length": LENGTH,
     }  # fmt: skip
 
 
@@ -142,20 +170,29 @@ def _layout() -> Values:
 
 
 def _pipeline() -> Values:
+    ranks, micro = 8, 20
+
     def idle(name: str, costs: Costs) -> float:
-        return max(simulate(schedule(name, 8, 20), costs).idle)
+        return max(simulate(schedule(name, ranks, micro), costs).idle)
 
     equal = Costs(1, 1, 1)
     times = {"one_f_one_b": idle("1f1b", equal), "zb1p": idle("zb1p", equal), "dualpipe": idle("dualpipe", equal)}
     overlapped = idle("dualpipe", Costs(1, 1, 1, 2.5))
-    return times | {"overlapped": overlapped, "dualpipe_ratio": times["dualpipe"] / times["one_f_one_b"]}
+    ratio = times["dualpipe"] / times["one_f_one_b"]
+    return times | {"overlapped": overlapped, "dualpipe_ratio": ratio, "ranks": ranks, "micro": micro}
 
 
 def _messages() -> Values:
     cfg = v3()
     bf16, fp8 = 2 * cfg.dim, cfg.dim + 4 * (cfg.dim // TILE)
     free = nodes_touched(cfg)
-    return {"fp8": fp8, "bf16": bf16, "free": free, "share": 100 * fp8 * cfg.n_limited_groups / (bf16 * free)}
+    return {
+        "fp8": fp8,
+        "bf16": bf16,
+        "free": free,
+        "limit": cfg.n_limited_groups,
+        "share": 100 * fp8 * cfg.n_limited_groups / (bf16 * free),
+    }
 
 
 def _links() -> Values:
@@ -196,11 +233,6 @@ def _against_meta() -> Values:
     }
 
 
-def _scores(name: str) -> Values:
-    score_of = claims()[name].scores
-    return {"n": len(score_of), "gap": abs(score_of[0].one - score_of[0].other)}
-
-
 def _figures(name: str) -> dict[str, float]:
     return claims()[name].figures
 
@@ -224,11 +256,13 @@ def _peak() -> Values:
 
 
 COMPUTED: dict[str, Callable[[], Values]] = {
-    "H1": lambda: _aime() | _scores("H1"), "H4": lambda: _scores("H4"), "H12": _hours, "Z10": lambda: _scores("Z10"),
+    "H1": _aime, "H12": _hours,
     **dict.fromkeys(("M1", "M5", "M12", "M13", "M17", "M21", "K8"), _experts),
-    "M10": lambda: {"free": nodes_touched(v3())}, "L4": _cache, "L5": _cache, "L9": _without_cache, "L10": _recompute,
-    **dict.fromkeys(("T2", "T8", "T9"), _prediction), "F3": _kept, "F4": _peak, "F12": _released,
+    "M10": lambda: {"free": nodes_touched(v3()), "groups": v3().n_expert_groups},
+    "L4": _cache, "L5": _cache, "L9": _without_cache, "L10": _recompute,
+    **dict.fromkeys(("T2", "T8", "T9", "T12"), _prediction), "F3": _kept, "F4": _peak, "F12": _released,
     "P1": _layout, "P2": _pipeline, "P4": _messages, "P5": _links, "G3": _critic,
+    "L11": lambda: {f"{name}_ratio": _figures("L11")[name] / _figures("L11")["v3"] for name in ("qwen", "llama")},
     "G5": lambda: {"share": 100 * _figures("G5")["tuning"] / _figures("G5")["whole"]},
     "G7": _base, "Z11": lambda: {"share": _hours()["zero"]}, "K2": _hours, "K5": _against_meta,
     "R4": lambda: {"samples": int(sum(_figures("R4").values()))},

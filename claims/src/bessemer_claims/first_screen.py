@@ -21,14 +21,13 @@ SAME_ANSWERS = "pass@1, right - fine-tuned on the same answers, points"
 
 def values() -> dict[str, Any]:
     """The computed numbers of the first screen. Dollars in millions, `_wan` in ten thousands, shares in percent."""
-    own, *others = planned.reference()
-    [again] = (run for run in others if "tokens_s" in run)
+    one = planned.independent()
     bill, meta = exact.COMPUTED["K2"]()["bill"], exact.COMPUTED["K5"]()
     times = accounting.main_params(exact.v3()) / accounting.main_params(preset("claims"))
     return {
-        "bill": bill, "bill_wan": 100 * bill, "speed": 100 * own["v3_hours"] / again["v3_hours"],
-        "own": 2 * own["v3_hours"], "own_wan": 200 * own["v3_hours"],
-        "again": 2 * again["v3_hours"], "again_wan": 200 * again["v3_hours"],
+        "bill": bill, "bill_wan": 100 * bill, "speed": one["nvidia_share"],
+        "own": one["own_usd"], "own_wan": 100 * one["own_usd"],
+        "again": one["nvidia_usd"], "again_wan": 100 * one["nvidia_usd"],
         "work": meta["work"], "use": meta["use"],
         "smaller": float(f"{times:.0e}"), "smaller_wan": float(f"{times:.0e}") / 1e4,
     }  # fmt: skip

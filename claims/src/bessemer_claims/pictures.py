@@ -118,10 +118,10 @@ def cost() -> Html:
 
     rows = [
         row(own["name"], own["v3_hours"], "own", kind="own"),
-        *(row(run["name"], run["v3_hours"], "same", kind="own") for run in others if "tokens_s" in run),
+        *(row(run["name"], run["v3_hours"], "same", kind="own") for run in others if run["same_network"]),
         planner("cost_planner", view["low"], view["median"], view["high"]),
         planner("cost_draws", inside.low, inside.median, inside.high),
-        *(row(run["name"], run["v3_hours"], "") for run in others if "tokens_s" not in run),
+        *(row(run["name"], run["v3_hours"], "") for run in others if not run["same_network"]),
         row(word("cost_floor"), floor, "middle"),
     ]
     return Html(f'<div class="runs">{"".join(rows)}</div>{page.paragraph(word("cost_note"), "unit")}')

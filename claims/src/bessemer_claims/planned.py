@@ -11,7 +11,7 @@ from bessemer.addons.plan.hardware import GIB
 from bessemer.addons.plan.layer_time import cuts
 from bessemer.addons.plan.memory import NumberFormats
 from bessemer.model import accounting
-from bessemer_claims import audit, credibility
+from bessemer_claims import audit, credibility, planner_page
 from bessemer_claims.chance import Quantiles
 from bessemer_claims.registry import read_toml
 
@@ -49,11 +49,49 @@ def _without() -> Values:
 
 @cache
 def outside_view() -> Values:
-    """Million GPU hours of V3's pre-training, corrected by the planner's errors on all other runs."""
+    """Million GPU hours of V3's pre-training: published, predicted (`point`), and corrected by the planner's errors on
+    all other runs; and how well that correction did on the test runs."""
     view, published = credibility.outside_view(), _audit()["pretraining"][1] / 1000
+    record = planner_page.outside_view()
     return {
         "low": view.low, "high": view.high, "median": view.median, "published": published,
-        "upper": view.high / published,
+        "upper": view.high / published, "point": _plan().gpu_hours / 1e6, "n_all": record["n_all"],
+        "n_tested": record["n_tested"], "record_inside": record["tested_inside"], "n_fast": record["n_fast"],
+        "n_before": record["n_others"], "fast_low": record["fast_low"], "fast_high": record["fast_high"],
+    }  # fmt: skip
+
+
+DOLLARS = 2.0
+"""A GPU hour, as the V3 report assumes."""
+
+
+@cache
+def independent() -> Values:
+    """The one public measurement of V3's network by others, NVIDIA's benchmark, beside the published run: million GPU
+    hours, days on as many GPUs, million dollars; `_share` and `_times` are relative to the published rate."""
+    own, nvidia = credibility.reference()[:2]
+    tiles, usual = nvidia["tiles"]
+
+    def bill(name: str, hours: float) -> Values:
+        days = hours * 1e6 / _plan().gpus / 24
+        return {f"{name}_hours": hours, f"{name}_days": days, f"{name}_usd": DOLLARS * hours}
+
+    return bill("own", own["v3_hours"]) | bill("nvidia", nvidia["v3_hours"]) | {
+        "nvidia_gpus": nvidia["gpus"], "nvidia_share": 100 * nvidia["tokens_s"] / own["tokens_s"],
+        "nvidia_times": nvidia["v3_hours"] / own["v3_hours"],
+        "nvidia_tiles_usd": DOLLARS * nvidia["v3_hours"] * usual / tiles,
+    }  # fmt: skip
+
+
+def bounds() -> Values:
+    """What V3's bill would be at the rate of the slowest run of reference.toml, in multiples of the published one."""
+    own, *others = reference()
+    large = [run for run in others if not run["small"]]
+    return {
+        "listed": len(others), "listed_large": len(large), "listed_small": len(others) - len(large),
+        "spread": credibility.slowest(False) / own["v3_hours"],
+        "spread_all": credibility.slowest(True) / own["v3_hours"],
+        "ratio": own["tflops"] / max(run["tflops"] for run in large if "hours" in run),
     }  # fmt: skip
 
 
@@ -80,11 +118,11 @@ def values(name: str) -> Values:
     """The planner's values for a claim, under the names that its rule and its sentences use."""
     results = {} if name in ("K1", "K3", "K9") else dict(_without())
     if name == "M21":
-        results["gib"] = _plan().highest / GIB
+        results |= {"gib": _plan().highest / GIB, "has": _has(), "gpus": _plan().gpus}
     elif name == "F4":
-        results["run"] = results["fp8"]
+        results["whole"] = results["fp8"]
     elif name == "F5":
-        results |= {"bf16": results["bf16_gib"], "fp8": _plan().highest / GIB}
+        results |= {"bf16": results["bf16_gib"], "fp8": _plan().highest / GIB, "has": _has()}
     elif name == "P6":
         results |= _optimizer()
     elif name == "P7":
@@ -94,20 +132,23 @@ def values(name: str) -> Values:
         results |= {"planned": predicted, "error": 100 * (predicted / published - 1)}
     elif name == "R7":
         tokens_s, (margin, published) = _audit()["decode"][0] * 1000, _audit()["margin"]
-        results |= {"cost": 8 * 2 / 3600 / tokens_s * 1e6, "miss": 100 * (margin / published - 1)}
+        cost = 8 * DOLLARS / 3600 / tokens_s * 1e6
+        results |= {"cost": cost, "dollars": DOLLARS, "miss": 100 * (margin / published - 1)}
     elif name == "K2":
-        results["planned"] = _audit()["usd"][0]
+        results |= independent() | {"planned": _audit()["usd"][0]}
     elif name in ("K1", "K9"):
         view = inside_view()
-        results |= outside_view() | {"floor": floor(), "days": _plan().days}
+        results |= outside_view() | independent() | {"floor": floor(), "days": _plan().days}
         results |= {"inside_low": view.low, "inside_high": view.high}
         results["above_floor"] = results["published"] / results["floor"]
     elif name == "K3":
-        own, *others = (run for run in reference() if "hours" in run)
-        hours = [run["v3_hours"] for run in reference() if run["active"] > 10e9]
-        results |= outside_view() | {"ratio": own["tflops"] / max(run["tflops"] for run in others)}
-        results["spread"] = max(hours) / results["published"]
+        results |= outside_view() | independent() | bounds()
     return results
+
+
+def _has() -> float:
+    """GiB of memory of V3's GPUs."""
+    return _plan().setup.device.memory
 
 
 def _optimizer() -> Values:

@@ -19,6 +19,7 @@ from pydantic import Field
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import ConfigTable
 from bessemer.config.training import PretrainConfig
+from bessemer.model.config import ModelConfig
 from bessemer.runs.metrics import read_lines
 from bessemer_claims import pretrain_spikes, registry
 from bessemer_claims.pretrain_metrics import BESIDE, METRICS, SPIKES, WIDE
@@ -169,16 +170,20 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
         lines = read_lines(donated(job, folder) / "metrics.jsonl")
         return {"spikes": pretrain_spikes.spikes(line for line in lines if line["stage"] == "pretrain")}
     if job.arm == SPEED:
-        from bessemer.train.setup import model_config
         from bessemer_claims import pretrain_speed
 
-        recipes = {arm: recipe(arm, job.seed, job.shape) for arm in pretrain_speed.ARMS}
-        return pretrain_speed.ratios(
-            {arm: model_config(arm_recipe, _stage(arm_recipe).model) for arm, arm_recipe in recipes.items()}, job.seed
-        )
+        return pretrain_speed.ratios({arm: network(arm, job.shape) for arm in pretrain_speed.ARMS}, job.seed)
     from bessemer_claims.pretrain_measures import numbers
 
     return numbers(folder, _stage(recipe(job.arm, job.seed, job.shape)))
+
+
+def network(arm: str, shape: str) -> ModelConfig:
+    """The network that an arm trains."""
+    from bessemer.train.setup import model_config
+
+    arm_recipe = recipe(arm, 1, shape)
+    return model_config(arm_recipe, _stage(arm_recipe).model)
 
 
 def _stage(arm_recipe: Recipe) -> PretrainConfig:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,6 +20,61 @@ from bessemer.errors import UserError
 Text = Annotated[list[str], Field(min_length=2, max_length=2)]
 """[English, Chinese]."""
 LANGUAGES = ("en", "zh")
+
+
+class Source(ConfigTable):
+    """A document that cards cite; the head of sources.toml explains the fields."""
+
+    name: Text
+    title: str
+    date: Annotated[str, Field(pattern=r"^\d{4}(-\d{2}){0,2}$")]
+    url: Annotated[str, Field(pattern="^https://")] | None = None
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A place in a source: "Table 4", "section 2.3.2"."""
+
+    key: str
+    source: Source
+    places: tuple[tuple[str, str], ...]
+    """Each in English and Chinese."""
+
+    def label(self, language: int) -> str:
+        """Name and places: "V3 technical report, Table 1"."""
+        return (", ", "，")[language].join([self.source.name[language], *(place[language] for place in self.places)])
+
+    def facts(self) -> dict[str, Any]:
+        return {"source": self.label(0), "title": self.source.title, "date": self.source.date, "url": self.source.url}
+
+
+PLACES = (
+    (r"(Supplementary )?Table (\d+)", lambda m: (m[0], f"{'补充' * bool(m[1])}表 {m[2]}")),
+    (r"Figure (\d+)", lambda m: (m[0], f"图 {m[1]}")),
+    (r"Appendix ([A-Z][\d.]*)", lambda m: (m[0], f"附录 {m[1]}")),
+    (r"(\d+(?:\.\d+)*)", lambda m: (f"section {m[1]}", f"{m[1]} 节")),
+    (r"abstract", lambda m: (m[0], "摘要")),
+    (r"list of authors", lambda m: (m[0], "作者名单")),
+    (r"release ([\d.]+)", lambda m: (m[0], f"{m[1]} 版")),
+    (r"(DGX-\w+|EP \d+|\d\d\d\d-\d\d-\d\d)", lambda m: (m[0], m[0])),
+)
+"""How a place in a source is written, and what it is called in English and Chinese."""
+
+
+def citation(written: str) -> Citation:
+    """ "key" or "key: place, place"; ValueError for an unknown source and for a place of another form."""
+    key, _, where = written.partition(": ")
+    if key not in sources():
+        near = difflib.get_close_matches(key, sources(), n=1, cutoff=0.3)
+        raise ValueError(f"no source {key!r} in sources.toml{'; did you mean ' + near[0] + '?' if near else ''}")
+    return Citation(key, sources()[key], tuple(_place(place) for place in where.split(", ") if place))
+
+
+def _place(written: str) -> tuple[str, str]:
+    for form, name in PLACES:
+        if match := re.fullmatch(form, written):
+            return name(match)
+    raise ValueError(f"{written!r} is no place in a source; write Table 4, Figure 2, Appendix B.1, 2.3.2 or abstract")
 
 
 class PublishedScore(ConfigTable):
@@ -36,23 +93,34 @@ class ClaimEntry(ConfigTable):
     experiment: str
     text: Text
     paper: str | Text
-    source: str | Text
+    source: list[str] = Field(default_factory=list)
     arms: str = ""
     audit: Literal["holds", "fails", "mixed", "unclear", "unknowable"] | None = None
     figures: dict[str, float] = Field(default_factory=dict)
     scores: list[PublishedScore] = Field(default_factory=list)
     found: Text | None = None
+    seen: Text | None = None
     limit: Text | None = None
 
     def published(self, language: int) -> str:
         return self.paper if isinstance(self.paper, str) else self.paper[language]
 
+    def citations(self) -> list[Citation]:
+        """What the card cites, each with the place in it."""
+        return [citation(written) for written in self.source]
+
     def sources(self) -> tuple[str, str]:
-        """The source in both languages."""
-        return (self.source, self.source) if isinstance(self.source, str) else (self.source[0], self.source[1])
+        """What the card cites, in words, in both languages; or that nothing was published."""
+        if not self.source:
+            english, chinese = read_toml("sources.toml")["none"]["figure"]
+            return english, chinese
+        return tuple((("; ", "；")[n]).join(cited.label(n) for cited in self.citations()) for n in (0, 1))
 
     @model_validator(mode="after")
     def _complete(self) -> ClaimEntry:
+        self.citations()
+        if self.audit and not self.source:
+            raise ValueError("an audit needs a source")
         if self.audit and "A" not in self.kinds:
             raise ValueError("an audit needs A among the kinds")
         if self.kinds[0] in "XSAN" and self.found is None:
@@ -183,6 +251,13 @@ def entry(kind: type[Table], values: dict[str, Any], where: str) -> Table:
         wrong = error.errors()[0]
         key = ".".join(str(part) for part in wrong["loc"])
         raise UserError(f"{where}{': ' + key if key else ''}: {wrong['msg']}") from None
+
+
+@cache
+def sources() -> dict[str, Source]:
+    """Everything that can be cited, by key, the account itself included."""
+    table = read_toml("sources.toml")
+    return {key: entry(Source, row, f"sources.toml, {key}") for key, row in table.items() if key != "none"}
 
 
 @cache

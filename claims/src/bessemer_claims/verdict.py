@@ -235,10 +235,12 @@ def parts_held(findings: Sequence[PartFinding], role: Role) -> tuple[int, int]:
 
 def documented(findings: Sequence[PartFinding], needs_all: bool = False) -> Documented:
     """What documents say of a claim with these findings. One that cannot be known weighs nothing; a claim of several
-    parts that fails in one of them and holds in none is wrong only if nothing about it is open."""
-    outcomes = {finding.outcome for finding in findings if finding.role == "documents"}
-    outcomes -= {Outcome.OPEN, Outcome.UNKNOWABLE}
-    if Outcome.FAILS in outcomes and (needs_all or outcomes == {Outcome.FAILS}):
+    parts that fails in one of them and holds in none is wrong only if nothing about it is open. If all parts must hold,
+    one of the rule's parts that fails is enough; a source that is right in part is not."""
+    documents = [finding for finding in findings if finding.role == "documents"]
+    outcomes = {finding.outcome for finding in documents} - {Outcome.OPEN, Outcome.UNKNOWABLE}
+    part_fails = any(finding.outcome is Outcome.FAILS for finding in documents if finding.part is not None)
+    if (needs_all and part_fails) or outcomes == {Outcome.FAILS}:
         return Documented.NO
     if outcomes == {Outcome.HOLDS}:
         return Documented.YES
