@@ -212,11 +212,13 @@ def printed(like: Part, figure: PrintedFigure, runs: PrintedRuns, rules: Rules) 
     """The finding on a figure of which no run is left, by the threshold of another part, `like`. No verdict uses it."""
     if figure.values:
         return beside(like, figure.name[0], Measured(figure.values, size=runs.size), rules, (False, False))
-    own = {"metric": figure.name[0], "paper": None, "positive": "", "negative": ""}
-    part, known = like.model_copy(update=own), {"seeds": runs.seeds, "size": runs.size}
+    part = like.model_copy(update={"metric": figure.name[0], "paper": None, "positive": "", "negative": ""})
+    gap = (figure.after or 0.0) - (figure.before or 0.0)
+    finding = PartFinding(
+        part, Outcome.UNCLEAR, part.metric, seeds=runs.seeds, size=runs.size, value=gap, doubts=(Doubt.MEANS,)
+    )
     if figure.mean is None or figure.low is None or figure.high is None:
-        gap = (figure.after or 0.0) - (figure.before or 0.0)
-        return PartFinding(part, Outcome.UNCLEAR, part.metric, value=gap, doubts=(Doubt.MEANS,), **known)
+        return finding
     interval = Interval(figure.mean, figure.low, figure.high)
     outcome = _side(part, interval)
     doubts = {
@@ -224,7 +226,7 @@ def printed(like: Part, figure: PrintedFigure, runs: PrintedRuns, rules: Rules) 
         Doubt.SMALL: outcome is Outcome.FAILS and _beyond(part, figure.mean),
     }
     there = tuple(doubt for doubt, holds in doubts.items() if holds)
-    return PartFinding(part, outcome, part.metric, interval, value=figure.mean, doubts=there, **known)
+    return replace(finding, outcome=outcome, interval=interval, value=figure.mean, doubts=there)
 
 
 def parts_held(findings: Sequence[PartFinding], role: Role) -> tuple[int, int]:
