@@ -55,8 +55,7 @@ class Drafts(Component):
 
 def nats_of(out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Tensor:
     """Cross entropy of each module on the trained tokens of a batch, in nats, and their weight, [2 K]."""
-    pairs = (
-        (predicting(hidden_BTD, weight_VD, batch, 1 + k), batch.predicted(1 + k)[1].sum())
-        for k, hidden_BTD in enumerate(out.mtp_hidden, start=1)
-    )
-    return torch.stack([number for pair in pairs for number in pair])
+    numbers = []
+    for k, hidden_BTD in enumerate(out.mtp_hidden, start=1):
+        numbers += [predicting(hidden_BTD, weight_VD, batch, 1 + k), batch.predicted(1 + k)[1].sum()]
+    return torch.stack(numbers)
