@@ -254,7 +254,9 @@ def describe(cards: Sequence[Card]) -> str:
 
 def totals(cards: Sequence[Card]) -> str:
     """How many cards have each answer, in a line."""
+    documented, seen = answers(cards)
+    counted: list[tuple[str, Mapping[Any, int]]] = [("Documented:", documented), ("Seen in small:", seen)]
     return ". ".join(
         f"{question} {', '.join(f'{number} {answer}' for answer, number in of.items() if number)}"
-        for question, of in zip(("Documented:", "Seen in small:"), answers(cards), strict=True)
+        for question, of in counted
     )

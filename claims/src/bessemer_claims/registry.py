@@ -114,7 +114,8 @@ class ClaimEntry(ConfigTable):
         if not self.source:
             english, chinese = read_toml("sources.toml")["none"]["figure"]
             return english, chinese
-        return tuple((("; ", "；")[n]).join(cited.label(n) for cited in self.citations()) for n in (0, 1))
+        english, chinese = ([cited.label(language) for cited in self.citations()] for language in (0, 1))
+        return "; ".join(english), "；".join(chinese)
 
     @model_validator(mode="after")
     def _complete(self) -> ClaimEntry:

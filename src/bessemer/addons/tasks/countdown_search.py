@@ -24,7 +24,7 @@ from bessemer.tasks.countdown_traces import WORDS
 BACK = {"en": "back ", "zh": "回到"}
 ANY = {op: OPS.replace(op, "") for op in OPS}
 RAISED, LOWERED = {"-": "+*", "+": "*", "*": ""}, {"*": "+-", "+": "-", "-": ""}
-"""The operators that an operator may be changed into: any, those that make more of two numbers, those that make less."""
+"""The operators that one may be changed into: any, those that make more of two numbers, those that make less."""
 
 
 @dataclass(frozen=True)
