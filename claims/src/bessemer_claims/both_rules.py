@@ -29,13 +29,16 @@ CHANGES = (
 def compared(cards: Sequence[Card]) -> str:
     """Verdicts under rules 1 beside the answers under rules 2: changes, counts, then every claim."""
     rules = registry.rules()
-    old = ", ".join(f"{number} {verdict}" for verdict, number in counts(cards).items() if number)
+    before = counts(cards)
+    old = ", ".join(f"{number} {verdict}" for verdict, number in before.items() if number)
     lines = [
         "# The claims under both rules", "",
         f"Rules 2 ({rules.date}) are `claims/src/bessemer_claims/rules.toml`, SHA-256 {registry.rules_hash()[:16]};",
         f"rules 1 are `rules-1.toml` beside it, {rules.before[0][:16]}. `bessemer claims --rules` prints this page.",
         "",
-        f"- {len(cards)} claims under rules 1: {old}.", f"- Under rules 2: {totals(cards)}.", "",
+        f"- {sum(before.values())} claims under rules 1: {old}.",
+        f"- {len(cards)} claims under rules 2: {totals(cards)}.",
+        "",
         "What changed:", "", *(f"- {change}" for change in CHANGES), "",
         "| | rules 1 | documented | seen in small | parts that hold | claim |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -48,5 +51,5 @@ def _row(card: Card) -> str:
     }  # fmt: skip
     parts = ", ".join(f"{name} {holds} of {of}" for name, (holds, of) in held.items() if of)
     same = f" (as {card.same_as})" if card.same_as else ""
-    answers = f"{card.rules_1} | {card.documented} | {card.seen}"
+    answers = f"{card.rules_1 or 'new'} | {card.documented} | {card.seen}"
     return f"| {card.name} | {answers} | {parts} | {card.claim.text[0]}{same} |"
