@@ -156,6 +156,15 @@ def test_every_card_has_both_answers(all_cards, opened):
             assert card.seen_at[0] in text
 
 
+def test_every_source_is_a_link_under_its_card(all_cards, opened):
+    """With the address of sources.toml."""
+    linked = opened.evaluate("""Object.fromEntries([...document.querySelectorAll(".claim")].map(card =>
+        [card.id, [...card.querySelectorAll("a[href^=https]")].map(link => link.getAttribute("href"))]))""")
+    for card in all_cards:
+        assert linked[card.name] == [cited.source.url for cited in card.claim.citations() if cited.source.url]
+    assert sum(map(len, linked.values())) > len(all_cards)
+
+
 def test_old_counts_stand_beside_the_new(all_cards, opened):
     rows = [row.locator("td").all_text_contents() for row in opened.locator("#changed tbody tr").all()]
     numbers = [[int(cell) for cell in row[1:]] for row in rows]
@@ -184,7 +193,8 @@ def test_the_first_screen_follows_from_figures(all_cards):
     assert computed["speed"] == pytest.approx(100 * 1297 * 2.664e6 * 3600 / 14.8e12)
     assert computed["work"] == pytest.approx(405 * 15.6 / (37 * 14.8))
     assert computed["use"] == pytest.approx(1, abs=0.02), "the page says that both do the same"
-    assert computed["smaller"] == 300_000 and computed["smaller_wan"] == 30
+    assert computed["smaller"] == pytest.approx(671e9 / 2.3e6, rel=0.03)
+    assert computed["smaller"] == pytest.approx(1e4 * computed["smaller_wan"])
     text = first_screen.answer(all_cards)
     assert "−0.2" in text and text.count("<li>") == 3
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from bessemer.addons.watch import page
 from bessemer.addons.watch.page import Html
-from bessemer.model import accounting
-from bessemer.model.config import preset
 from bessemer_claims import exact, planned
 from bessemer_claims.cards import Card
 from bessemer_claims.phrases import SPACE, word, words
+from bessemer_claims.registry import sources
 from bessemer_claims.verdict import Documented
 
 SAME_ANSWERS = "pass@1, right - fine-tuned on the same answers, points"
@@ -23,13 +22,13 @@ def values() -> dict[str, Any]:
     """The computed numbers of the first screen. Dollars in millions, `_wan` in ten thousands, shares in percent."""
     one = planned.independent()
     bill, meta = exact.COMPUTED["K2"]()["bill"], exact.COMPUTED["K5"]()
-    times = accounting.main_params(exact.v3()) / accounting.main_params(preset("claims"))
+    smaller = exact.shared()["smaller"]
     return {
         "bill": bill, "bill_wan": 100 * bill, "speed": one["nvidia_share"],
         "own": one["own_usd"], "own_wan": 100 * one["own_usd"],
         "again": one["nvidia_usd"], "again_wan": 100 * one["nvidia_usd"],
         "work": meta["work"], "use": meta["use"],
-        "smaller": float(f"{times:.0e}"), "smaller_wan": float(f"{times:.0e}") / 1e4,
+        "smaller": smaller, "smaller_wan": smaller / 1e4,
     }  # fmt: skip
 
 
@@ -70,7 +69,7 @@ def known(cards: Sequence[Card], made: datetime.date) -> Html:
     audited = sum("A" in card.claim.kinds for card in cards)
     tried = sum(any(finding.seeds for finding in card.findings) for card in cards)
     how = word("known", computed=computed, audited=audited, tried=tried, **values())
-    account = word("account", n=len(cards), title=words()["account_name"], date=words()["account_date"])
+    account = word("account", n=len(cards), title=words()["account_name"], date=sources()["account"].date)
     day = word("made", day=[f"{made.day} {made:%B %Y}", f"{made.year} 年 {made.month} 月 {made.day} 日"])
     day = Html(f'<time datetime="{made.isoformat()}">{day}</time>')
     errors = Html(f'<a href="#errors">{word("errors")}</a>')
