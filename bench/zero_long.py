@@ -41,7 +41,7 @@ CURVES = {
     "repeated": "rl/trace/repeated", "words": "rl/reflective_words", "truncated": "rl/truncated",
 }  # fmt: skip
 HELD_OUT = ("model", "task", "n", "samples", "pass_at_1", "pass_at_k", "mean_length", "truncated")
-FIVE, TWO = "FiveNumbers", "TwoNumbers"
+FIVE, TWO = "countdown:5", "countdown:2"
 COLOURS = {"zero": "#1f6fb4", "coin": "#6b6b6b", "easy": "#c8641b"}
 
 
@@ -75,7 +75,7 @@ def curves_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 def corpus_rates(pages: int = 2_000) -> dict[str, float | None]:
     """What the thoughts of the corpus hold: the base rates of what the curves count."""
-    task = tasks.get(f"{RECIPE.parent / 'few_numbers.py'}:{FIVE}")
+    task = tasks.get(f"{RECIPE.parent / 'few_numbers.py'}:FiveNumbers")
     written = [task.written(number) for number in range(pages)]
     found = rates(diagnose(page.problem, page.response) for page in written)
     lengths = [page.response.count("\n") + 1 for page in written if "<think>" in page.response]
