@@ -255,8 +255,6 @@ def describe(cards: Sequence[Card]) -> str:
 def totals(cards: Sequence[Card]) -> str:
     """How many cards have each answer, in a line."""
     documented, seen = answers(cards)
-    counted: list[tuple[str, Mapping[Any, int]]] = [("Documented:", documented), ("Seen in small:", seen)]
-    return ". ".join(
-        f"{question} {', '.join(f'{number} {answer}' for answer, number in of.items() if number)}"
-        for question, of in counted
-    )
+    papers = ", ".join(f"{number} {answer}" for answer, number in documented.items() if number)
+    small = ", ".join(f"{number} {answer}" for answer, number in seen.items() if number)
+    return f"Documented: {papers}. Seen in small: {small}"
