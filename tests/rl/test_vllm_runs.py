@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from whole_runs import GRPO, IMPORTED, figures, run, start
 
 from bessemer.addons.distributed import json_server, vllm_engine
 from bessemer.addons.distributed.rank0_sampler import TrainedPolicy
@@ -187,40 +188,9 @@ def test_a_wrong_rope_operation_is_refused(engine, directory, monkeypatch):
         worker.generate(1, exchange(engine, dict(engine.model.state_dict())), batch_of(engine, temperature=1.0))
 
 
-RECIPE = """
-name = "vllm"
-seed = 3
-[model]
-preset = "tiny"
-[[stage]]
-kind = "import"
-name = "base"
-model = "{base}"
-[[stage]]
-kind = "rl"
-name = "zero"
-tasks = ["arithmetic"]
-precision = "float32"
-prompt_template = "model"
-rollouts = 3
-prompts_per_rollout = 4
-samples = 4
-max_new_tokens = 24
-lr = 1e-3
-heldout = {{ every = 3, problems = 4, minimum_pass = 0.0 }}
-rollout = {{ engine = "vllm", max_model_len = 128 }}
-"""
-
-
-def run(recipe, out):
-    """Starts a run in a process of its own: this one has imported vLLM, and with it Ray, in another mode. Its processes
-    have MARK in their environment."""
-    command = [sys.executable, "-m", "bessemer", "run", str(recipe), "--out", str(out)]
-    marked = os.environ | {MARK: str(out)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=marked)
-
-
+RECIPE = IMPORTED + GRPO + 'rollout = {{ engine = "vllm", max_model_len = 128 }}\nmax_new_tokens = 24\n'
 MARK = "BESSEMER_TEST"
+"""In the environment of a run's processes, with its folder."""
 
 
 def workers_of(out):
@@ -238,9 +208,9 @@ def test_a_killed_vllm_worker_changes_no_rollout(directory, tmp_path):
     """kill -9 of the worker in the middle of the run: it is replaced, and generates the same samples again."""
     recipe = tmp_path / "vllm.toml"
     recipe.write_text(RECIPE.format(base=directory))
-    undisturbed = run(recipe, tmp_path / "whole")
-    assert undisturbed.wait() == 0, undisturbed.stdout.read()
-    killed = run(recipe, tmp_path / "killed")
+    status, output = run(recipe, tmp_path / "whole")
+    assert status == 0, output
+    killed = start(recipe, tmp_path / "killed", **{MARK: str(tmp_path / "killed")})
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while not metrics.exists() or '"rl/reward"' not in metrics.read_text():
         assert killed.poll() is None, killed.stdout.read()
@@ -251,8 +221,7 @@ def test_a_killed_vllm_worker_changes_no_rollout(directory, tmp_path):
     assert workers and killed.wait() == 0 and "is replaced" in killed.stdout.read()
     first, second = ((tmp_path / name / "02-zero" / "rollouts.jsonl").read_text() for name in ("whole", "killed"))
     assert first == second
-    gaps = [json.loads(line)["values"].get("rl/sampler_gap", 0) for line in metrics.open()]
-    assert 0 < max(gaps) < 1e-4
+    assert 0 < max(figures(tmp_path / "killed", "zero", "rl/sampler_gap").values()) < 1e-4
 
 
 def test_an_answer_ends_at_a_stop_string_as_in_our_engine(engine, worker):
@@ -413,13 +382,10 @@ def test_episodes_are_played_turn_by_turn(directory, tmp_path):
     recipe, out = tmp_path / "talk.toml", tmp_path / "run"
     text = RECIPE.replace('"arithmetic"', '"talk.py:Talk"').replace("max_new_tokens = 24", "max_new_tokens = 60")
     recipe.write_text(text.format(base=directory))
-    process = run(recipe, out)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    values = [json.loads(line)["values"] for line in (out / "metrics.jsonl").open()]
-    assert max(line.get("rl/turns", 0) for line in values) > 1
-    gaps = [line["rl/sampler_gap"] for line in values if "rl/sampler_gap" in line]
-    assert len(gaps) == 3 and max(gaps) < 1e-4
+    status, output = run(recipe, out)
+    assert status == 0, output
+    gaps = figures(out, "zero", "rl/sampler_gap").values()
+    assert max(figures(out, "zero", "rl/turns").values()) > 1 and len(gaps) == 3 and max(gaps) < 1e-4
 
 
 ENVIRONMENT = {
@@ -519,15 +485,9 @@ def test_rl_on_a_server_without_a_gpu_is_refused(engine, serving, directory):
         sampler.open()
 
 
-STAGES = """
-name = "vllm"
-seed = 3
-[model]
-preset = "tiny"
-[[stage]]
-kind = "import"
-name = "base"
-model = "{base}"
+STAGES = (
+    IMPORTED
+    + """
 [[stage]]
 kind = "eval"
 models = ["base"]
@@ -539,6 +499,7 @@ max_new_tokens = 40
 searched_words = 0
 {rollout}
 """
+)
 
 
 def test_an_evaluation_by_vllm_is_that_of_our_engine(serving, directory, tmp_path):
@@ -551,9 +512,8 @@ def test_an_evaluation_by_vllm_is_that_of_our_engine(serving, directory, tmp_pat
     rows = {}
     for name, rollout in rollouts.items():
         (tmp_path / f"{name}.toml").write_text(STAGES.format(base=directory, rollout=rollout))
-        process = run(tmp_path / f"{name}.toml", tmp_path / name)
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
+        status, output = run(tmp_path / f"{name}.toml", tmp_path / name)
+        assert status == 0, output
         rows[name] = json.loads(next((tmp_path / name).glob("*eval/results.json")).read_text())["rows"]
     assert rows["local"] == rows["worker"] == rows["server"]
 
