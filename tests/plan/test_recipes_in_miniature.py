@@ -96,6 +96,7 @@ def miniature(folder, name, family, ranks, sampler):
     text = re.sub(r'(?m)^model = "(hf|package):.*"$', f'model = "{write_model(folder, family)}"', text)
     worker = "" if sampler == "local" else '[stage.rollout]\nengine = "vllm"\nmax_model_len = 256\n'
     text = re.sub(r"(?m)^\[stage\.rollout\]\n(?:\w.*\n)+", worker, text)
+    text = text if worker else re.sub(r"(?m)^rollout = .*\n", "", text)
     text = re.sub(r"(?m)^(ep|dp) = \d+", lambda found: f"{found[1]} = {ranks}", text)
     text = re.sub(r"(?m)^tasks = .*$", 'tasks = ["arithmetic"]', text)
     text = re.sub(r"(?m)^reward = .*$", 'reward = "varied.py:varied"', text)
@@ -107,6 +108,7 @@ def miniature(folder, name, family, ranks, sampler):
     overrides = [
         f"{stage.name}.{key}={json.dumps(value)}"
         for stage in stages for key, value in SMALL.get(stage.kind, {}).items()
+        if (stage.kind, key, sampler) != ("eval", "precision", "vllm")  # vLLM has a precision of its own
     ]  # fmt: skip
     return folder / f"{name}.toml", overrides
 
