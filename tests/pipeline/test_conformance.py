@@ -60,7 +60,7 @@ OAOAOPAAAAPAAAAAAAAPOAPA Loss of a token
 OAOAOAAAAAPAAAAAAAAAOAAA Clip
 OAOAOPAPPOPAAOOOAOAPOAOA KL to the reference (k3, in the loss)
 OAOAOAAAAAPAAAAAAAAAOAAA Mini-batches per rollout
-OPOAOPAPPPPAPPPPPPPPOPPP On policy, every sample used
+OPOAOPAPPAPAPPPPPPPPOPPP On policy, every sample used
 OSOSOSSSSSPSSSSSSSSSOSSS Learning rate of RL
 OPOPOPPPPPPPPPPPPPPPOPPP Sampling temperature of RL
 OOOOOPPOOOPPPOOOOOOOOOOO Sampling temperature with preference rewards

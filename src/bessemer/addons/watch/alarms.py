@@ -67,7 +67,6 @@ OTHER_THAN_ZERO_LONG: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("entropy", lambda entropy: entropy < 0.05, "at first entropy is {:.2g} nats per token: samples are alike"),
 )
 """No growth: how the first rollouts differ from those of recipes/zero-long.toml (seed 7), the likeliest cause first."""
-ZERO_LONG = "the recipe zero-long, which grows, begins with 2.5 tries, half of the groups, 90% and 0.28 nats"
 MIXED, MIXED_FALL = 0.8, 0.05
 """Language mixing: share of words in the problem's language among answers that think, and its fall since the start."""
 MIXED_ALWAYS = 0.6
