@@ -196,9 +196,7 @@ def _no_growth(history: MetricHistory) -> Alarm | None:
         "no-growth",
         f"answers have {length.now:.0f} tokens ({length.start:.0f} at first), {right.now:.1%} are right "
         f"({right.start:.1%})",
-        f"{cause}; {ZERO_LONG}"
-        if cause
-        else "steps are too small: the first rollouts are like those of runs that grow",
+        cause if cause else "steps are too small: the first rollouts are like those of runs that grow",
         "pre-train on pages with several tries and on dialogues in the prompt's manner, or choose easier problems"
         if cause
         else "raise lr or rollouts",
