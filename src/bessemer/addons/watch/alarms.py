@@ -56,17 +56,10 @@ PREFERENCE_RISE, TRUE_FALL = 0.05, 0.05
 """Reward-model hacking: the score (about 0 to 1) rose by this much and true accuracy fell by this much."""
 GREW = 0.1
 """No growth: length rose by less than this share of its start, and accuracy by less than ACCURACY_RISE."""
-OTHER_THAN_ZERO_LONG: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "tries",
-        lambda tries: tries < 1.5,
-        "at first an answer has {:.1f} tries: under this prompt the base does not search",
-    ),
-    ("dead_groups", lambda dead: dead > 0.6, "at first {:.0%} of the groups have no contrast, and teach nothing"),
-    ("format", lambda form: form < 0.5, "at first {:.0%} of the answers are well-formed"),
-    ("entropy", lambda entropy: entropy < 0.05, "at first entropy is {:.2g} nats per token: samples are alike"),
-)
-"""No growth: how the first rollouts differ from those of recipes/zero-long.toml (seed 7), the likeliest cause first."""
+ZERO_LONG = {"tries": 2.5, "dead_groups": 0.5, "format": 0.9, "entropy": 0.28}
+"""No growth: the first rollouts of recipes/zero-long.toml (seed 7), whose answers grow."""
+FEW_TRIES, MANY_DEAD, UNFORMED, CERTAIN = 1.5, 0.6, 0.5, 0.05
+"""No growth: first rollouts beyond one of these bounds differ from those of zero-long by more than the noise."""
 MIXED, MIXED_FALL = 0.8, 0.05
 """Language mixing: share of words in the problem's language among answers that think, and its fall since the start."""
 MIXED_ALWAYS = 0.6
@@ -186,20 +179,28 @@ def _no_growth(history: MetricHistory) -> Alarm | None:
     length, right = history["length"], history["accuracy"]
     if length.rise >= GREW * length.start or right.rise >= ACCURACY_RISE or right.now >= 0.5:
         return None
-    differs = (
-        text.format(history[name].start)
-        for name, is_far, text in OTHER_THAN_ZERO_LONG
-        if history.has(name) and is_far(history[name].start)
+    starts = (history[name].start if history.has(name) else usual for name, usual in ZERO_LONG.items())
+    tries, dead, form, entropy = starts
+    is_like = tries >= FEW_TRIES and dead <= MANY_DEAD and form >= UNFORMED and entropy >= CERTAIN
+    cause = (
+        "the first rollouts are like those of the recipe zero-long, whose answers grow: steps are too small"
+        if is_like
+        else f"an answer has {tries:.1f} tries at first (recipe zero-long: 2.5): the prompt draws out no search"
+        if tries < FEW_TRIES
+        else f"{dead:.0%} of the groups have no contrast at first (recipe zero-long: 50%), and teach nothing"
+        if dead > MANY_DEAD
+        else f"{form:.0%} of the answers are well-formed at first (recipe zero-long: 90%)"
+        if form < UNFORMED
+        else f"entropy is {entropy:.2g} nats per token at first (recipe zero-long: 0.28), so samples are alike"
     )
-    cause = next(differs, None)
     return Alarm(
         "no-growth",
         f"answers have {length.now:.0f} tokens ({length.start:.0f} at first), {right.now:.1%} are right "
         f"({right.start:.1%})",
-        cause if cause else "steps are too small: the first rollouts are like those of runs that grow",
-        "pre-train on pages with several tries and on dialogues in the prompt's manner, or choose easier problems"
-        if cause
-        else "raise lr or rollouts",
+        cause,
+        "raise lr or rollouts"
+        if is_like
+        else "pre-train on pages with several tries and on dialogues in the prompt's manner, or choose easier problems",
     )
 
 

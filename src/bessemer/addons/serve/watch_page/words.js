@@ -87,15 +87,12 @@ const SERVER = {
   "lower the weight of the term format, choose easier problems, or start from a better base": "降低 format 项的权重，改用更容易的题目，或换更好的基座模型",
   "answers shrank from {a} to {b} tokens and accuracy did not rise ({c} to {d})": "回答从 {a} 个词元缩短到 {b} 个，准确率没有提高（{c} 到 {d}）",
   "answers have {a} tokens ({b} at first), {c} are right ({d})": "回答有 {a} 个词元（起初 {b} 个），{c} 正确（起初 {d}）",
-  "at first an answer has {a} tries: under this prompt the base does not search":
-    "起初每个回答只尝试 {a} 次：在这种提示下基座模型不搜索；会增长的配方 zero-long 起初为 2.5 次尝试、一半的组无差异、格式正确 90%、0.28 奈特",
-  "at first {a} of the groups have no contrast, and teach nothing":
-    "起初 {a} 的组内奖励无差异，学不到东西；会增长的配方 zero-long 起初为 2.5 次尝试、一半的组无差异、格式正确 90%、0.28 奈特",
-  "at first {a} of the answers are well-formed":
-    "起初只有 {a} 的回答格式正确；会增长的配方 zero-long 起初为 2.5 次尝试、一半的组无差异、格式正确 90%、0.28 奈特",
-  "at first entropy is {a} nats per token: samples are alike":
-    "起初熵为每词元 {a} 奈特，样本彼此雷同；会增长的配方 zero-long 起初为 2.5 次尝试、一半的组无差异、格式正确 90%、0.28 奈特",
-  "steps are too small: the first rollouts are like those of runs that grow": "步长太小：最初的样本与会增长的运行相似",
+  "the first rollouts are like those of the recipe zero-long, whose answers grow: steps are too small": "最初的样本与回答会增长的配方 zero-long 相似：步长太小",
+  "an answer has {a} tries at first (recipe zero-long: 2.5): the prompt draws out no search":
+    "起初每个回答只尝试 {a} 次（配方 zero-long 为 2.5 次）：在这种提示下基座模型不搜索",
+  "{a} of the groups have no contrast at first (recipe zero-long: 50%), and teach nothing": "起初 {a} 的组内奖励无差异（配方 zero-long 为 50%），学不到东西",
+  "{a} of the answers are well-formed at first (recipe zero-long: 90%)": "起初只有 {a} 的回答格式正确（配方 zero-long 为 90%）",
+  "entropy is {a} nats per token at first (recipe zero-long: 0.28), so samples are alike": "起初熵为每词元 {a} 奈特（配方 zero-long 为 0.28），样本彼此雷同",
   "pre-train on pages with several tries and on dialogues in the prompt's manner, or choose easier problems":
     "用包含多次尝试的文本和与提示形式相近的对话做预训练，或改用更容易的题目",
   "raise lr or rollouts": "提高 lr 或增加 rollouts",
