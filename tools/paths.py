@@ -97,6 +97,7 @@ text = "100K"
 [[stage]]
 kind = "pretrain"
 tokens = "10K"
+precision = "bfloat16"
 lr = 1e-3
 batch_rows = 16
 micro_rows = 8

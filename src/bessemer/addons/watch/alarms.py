@@ -177,8 +177,12 @@ def _no_growth(history: MetricHistory) -> Alarm | None:
     if not history.has("length", "accuracy", "tries", values=LEARNT):
         return None
     length, right = history["length"], history["accuracy"]
-    if length.rise >= GREW * length.start or right.rise >= ACCURACY_RISE or right.now >= 0.5:
-        return None
+    grew = length.rise >= GREW * length.start or right.rise >= ACCURACY_RISE or right.now >= 0.5
+    return None if grew else _stuck(history, length, right)
+
+
+def _stuck(history: MetricHistory, length: MetricTrack, right: MetricTrack) -> Alarm:
+    """The alarm `no-growth`, with the likeliest of the differences from zero-long as its cause."""
     starts = (history[name].start if history.has(name) else usual for name, usual in ZERO_LONG.items())
     tries, dead, form, entropy = starts
     is_like = tries >= FEW_TRIES and dead <= MANY_DEAD and form >= UNFORMED and entropy >= CERTAIN
