@@ -18,7 +18,7 @@ from bessemer.addons.accelerate.kernels.library import beat_mkl, call, fits, thr
 
 def serves(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> bool:
     """Whether the kernel takes a product of these tensors, or a linear map of [..., K] by [N, K]."""
-    takes = fits(a, b) and a.dtype == torch.float32 and a.dim() > 1 and min(a.numel(), b.numel()) > 0 and beat_mkl()
+    takes = fits(a, b) and beat_mkl() and a.dtype == torch.float32 and a.dim() > 1 and min(a.numel(), b.numel()) > 0
     return takes and (out is None or (out.dtype == torch.float32 and out.stride(1) == 1))
 
 
