@@ -74,9 +74,14 @@ def test_an_answer_streams_and_its_thought_is_folded(chat, server):
     assert "script-src 'self'" in chat.reply.headers["content-security-policy"]
 
 
-def test_stopping_keeps_what_came_and_frees_the_slot(chat, server, monkeypatch):
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """Answers of `endless` outlast slow browsers, on fast processors too."""
     step = Scheduler.step
-    monkeypatch.setattr(Scheduler, "step", lambda self: (time.sleep(0.01), step(self))[1])  # outlasts slow browsers
+    monkeypatch.setattr(Scheduler, "step", lambda self: (time.sleep(0.01), step(self))[1])
+
+
+def test_stopping_keeps_what_came_and_frees_the_slot(chat, server, slow_steps):
     chat.endless()
     chat.send("Tell me all.")
     chat.page.wait_for_selector(f"{BAR} .line")
@@ -136,7 +141,7 @@ def test_a_model_trained_on_single_questions_reads_each_alone(chat):
     assert ["alone" in message for message in marked] == [False, True, False, True]
 
 
-def test_two_models_answer_side_by_side_at_once(browser, server):
+def test_two_models_answer_side_by_side_at_once(browser, server, slow_steps):
     chat = Chat(browser, server.url, width=360)
     chat.endless()
     chat.page.click("text=Side by side")
