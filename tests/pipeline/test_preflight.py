@@ -89,6 +89,16 @@ def folder(tmp_path):
     return tmp_path
 
 
+OWN_TASK = """
+from bessemer.tasks.countdown import Countdown
+
+class Own(Countdown):
+    def __init__(self, **settings):
+        super().__init__(**{"languages": ["en"]} | settings)
+        self.name = "countdown of my own"
+"""
+
+
 def recipe(folder, *overrides):
     return Recipe.parse(RECIPE.replace("{folder}", str(folder)), overrides)
 
@@ -110,6 +120,13 @@ def test_what_is_there_is_counted(folder):
     assert found["harmless"].found == [f"{folder}/labels.jsonl: 4 answers, 3 of them safe"]
     assert found["r1"].found == [f"jsonl:{folder}/maths: 5 problems, 10 asked for, each 2 times"]
     assert found["eval"].found == [f"jsonl:{folder}/maths: 3 problems"]
+
+
+def test_problems_of_a_task_that_names_itself_are_counted(folder):
+    """A task of the user's own may set `name` when it is made, as countdown with other numbers does."""
+    (folder / "own.py").write_text(OWN_TASK)
+    found = examine(folder, f"eval.tasks=['{folder}/own.py:Own']", "eval.problems=7")
+    assert found["eval"].found == [f"{folder}/own.py:Own: 7 problems"]
 
 
 @pytest.mark.parametrize(

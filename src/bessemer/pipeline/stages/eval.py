@@ -6,7 +6,7 @@ training data of the models for the problems.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -55,7 +55,7 @@ class Eval(Stage[EvalConfig]):
             raise UserError(f'stage "{config.name}": k is {config.k}, but samples is {config.samples}; lower k')
         for name in config.tasks:
             tasks.get(name)
-        for task in _tasks(config):
+        for task in _tasks(config.tasks):
             _size(config, task)
         if any(config.shots):
             preflight.refuse_environments(config.name, config.tasks, "takes no shots; leave them out")
@@ -88,7 +88,7 @@ class Eval(Stage[EvalConfig]):
         grid = [
             (model, task, temperature, shots)
             for model in config.models
-            for task in _tasks(config)
+            for task in _tasks(config.tasks)
             for temperature in config.temperatures
             for shots in _preambles(config)
         ]
@@ -195,7 +195,7 @@ def _evaluated(config: EvalConfig, recipe: Recipe, name: str) -> str | None:
                 )
     if ":" not in name:
         return None
-    return f"{name}: {sum(_size(config, task) for task in _tasks(config) if task.name == name):,} problems"
+    return f"{name}: {sum(_size(config, task) for task in _tasks([name])):,} problems"
 
 
 def _preambles(config: EvalConfig) -> list[Preamble]:
@@ -209,18 +209,18 @@ def _shown(config: EvalConfig, name: str) -> None:
 
 
 def _problems(config: EvalConfig) -> list[tasks.Problem]:
-    return [problem for task in _tasks(config) for problem in scoring.heldout(task, _size(config, task))]
+    return [problem for task in _tasks(config.tasks) for problem in scoring.heldout(task, _size(config, task))]
 
 
 def n_answers(config: EvalConfig) -> list[int]:
     """Answers of each model, row by row of its table: by task, language, temperature and number of shots."""
     rows_of_task = len(config.temperatures) * len(config.shots)
-    return [_size(config, task) * config.samples for task in _tasks(config) for _ in range(rows_of_task)]
+    return [_size(config, task) * config.samples for task in _tasks(config.tasks) for _ in range(rows_of_task)]
 
 
-def _tasks(config: EvalConfig) -> Iterator[tasks.Task]:
+def _tasks(names: Iterable[str]) -> Iterator[tasks.Task]:
     """The tasks in one language each, in the order of the table."""
-    for name in config.tasks:
+    for name in names:
         for language in tasks.get(name).languages:
             yield tasks.get(name, languages=[language])
 
