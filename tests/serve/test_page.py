@@ -54,7 +54,14 @@ def chat(browser, server) -> Iterator[Chat]:
     chat.check()
 
 
-def test_an_answer_streams_and_its_thought_is_folded(chat, server):
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """Answers last longer than a slow browser takes to show them, on fast processors too."""
+    step = Scheduler.step
+    monkeypatch.setattr(Scheduler, "step", lambda self: (time.sleep(0.01), step(self))[1])
+
+
+def test_an_answer_streams_and_its_thought_is_folded(chat, server, slow_steps):
     sampling = {"thinking_budget": 200, "max_tokens": 240, "seed": 3}
     question = "Use 2, 5, 3 to make 30."
     chat.set(**sampling)
@@ -72,13 +79,6 @@ def test_an_answer_streams_and_its_thought_is_folded(chat, server):
     chat.page.reload()
     chat.page.wait_for_selector(f"{BAR} .thought[open]")  # the reader's choice is remembered
     assert "script-src 'self'" in chat.reply.headers["content-security-policy"]
-
-
-@pytest.fixture
-def slow_steps(monkeypatch):
-    """Answers of `endless` outlast slow browsers, on fast processors too."""
-    step = Scheduler.step
-    monkeypatch.setattr(Scheduler, "step", lambda self: (time.sleep(0.01), step(self))[1])
 
 
 def test_stopping_keeps_what_came_and_frees_the_slot(chat, server, slow_steps):
