@@ -108,7 +108,7 @@ ep = 2
 
 
 def test_distillation_holds_no_whole_student_while_it_trains(tmp_path):
-    rl_memory.write_base(tmp_path, other=False)
+    rl_memory.write_base(tmp_path, "2 ranks, ep 2")
     (tmp_path / "recipe.toml").write_text(DISTILL)
     for held, refreshed in on_ranks(2, distilled, tmp_path):
         assert held == [0, 0] and refreshed == 4, "two evaluations and two steps sample"
