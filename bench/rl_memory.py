@@ -223,18 +223,20 @@ def on_ranks(n: int, *arguments) -> list[dict[str, dict[str, int]]]:
         processes = [
             context.Process(target=_rank, args=(rank, n, f"{folder}/store", answers, *arguments)) for rank in range(n)
         ]
-        for process in processes:
-            process.start()
-        found: dict[int, Any] = {}
-        while len(found) < n:
-            rank, counted = answers.get()
-            if isinstance(counted, str):
-                for process in processes:
-                    process.kill()
-                raise RuntimeError(f"rank {rank}: {counted}")
-            found[rank] = counted
-        for process in processes:
-            process.join()
+        try:
+            for process in processes:
+                process.start()
+            found: dict[int, Any] = {}
+            while len(found) < n:
+                rank, counted = answers.get()
+                if isinstance(counted, str):
+                    raise RuntimeError(f"rank {rank}: {counted}")
+                found[rank] = counted
+            for process in processes:
+                process.join()
+        finally:  # a rank that failed, or a time limit above: the others would wait for it
+            for process in processes:
+                process.kill()
     return [found[rank] for rank in range(n)]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from allocator import live_bytes
+from allocator import kept_bytes
 from hf_cases import made
 from ranks import on_ranks
 from test_executor import CFG
@@ -47,7 +47,7 @@ def on_a_rank(rank, kind, folder, n, layout, items, batch_tokens):
     said = []
     ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, n, torch.device("cpu"))
     runtime, held = kind(ranks, LayoutConfig(**layout), said.append), []
-    size = live_bytes(lambda: held.append(RewardModel.load(folder, runtime)))
+    size = kept_bytes(lambda: held.append(RewardModel.load(folder, runtime)))
     scores = held[0].score(items)
     assert held[0].score(items[:1]) == pytest.approx(scores[:1], abs=1e-5), "one text, for all ranks"
     return scores, size, said

@@ -3,6 +3,7 @@
 import gc
 
 import pytest
+import torch
 from torch.autograd.profiler import profile
 
 counted_with_kernels = pytest.mark.skipif(  # a string, so that nothing is built before the first such test runs
@@ -27,3 +28,17 @@ def live_and_highest(function) -> tuple[int, int]:
 
 def live_bytes(function) -> int:
     return live_and_highest(function)[0]
+
+
+def kept_bytes(function) -> int:
+    """Bytes of the storages that live tensors hold after `function` and did not before. Where threads of gloo take part
+    it stands for `live_bytes`: a thread that lets go of a buffer last frees it outside the profiler's sight."""
+
+    def storages() -> dict[int, torch.UntypedStorage]:
+        gc.collect()
+        plain = (item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter))
+        return {x.untyped_storage().data_ptr(): x.untyped_storage() for x in plain if x.device.type == "cpu"}
+
+    before = storages()  # held, so that no new storage gets the address of an old one
+    function()
+    return sum(storage.nbytes() for address, storage in storages().items() if address not in before)
