@@ -1,0 +1,1 @@
+"""Test vectors for RL and mixture-of-experts code."""
