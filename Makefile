@@ -54,9 +54,9 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt requirements.lock
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml claims/pyproject.toml constraints.txt requirements.lock
-	$(INSTALL) -e '.[dev]' -e ./claims
+$(VENV)/.dev: $(BIN)/python pyproject.toml claims/pyproject.toml vectors/pyproject.toml constraints.txt requirements.lock
+	$(INSTALL) -e '.[dev]' -e ./claims -e ./vectors
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info claims/src/*.egg-info
+	rm -rf $(VENV) build dist src/*.egg-info claims/src/*.egg-info vectors/src/*.egg-info

@@ -16,10 +16,11 @@ from packaging.utils import canonicalize_name
 OPEN = {"torch", "triton", "bessemer", "vllm", "llama-cpp-python", "gigatoken", "inspect-ai", "verifiers"}
 
 ROOT = Path(__file__).parents[1]
-project, claims = (
-    tomllib.loads((folder / "pyproject.toml").read_text())["project"] for folder in (ROOT, ROOT / "claims")
+project, *others = (
+    tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"] for folder in (".", "claims", "vectors")
 )
-groups = [project["dependencies"], claims["dependencies"], *project["optional-dependencies"].values()]
+groups = [project["dependencies"], *(other["dependencies"] for other in others)]
+groups += project["optional-dependencies"].values()
 names = {canonicalize_name(Requirement(line).name) for group in groups for line in group}
 print("# The versions that the tests passed with. Written by .ci/constraints.py; `make` installs with it.")
 for name in sorted(names - OPEN):

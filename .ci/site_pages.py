@@ -17,7 +17,7 @@ from pathlib import Path
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = (ROOT / "src" / "bessemer", ROOT / "claims" / "src" / "bessemer_claims")
+PACKAGES = (ROOT / "src" / "bessemer", *(ROOT / name / "src" / f"bessemer_{name}" for name in ("claims", "vectors")))
 LINK = re.compile(r"(\]\()([^()\s]+)(\))")
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 LANGUAGES = {
@@ -109,7 +109,7 @@ class Site:
         self.pages["docs/keys.md"] = "keys.md"
 
     def add_api(self) -> None:
-        """A page per room and one for the project of the claims: the docstrings of their modules, by name."""
+        """A page per room and one per project beside the package: the docstrings of their modules, by name."""
         listed = "# API\n\nThe rooms of the package, as [architecture](../docs/architecture.md) explains them.\n\n"
         core, *others = PACKAGES
         rooms = [(path, core.parent) for path in core.iterdir() if (path / "__init__.py").exists()]

@@ -26,8 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "bessemer"
 
-PROJECTS = ("claims",)
-"""Folders of the repository that use the package; a copy without an add-on leaves them out."""
+PROJECTS = ("claims", "vectors")
+"""Folders of the repository that stand beside the package; a copy without an add-on leaves them out."""
 
 ADDONS = sorted({path.parent.name for path in PACKAGE.glob("addons/*/*.py")})
 

@@ -7,14 +7,14 @@ A topic's file is one JSON object:
     inputs, outputs    name: {type, shape, meaning}
     cases       list of {name, why, inputs, expected, rivals}
 
-`inputs` and `expected` of a case map names to values. An array is {"type": "float64", "int64" or "bool", "shape": [2,
-3], "values": [[...], [...]]}, nested like its shape, row-major. Anything else is plain JSON. Floats are written with the
-fewest digits that read back as the same float64; JSON has no infinities, so they are the strings "inf" and "-inf". A
-rival is what a known bug or another convention gives for the same inputs: {formula, source, expected}, its `expected`
-holding those outputs that differ.
+`inputs` and `expected` of a case map names to values. An array is {"type": "float64", "int64" or "bool", "shape":
+[2, 3], "values": [[...], [...]]}, nested like its shape, row-major. Anything else is plain JSON. Floats are written
+with the fewest digits that read back as the same float64; JSON has no infinities: they are "inf" and "-inf".
+A rival is what a known bug or another convention gives for the same inputs: {formula, source, expected}. A case may
+hold `example`, outputs to look at that are not compared.
 
-The index holds {format, files: {name: {sha256, topic, cases}}, cases, sha256}: the hash of each file's bytes, and over
-all of them the SHA-256 of the lines "HASH  NAME" in alphabetical order.
+The index holds {format, files: {name: {sha256, topic}}, sha256}: the hash of each file's bytes, and over all of them
+the SHA-256 of the lines "HASH  NAME" in alphabetical order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 FORMAT = "bessemer-vectors/1"
 DATA = Path(__file__).parent / "data"
 INDEX = "index.json"
-KINDS = {"float64": np.float64, "int64": np.int64, "bool": np.bool_}
+KINDS: dict[str, Any] = {"float64": np.float64, "int64": np.int64, "bool": np.bool_}
 INFINITE = {"inf": float("inf"), "-inf": float("-inf")}
 
 
@@ -53,8 +53,7 @@ def decode(value: Any) -> Any:
     """The value of an encoded one. ValueError if an array's shape and values differ."""
     if not (isinstance(value, dict) and value.keys() == {"type", "shape", "values"}):
         return value
-    array = np.array(_numbers(value["values"]), dtype=KINDS[value["type"]]).reshape(value["shape"])
-    return array
+    return np.array(_numbers(value["values"]), dtype=KINDS[value["type"]]).reshape(value["shape"])
 
 
 def _numbers(values: Any) -> Any:

@@ -103,7 +103,7 @@ _topic(
         'length int divisor of "constant", otherwise 0',
     ),
     _values("weights float[B,T] d loss / d (loss of this token); the division into micro-batches does not change it"),
-    'token: m / sum(m); sequence: m / (B sum_t m_bt); constant: m / (B length)',
+    "token: m / sum(m); sequence: m / (B sum_t m_bt); constant: m / (B length)",
     "DAPO 3.3 (token)", "DeepSeekMath eq. 3 (sequence)", "Dr. GRPO 3.2 (constant)",
 )  # fmt: skip
 _topic(
@@ -172,6 +172,30 @@ _topic(
     "InstructGPT (arXiv 2203.02155) eq. 2", "DeepSeekMath eq. 2",
 )  # fmt: skip
 _topic(
+    "positive_nll",
+    "VAPO's extra term: the likelihood of the correct completions, through gradient accumulation",
+    _values(
+        "logprobs float[B,T] log pi", "mask bool[B,T] tokens that train", "rewards float[B] correct if above 0",
+        "micro_batch int[B] the micro-batch of each row", "weight float mu",
+    ),
+    _values("loss float what all micro-batches add to the loss", "gradient float[B,T] d loss / d logprobs"),
+    "- weight sum(m log pi over rows with reward > 0) / sum(m over those rows, all micro-batches); 0 without such rows",
+    "VAPO (arXiv 2504.05118) eq. 10", "NVIDIA-NeMo/RL#3791", "NVIDIA-NeMo/RL#3792",
+)  # fmt: skip
+_topic(
+    "rewards_after_evaluation",
+    "Rewards of a training batch that was in flight while an evaluation ran",
+    _values(
+        "texts json completions of the training batch: list of problems, each a list of strings",
+        "gold json answers of those problems",
+        "evaluation_gold json answers of the evaluation batch, which ran after the prompts were handed out and before "
+        "their completions were scored",
+    ),
+    _values("rewards float[P,G] 1 where a text equals the answer of its own problem"),
+    "r[p, g] = 1[texts[p][g] = gold[p]]; the evaluation leaves no trace",
+    "AgileRL/AgileRL#590",
+)  # fmt: skip
+_topic(
     "overlong_penalty",
     "DAPO's soft punishment of long completions",
     _values(
@@ -196,7 +220,8 @@ _topic(
     "importance_weights",
     "Weights for the gap between sampler and trainer, and the numbers to log",
     _values(
-        "trainer_logprobs float[B,T] log pi of the trainer, before the update", "sampler_logprobs float[B,T] of the engine",
+        "trainer_logprobs float[B,T] log pi of the trainer, before the update",
+        "sampler_logprobs float[B,T] of the engine",
         "mask bool[B,T] tokens that train",
         'mode string "token-truncate": min(rho, cap); "token-mask": rho if rho <= cap else 0; "sequence-truncate" and '
         '"sequence-mask": the same with the product of rho over the row',
@@ -225,7 +250,7 @@ _topic(
         "top_k int then the k likeliest remain; 0: all", "top_p float then the smallest set of mass >= p; 1: all",
     ),
     _values("kept bool[N,V] tokens that remain", "logprobs float[N,V] renormalised over them, -inf elsewhere"),
-    "softmax(logits / temperature), top-k, renormalise, the likeliest tokens until their sum reaches top_p, renormalise",
+    "softmax(logits / temperature); top-k, renormalised; the likeliest until their sum reaches top_p, renormalised",
     "Nucleus sampling (arXiv 1904.09751) 3.1", "DeepSeek-V3.2 3.1 (keep sampling mask)", "huggingface/trl#6789",
 )  # fmt: skip
 
@@ -365,9 +390,9 @@ _topic(
         "inv_freq float[dim/2] angles per position", "table_scale float factor on cos and sin",
         "softmax_scale float factor on q k",
     ),
-    "c(n) = dim ln(L / (2 pi n)) / (2 ln base); ramp_j = clamp((j - floor c(fast)) / (ceil c(slow) - floor c(fast)), 0, "
-    "1); f_j = base^(-2j/dim); inv_freq = f (1 - ramp) + f / s ramp; m(a) = 0.1 a ln s + 1; table_scale = m(mscale) / "
-    "m(mscale_all_dim); softmax_scale = head_dim^-0.5 m(mscale_all_dim)^2",
+    "c(n) = dim ln(L / (2 pi n)) / (2 ln base); ramp_j = clamp((j - floor c(fast)) / (ceil c(slow) - floor c(fast)), "
+    "0, 1); f_j = base^(-2j/dim); inv_freq = f (1 - ramp) + f / s ramp; m(a) = 0.1 a ln s + 1; table_scale = m(mscale) "
+    "/ m(mscale_all_dim); softmax_scale = head_dim^-0.5 m(mscale_all_dim)^2",
     "YaRN (arXiv 2309.00071) 3.2-3.4", "DeepSeek-V3 4.3", "deepseek-ai/DeepSeek-V3 inference/model.py",
 )  # fmt: skip
 _topic(
@@ -451,13 +476,13 @@ _topic(
         "micro_batches int in all",
     ),
     _values(
-        "actions json for each rank its steps in order; a step is a list of one action, or of an overlapped forward and "
-        'backward: [[kind, stage, micro_batch, lane], ...], kind "F", "B", "I" (gradient of inputs) or "W" (of weights)'
-        "; judged by what follows from it, not by its order",
+        "actions json for each rank its steps in order; a step is a list of one action, or of an overlapped forward "
+        'and backward: [[kind, stage, micro_batch, lane], ...], kind "F", "B", "I" (gradient of inputs) or "W" (of '
+        "weights). Give this one: the others follow from it, and only they are compared",
         "complete bool every micro-batch passes every stage once forward and once backward (B, or I and W)",
         "deadlock_free bool the ranks can run their lists",
         "makespan float F = I = W = 1, B = 2, an overlapped pair 3, no time for messages",
-        "peak int[R] micro-batches whose activations a rank holds at most, counted per stage",
+        "peak int[R] most micro-batches whose activations a rank holds: F takes, B or I gives back, in a pair F first",
     ),
     "F of stage s waits for F of s - 1; B or I of s for F of s and for B or I of s + 1; W for its I; a rank runs its "
     "list in order",
@@ -481,7 +506,8 @@ _topic(
     "lora_merge",
     "Low-rank updates merged into their matrix",
     _values(
-        "weight float[O,I] frozen", "a float[R,I] first factor", "b float[O,R] second factor", "alpha float numerator of the scaling",
+        "weight float[O,I] frozen", "a float[R,I] first factor", "b float[O,R] second factor",
+        "alpha float numerator of the scaling",
         'scaling string "rank": alpha / R (LoRA); "root": alpha / sqrt(R) (rsLoRA)',
     ),
     _values("merged float[O,I] what one matrix must hold"),
