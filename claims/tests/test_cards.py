@@ -17,6 +17,8 @@ from bessemer.errors import UserError
 from bessemer_claims import cards, exact, phrases, planned, registry, spot_checks, verdict
 from bessemer_claims.verdict import Doubt, Measured, Seen
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def all_cards(all_cards):
@@ -227,3 +229,21 @@ print(sorted({"torch", "numpy"} & set(sys.modules)))
     claims = [line for line in lines if re.match(r"[A-Z]\d+ ", line)]
     assert len(claims) == len(registry.claims()) and lines[-1] == "[]" and lines[0].startswith("H1   A   E33")
     assert "R a run here" in done.stdout
+
+
+def test_cards_of_r1_zero_show_what_the_long_recipe_gave(all_cards):
+    """The figures are those of the committed result of bench/zero_long.py, to the last digit."""
+    seeds = json.loads((ROOT / "bench" / "results" / "zero_long.json").read_text())["seeds"]
+    rows = {(i, row["model"], row["task"]): row for i, seed in enumerate(seeds) for row in seed["held_out"]}
+    before, after = ([rows[i, model, "countdown:5"] for i in range(len(seeds))] for model in ("base", "zero"))
+    table = cards.zero_long()
+    for name, measured, key, times in (
+        ("tokens_before", before, "mean_length", 1), ("tokens", after, "mean_length", 1),
+        ("right_before", before, "pass_at_1", 100), ("right", after, "pass_at_1", 100),
+        ("cut_off", after, "truncated", 100),
+    ):  # fmt: skip
+        values = [times * row[key] for row in measured]
+        assert table[name] == pytest.approx([min(values), max(values)]), name
+    assert table["n"] == len(seeds)
+    shown = {name for name, card in all_cards.items() if card.longer}
+    assert shown == {"Z2", "Z3", "Z6"} and "54" in all_cards["Z2"].longer[0]

@@ -143,6 +143,7 @@ def _details(card: Card) -> Html:
         (word("beside"), Html(f"<ul>{beside}</ul>") if beside else ""),
         (word("earlier"), Html(f"<code>{page.text(card.earlier.where)}</code>") if card.earlier else ""),
         (word("seen_at"), both(card.seen_at) if card.seen_at[0] else ""),
+        (word("longer"), both(card.longer) if card.longer else ""),
         (word("same"), Html(f'<a href="#{card.same_as}">{card.same_as}</a>') if card.same_as else ""),
         (word("rules_1"), both(words()["verdict"][card.rules_1]) if card.rules_1 else ""),
         (word("limit"), Html(f'<span class="limit">{both(card.limit)}</span>')),

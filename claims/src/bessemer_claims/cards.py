@@ -44,6 +44,7 @@ class Card:
     """What the runs gave, if there is a sentence for it and they have been made."""
     does: tuple[str, str]
     """What is run, or would be."""
+    longer: tuple[str, str] | None
     limit: tuple[str, str]
     earlier: EarlierRun | None
     values: dict[str, Any]
@@ -87,6 +88,7 @@ class Card:
             "sources": [cited.facts() for cited in claim.citations()],
             "found": None if self.found is None else dict(zip(registry.LANGUAGES, self.found, strict=True)),
             "runs_found": self.seen_text and dict(zip(registry.LANGUAGES, self.seen_text, strict=True)),
+            "longer_recipe": self.longer and dict(zip(registry.LANGUAGES, self.longer, strict=True)),
             "does_not_show": dict(zip(registry.LANGUAGES, self.limit, strict=True)),
             "would_run": dict(zip(registry.LANGUAGES, self.does, strict=True)),
             "values": self.values, "parts": [finding.facts() for finding in self.findings],
@@ -103,6 +105,17 @@ def _earlier() -> dict[str, EarlierRun]:
         measured = {metric: Measured(**values, earlier=True) for metric, values in table.items()}
         runs[name] = EarlierRun(text, where, measured)
     return runs
+
+
+@cache
+def zero_long() -> dict[str, Any]:
+    """(lowest, highest) over the seeds of the recipe zero-long: tokens, and shares in percent; their number as n."""
+    table = tomllib.loads(data("zero_long.toml").decode())
+    ranges = {
+        name: [end(values) * (1 if name.startswith("tokens") else 100) for end in (min, max)]
+        for name, values in table.items()
+    }
+    return ranges | {"n": len(table["tokens"])}
 
 
 Results = Mapping[str, Mapping[str, Measured]]
@@ -171,6 +184,7 @@ def _card(
         rules_1=ClaimVerdict(before) if (before := registry.verdicts_1().get(name)) else None,
         found=None if claim.found is None else sentences.filled(claim.found, context),
         seen_text=_seen_text(claim, context, earlier), does=sentences.filled(experiment.does, context),
+        longer=None if claim.longer is None else sentences.filled(claim.longer, {"long": zero_long()}),
         limit=sentences.filled(claim.limit or experiment.limit, context), earlier=earlier, values=values,
         beside=[_beside(name, side, value) for side, value in besides] + _printed(name),
     )  # fmt: skip

@@ -100,6 +100,7 @@ class ClaimEntry(ConfigTable):
     scores: list[PublishedScore] = Field(default_factory=list)
     found: Text | None = None
     seen: Text | None = None
+    longer: Text | None = None
     limit: Text | None = None
 
     def published(self, language: int) -> str:
