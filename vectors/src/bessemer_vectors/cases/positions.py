@@ -154,7 +154,7 @@ def mla() -> list[Case]:
         "rope": r,
         "value": v,
         "inv_freq": np.array([1.0, 0.01]),
-        "softmax_scale": 0.35,
+        "softmax_scale": 1 / math.sqrt(n + r),
         "eps": 1e-6,
         "form": "expanded",
     }

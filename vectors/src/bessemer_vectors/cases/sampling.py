@@ -142,13 +142,13 @@ def token_logprobs() -> list[Case]:
         ),
         Case(
             "large logits",
-            "Around 10,000: the largest must be taken away first.",
-            {"logits": np.round(logits + 10000.0, 3), "tokens": tokens, "temperature": 1.0},
+            "Around 100: exp overflows in float32 unless the largest is taken away first.",
+            {"logits": np.round((logits + 100.0) * 1024) / 1024, "tokens": tokens, "temperature": 1.0},
         ),
         Case(
             "a certain token",
             "Probability 1: log-probability and entropy are 0.",
-            {"logits": np.array([[60.0, -60.0, -60.0]]), "tokens": integers(0), "temperature": 1.0},
+            {"logits": np.array([[400.0, -400.0, -400.0]]), "tokens": integers(0), "temperature": 1.0},
         ),
     ]
 
