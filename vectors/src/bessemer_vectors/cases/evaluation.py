@@ -82,6 +82,11 @@ def flat_pattern(texts: list[str]) -> list[str | None]:
     return [matches[-1].strip() if matches else None for matches in found]
 
 
+def last_or_none(texts: list[str]) -> list[str | None]:
+    """The last box, and nothing if its braces do not close."""
+    return [reference.boxed(text[max(text.rfind("\\boxed{"), 0) :]) for text in texts]
+
+
 def boxed_answer() -> list[Case]:
     rivals = (
         Rival(
@@ -101,6 +106,12 @@ def boxed_answer() -> list[Case]:
             "the whole text",
             "EleutherAI/lm-evaluation-harness#3353",
             function=lambda texts: {"answers": texts},
+        ),
+        Rival(
+            "last box or nothing",
+            "no answer if the last box does not close",
+            "another convention (lm-evaluation-harness)",
+            function=lambda texts: {"answers": last_or_none(texts)},
         ),
     )
     deep = [

@@ -68,6 +68,20 @@ TWICE = Rival(
 )
 
 
+EVERY_SECOND = Rival(
+    "every second row as a group",
+    "groups are rows 0, 2, 4, ... and 1, 3, 5, ...",
+    "PrimeIntellect-ai/prime-rl#600",
+    change={"groups": np.arange(8) % 2},
+)
+
+
+def reward_kept(rewards: Array, groups: Array, std: str, eps: float) -> Outputs:
+    advantages = reference.group_advantages(rewards, groups, std, eps)["advantages"]
+    single = np.array([int((groups == group).sum()) == 1 for group in groups])
+    return {"advantages": np.where(single, rewards / (1 + eps), advantages)}
+
+
 def group_advantages() -> list[Case]:
     two = np.array([1.0, 0, 0, 0, 1, 1, 0, 0])
     two_groups = integers(0, 0, 0, 0, 1, 1, 1, 1)
@@ -99,6 +113,7 @@ def group_advantages() -> list[Case]:
             other_std("population"),
             other_std("none"),
             whole_batch(two),
+            alone(two),
         ),
         case(
             "binary, undivided",
@@ -109,6 +124,7 @@ def group_advantages() -> list[Case]:
             other_std("population"),
             other_std("sample"),
             whole_batch(two),
+            EVERY_SECOND,
         ),
         case(
             "sixteen samples",
@@ -129,7 +145,14 @@ def group_advantages() -> list[Case]:
             TWICE,
             other_std("sample"),
         ),
-        case("all dead", "A batch without signal gives zeros, not NaN.", np.ones(4), integers(0, 0, 1, 1), "sample"),
+        case(
+            "all dead",
+            "A batch without signal gives zeros, not NaN.",
+            np.ones(4),
+            integers(0, 0, 1, 1),
+            "sample",
+            alone(np.ones(4)),
+        ),
         case(
             "uneven groups",
             "Groups of 4, 3 and 4; the middle one is dead.",
@@ -160,6 +183,7 @@ def group_advantages() -> list[Case]:
             blocks(4),
             whole_batch(mixed),
             other_std("population"),
+            alone(mixed),
         ),
         case(
             "uneven groups, sample",
@@ -179,6 +203,7 @@ def group_advantages() -> list[Case]:
             "sample",
             whole_batch(np.zeros(6)),
             TWICE,
+            alone(np.array([0.1, 0.1, 0.1, 1, 0, 0])),
         ),
         case(
             "group of one",
@@ -187,6 +212,12 @@ def group_advantages() -> list[Case]:
             integers(0, 1, 1),
             "sample",
             whole_batch(np.zeros(3)),
+            Rival(
+                "a group of one keeps its reward",
+                "A = r / (1 + eps) where nothing is compared",
+                "another convention (verl)",
+                function=reward_kept,
+            ),
         ),
     ]
 
@@ -215,7 +246,6 @@ COUNTED = Rival(
     "huggingface/trl#6369, huggingface/trl#6439",
     function=truncated_counted,
 )
-KEPT = Rival("truncated completions train", "mask = completion_mask and tool_mask", "another convention")
 
 
 def loss_mask() -> list[Case]:
@@ -226,7 +256,12 @@ def loss_mask() -> list[Case]:
         inputs = {"completion_mask": padded, "tool_mask": tool_mask, "truncated": np.array(truncated)}
         return Case(name, why, inputs, rivals)
 
-    kept = Rival(KEPT.name, KEPT.formula, KEPT.source, change={"truncated": np.zeros(3, dtype=bool)})
+    kept = Rival(
+        "truncated completions train",
+        "mask = completion_mask and tool_mask",
+        "another convention",
+        change={"truncated": np.zeros(3, dtype=bool)},
+    )
     return [
         case("padding", "Only padding is left out.", np.ones_like(padded), [False] * 3),
         case("tool results", "Tokens that a tool wrote do not train, nor count.", tools, [False] * 3, NO_TOOLS),
@@ -657,8 +692,23 @@ def kl_loss() -> list[Case]:
         function=inert(reference.kl_loss),
     )
 
+    def with_score(logprobs: Array, ref_logprobs: Array, mask: Array, beta: float, form: str, level: str) -> Outputs:
+        """The same loss; its gradient is that of the expectation, whose samples depend on pi, too."""
+        outputs = reference.kl_loss(logprobs, ref_logprobs, mask, beta, form, level)
+        weights = reference.loss_weights(mask, np.zeros(len(mask), np.int64), level, 0)["weights"]
+        kl = [reference.kl_terms(logprobs[b], ref_logprobs[b], logprobs[b], form)["kl"] for b in range(len(mask))]
+        return {"gradient": outputs["gradient"] + beta * weights * np.stack(kl)}
+
+    score = Rival(
+        "score-function term too",
+        "exp(log pi - stop_gradient(log pi)) kl",
+        "arXiv 2506.09477; NVIDIA-NeMo/RL",
+        function=with_score,
+    )
+
     def case(form: str, level: str, why: str, *rivals: Rival) -> Case:
         other = "sequence" if level == "token" else "token"
+        rivals = (*rivals, score)
         inputs = {"logprobs": own, "ref_logprobs": ref, "mask": mask, "beta": 0.04, "form": form, "level": level}
         rivals = (
             *rivals,
