@@ -44,8 +44,8 @@ ROOT = REPOSITORY / "src" / "bessemer"
 LEAST = 5
 """Lines that run before a file counts."""
 BESIDE = (
-    "runs/", "addons/watch/", "addons/plan/", "errors.py", "system.py", "heartbeat.py", "escape.py", "rl/monitor.py",
-    "addons/watch/alarms.py", "addons/serve/metrics.py", "addons/accelerate/instruments.py", "train/guard.py",
+    "runs/", "addons/watch/", "addons/diagnose/", "addons/plan/", "errors.py", "system.py", "heartbeat.py", "escape.py",
+    "rl/monitor.py", "addons/serve/metrics.py", "addons/accelerate/instruments.py", "train/guard.py",
     "addons/accelerate/determinism.py", "train/checkpoint", "addons/accelerate/background.py", "train/lineage.py",
 )  # fmt: skip
 NETWORK = (

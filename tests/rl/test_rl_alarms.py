@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from bessemer.addons.watch.alarms import WINDOW, AlarmTracker, MetricTrack
+from bessemer.addons.diagnose.alarms import AlarmTracker
+from bessemer.addons.diagnose.history import WINDOW, MetricTrack
 
 HEALTHY = {
     "accuracy": (0.2, 0.6), "format": (0.7, 0.95), "length": (68, 131), "think_share": (0.8, 0.95),

@@ -5,9 +5,10 @@ import inspect
 import re
 from itertools import product
 
+from bessemer.addons.diagnose import alarms, faults
 from bessemer.addons.plan.recipe_help import describe_keys
 from bessemer.addons.serve import run_follower, watch
-from bessemer.addons.watch import alarms, curves
+from bessemer.addons.watch import curves
 from bessemer.model.config import PRESETS, ModelConfig
 
 
@@ -31,7 +32,7 @@ def said_by_server():
     """Names of all charts and curves, and the texts of alarms and errors, from the code that produces them."""
     texts = {text for panel in curves.TRAINING + curves.LEARNING for text in (panel.title, panel.unit) if text}
     texts |= {*curves.NAMES.values()}
-    for module in (alarms, run_follower):
+    for module in (alarms, faults, run_follower):
         for function in ast.walk(ast.parse(inspect.getsource(module))):
             if not isinstance(function, ast.FunctionDef):
                 continue

@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from bessemer.addons.watch.alarms import AlarmTracker
+from bessemer.addons.diagnose.alarms import AlarmTracker
 from bessemer.addons.watch.following import LineTail, StageLines
 from bessemer.runs.directory import PLAN, stage_folders, writing_models
 from bessemer.runs.files import read_json

@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+from bessemer.addons.diagnose.alarms import Alarm, AlarmTracker
 from bessemer.addons.watch import charts, page
-from bessemer.addons.watch.alarms import Alarm, AlarmTracker
 from bessemer.addons.watch.charts import Curve
 from bessemer.addons.watch.curves import LEARNING, LOADS, NAMES, TRAINING, Panel, label, order
 from bessemer.addons.watch.facts import RunFacts, Series, StageFacts

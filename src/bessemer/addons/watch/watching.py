@@ -133,6 +133,26 @@ def why(
         print(f"\n{report}")
 
 
+def diagnose(
+    logs: Annotated[
+        list[Path],
+        typer.Argument(metavar="LOG...", help="A log of TRL, verl, prime-rl, OpenRLHF or ours, or a run's folder."),
+    ],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="METRIC=NAME", help="What the log calls a metric; may be repeated."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="PAGE", help="Write a page, too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the log of an RL run shows is going wrong, since which step, and what to look at next: TRL, verl,
+    prime-rl, OpenRLHF, trackio, W&B's exports, ours. Exit code 0 no alarm, 1 alarms, 2 could not be read."""
+    from bessemer.addons.diagnose.command import run
+
+    if code := run(logs, metric or [], as_json, html):
+        raise typer.Exit(code)
+
+
 def _stage_of(run: str) -> tuple[Path, str | None]:
     """The run directory and the stage of RUN[/STAGE], where STAGE is a stage's name or that of its folder."""
     from bessemer.runs.directory import run_dir, stage_folders

@@ -79,7 +79,8 @@ const SERVER = {
   "format hacking": "刷格式奖励", "length collapse": "长度坍缩", "no growth": "没有增长", "thinking stops": "不再思考", "collapse": "训练崩溃",
   "entropy collapse": "熵坍缩", "entropy explosion": "熵爆炸", "groups too hard": "题目过难", "groups too easy": "题目过易",
   "never ending": "回答不收尾", "sampler mismatch": "训推不一致", "kl runaway": "KL 失控", "reward model hacking": "钻奖励模型的空子",
-  "language mixing": "语言混杂", "not finite": "出现非有限值",
+  "language mixing": "语言混杂", "not finite": "出现非有限值", "learning rate zero": "学习率为零",
+  "frozen reference": "参考模型形同虚设", "wrong kl sign": "KL 符号有误", "steps too large": "更新步长过大", "no contrast": "组内奖励无差异", "negative kl": "KL 为负",
   // alarms: what was observed, why, and what to do
   "well-formed answers went from {a} to {b}, correct ones from {c} to {d}": "格式正确的回答从 {a} 变为 {b}，答对的从 {c} 变为 {d}",
   "the form is rewarded and the problems are out of reach, so the form is all there is to learn":
@@ -138,6 +139,42 @@ const SERVER = {
   "the policy is {a} nats per token from its reference": "策略与参考模型相差 {a} nat/词元",
   "steps too large, or drift into a language of its own that the reward does not see": "更新步长过大，或漂移成奖励察觉不到的自造语言",
   "lower lr, raise kl.weight, or reward readability (the terms format and language)": "降低 lr，提高 kl.weight，或奖励可读性（format 项和 language 项）",
+  "the learning rate was 0 in all {a} records": "全部 {a} 条记录中学习率都是 0",
+  "the schedule never leaves 0, or its number of steps is wrong": "学习率计划始终停在 0，或其步数设错",
+  "set lr, and look at its warm-up and at the number of steps it is planned for": "设置 lr，并检查其预热与计划步数",
+  "KL stays at {a} nats per token while gradients are {b}": "KL 一直是 {a} nat/词元，而梯度范数为 {b}",
+  "the policy is compared with itself: the reference is the same object, or is updated after every step":
+    "策略在与自己比较：参考模型就是同一个对象，或每步之后都被更新",
+  "compare the reference's weights with those of the first checkpoint, and look at how often it is updated":
+    "将参考模型的权重与第一个检查点比较，并检查它多久更新一次",
+  "look at the sign of the weight, and at which of policy and reference is subtracted from which":
+    "检查权重的符号，以及策略与参考模型谁减谁",
+  "look at which of policy and reference is subtracted from which, and at the sampler's temperature":
+    "检查策略与参考模型谁减谁，以及采样端的温度",
+  "the weight of KL is {a}": "KL 的权重为 {a}",
+  "the loss pays for distance from the reference": "损失函数在奖励远离参考模型",
+  "KL is negative, {a} nats per token": "KL 为负，{a} nat/词元",
+  "reference and policy are exchanged, or the samples are not the policy's (another temperature, old weights)":
+    "参考模型与策略颠倒，或样本并非来自当前策略（温度不同、权重过期）",
+  "the loss is {a} where KL is {b} nats per token, as with a weight of {c}": "KL 为 {b} nat/词元时损失为 {a}，相当于权重 {c}",
+  "not a finite number in the last {a} records: {b}": "最近 {a} 条记录中出现非有限值：{b}",
+  "an overflow, a division by a count of 0, or a step after which the weights were not finite":
+    "数值溢出、除以为 0 的计数，或某一步之后权重已非有限值",
+  "find the first such step, and continue from a checkpoint before it with a lower lr or another precision":
+    "找到首个出错的步骤，从其之前的检查点继续，降低 lr 或改用其他精度",
+  "{a} of the tokens are clipped": "{a} 的词元被裁剪",
+  "the policy has left the one that sampled: a learning rate too high, or too many updates on one rollout":
+    "策略已偏离采样时的策略：学习率过高，或同一批采样上更新次数过多",
+  "lower lr, or take fewer updates_per_rollout": "降低 lr，或减小 updates_per_rollout",
+  "the gradient's norm went from {a} to {b}": "梯度范数从 {a} 变为 {b}",
+  "a learning rate too high, or a term of the loss without a bound": "学习率过高，或损失中有无界的项",
+  "lower lr, or clip the gradient": "降低 lr，或裁剪梯度",
+  "trainer and sampler are {a} nats of KL per token apart": "训练端与采样端的 KL 为 {a} nat/词元",
+  "in {a} of the groups all samples have the same reward": "{a} 的组内所有样本奖励相同",
+  "the problems are too hard, or too easy, or the reward does not depend on the answer": "题目太难或太容易，或奖励与回答无关",
+  "look at the rewards of one group; choose problems that are solved now and then": "查看一组样本的奖励；改用偶尔能解出的题目",
+  "answers shrank from {a} to {b} tokens and the reward did not rise ({c} to {d})": "回答从 {a} 个词元缩短到 {b} 个，奖励没有提高（{c} 到 {d}）",
+  "the reward fell from {a} to {b}, and its standard deviation over samples was {c}": "奖励从 {a} 降到 {b}，其样本间标准差为 {c}",
   "the reward model's score rose from {a} to {b} while {what} fell from {c} to {d}": "奖励模型的分数从 {a} 升到 {b}，而{what}从 {c} 降到 {d}",
   "held-out accuracy": "留出题准确率", "accuracy": "准确率",
   "the policy pleases the reward model instead of solving problems": "策略在迎合奖励模型，而不是解题",

@@ -11,18 +11,12 @@ taken for all it learns.
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
 
-WINDOW = 5
-"""Values in a window."""
-Values = Mapping[str, object]
-"""One record of metrics.jsonl, values by metric name; values that are not numbers are ignored."""
-LEARNT = 20
-"""Values before a trend is judged."""
+from . import faults
+from .history import LEARNT, WINDOW, Alarm, MetricHistory, MetricTrack, Values
 
 FORM_RISE, ACCURACY_RISE = 0.08, 0.02
 """Format hacking: well-formed answers rose by the first, accuracy (at most half) by less than the second."""
@@ -64,83 +58,6 @@ MIXED, MIXED_FALL = 0.8, 0.05
 """Language mixing: share of words in the problem's language among answers that think, and its fall since the start."""
 MIXED_ALWAYS = 0.6
 """Below this share the alarm needs no fall."""
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """`message` is the observation with its numbers, `cause` the likeliest reason, `advice` what to change."""
-
-    code: str
-    message: str
-    cause: str
-    advice: str
-
-    @property
-    def title(self) -> str:
-        return self.code.replace("-", " ")
-
-    def __str__(self) -> str:
-        return f"{self.title}: {self.message}. Likely cause: {self.cause}. What to do: {self.advice}."
-
-
-class MetricTrack:
-    """The history of one metric, in constant memory."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[float] = []
-        self.recent: deque[float] = deque(maxlen=WINDOW)
-        self.peak = -math.inf
-        """The highest window so far."""
-
-    def add(self, value: float) -> None:
-        self.count += 1
-        if len(self.first) < WINDOW:
-            self.first.append(value)
-        self.recent.append(value)
-        if len(self.recent) == WINDOW:
-            self.peak = max(self.peak, fmean(self.recent))
-
-    @property
-    def start(self) -> float:
-        return fmean(self.first)
-
-    @property
-    def now(self) -> float:
-        return fmean(self.recent)
-
-    @property
-    def rise(self) -> float:
-        return self.now - self.start
-
-
-class MetricHistory:
-    """A run's tracks by metric name, without the "rl/" prefix. Missing and non-finite values count as not measured."""
-
-    def __init__(self) -> None:
-        self.tracks: dict[str, MetricTrack] = {}
-        self.judged: dict[str, MetricTrack] = {}
-        """The same, counted from when a reward model joined, which is late (R1: the last quarter of stage 4)."""
-        self.before: dict[str, list[float]] = {}
-        """The last values before that moment."""
-
-    def add(self, values: Values) -> None:
-        numbers = {
-            name.removeprefix("rl/"): float(value)
-            for name, value in values.items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
-        if "preference" in numbers and not self.judged:
-            self.before = {name: list(track.recent) for name, track in self.tracks.items()}
-        for tracks in [self.tracks, self.judged] if "preference" in numbers or self.judged else [self.tracks]:
-            for name, value in numbers.items():
-                tracks.setdefault(name, MetricTrack()).add(value)
-
-    def has(self, *names: str, values: int = WINDOW) -> bool:
-        return all(name in self.tracks and self.tracks[name].count >= values for name in names)
-
-    def __getitem__(self, name: str) -> MetricTrack:
-        return self.tracks[name]
 
 
 def _format_hacking(history: MetricHistory) -> Alarm | None:
@@ -285,10 +202,10 @@ def _dead_groups(history: MetricHistory) -> Alarm | None:
 
 
 def _never_ending(history: MetricHistory) -> Alarm | None:
-    if not history.has("truncated", "accuracy"):
+    if not history.has("truncated"):
         return None
-    cut, right = history["truncated"], history["accuracy"]
-    falling = right.peak - right.now >= ACCURACY_FALL
+    cut = history["truncated"]
+    falling = history.has("accuracy") and history["accuracy"].peak - history["accuracy"].now >= ACCURACY_FALL
     if cut.now < (CUT_FALLING if falling else CUT):
         return None
     return Alarm(
@@ -382,10 +299,48 @@ def _language_mixing(history: MetricHistory) -> Alarm | None:
     )
 
 
-RULES: tuple[Callable[[MetricHistory], Alarm | None], ...] = (
-    _format_hacking, _length_collapse, _no_growth, _thinking_stops, _collapse, _entropy_collapse, _entropy_explosion,
-    _dead_groups, _never_ending, _sampler_mismatch, _kl_runaway, _reward_model_hacking, _language_mixing,
-)  # fmt: skip
+@dataclass(frozen=True)
+class AlarmRule:
+    """`needs`: the metrics without which it cannot judge, or of which it needs one (`either`); `codes`: the alarms it
+    can raise."""
+
+    judge: Callable[[MetricHistory], Alarm | None]
+    needs: tuple[str, ...]
+    codes: tuple[str, ...]
+    either: bool = False
+
+    def lacks(self, history: MetricHistory) -> list[str]:
+        """The metrics that are missing; [] if it can judge."""
+        missing = [name for name in self.needs if not history.has(name)]
+        return [] if self.either and len(missing) < len(self.needs) else missing
+
+
+RULES = (
+    AlarmRule(_format_hacking, ("format", "accuracy"), ("format-hacking",)),
+    AlarmRule(_length_collapse, ("length", "accuracy"), ("length-collapse",)),
+    AlarmRule(_no_growth, ("length", "accuracy", "tries"), ("no-growth",)),
+    AlarmRule(_thinking_stops, ("think_share",), ("thinking-stops",)),
+    AlarmRule(_collapse, ("accuracy",), ("collapse",)),
+    AlarmRule(_entropy_collapse, ("entropy",), ("entropy-collapse",)),
+    AlarmRule(_entropy_explosion, ("entropy",), ("entropy-explosion",)),
+    AlarmRule(_dead_groups, ("dead_groups", "accuracy"), ("groups-too-hard", "groups-too-easy")),
+    AlarmRule(_never_ending, ("truncated",), ("never-ending",)),
+    AlarmRule(_sampler_mismatch, ("sampler_gap",), ("sampler-mismatch",)),
+    AlarmRule(_kl_runaway, ("kl",), ("kl-runaway",)),
+    AlarmRule(_reward_model_hacking, ("preference", "accuracy"), ("reward-model-hacking",)),
+    AlarmRule(_language_mixing, ("language", "think_share"), ("language-mixing",)),
+    AlarmRule(faults.rate_zero, ("lr",), ("learning-rate-zero",)),
+    AlarmRule(faults.frozen_reference, ("kl", "grad_norm"), ("frozen-reference",)),
+    AlarmRule(faults.negative_weight, ("kl_weight",), ("wrong-kl-sign",)),
+    AlarmRule(faults.loss_falls_with_kl, ("kl", "loss"), ("wrong-kl-sign",)),
+    AlarmRule(faults.negative_kl, ("kl",), ("negative-kl",)),
+    AlarmRule(faults.not_finite, ("loss", "grad_norm"), ("not-finite",), either=True),
+    AlarmRule(faults.steps_too_large, ("clip_share", "grad_norm"), ("steps-too-large",), either=True),
+    AlarmRule(faults.sampler_divergence, ("sampler_kl",), ("sampler-mismatch",)),
+    AlarmRule(faults.no_contrast, ("dead_groups", "reward_std"), ("no-contrast",), either=True),
+    AlarmRule(faults.reward_length_collapse, ("length", "reward", "reward_std"), ("length-collapse",)),
+    AlarmRule(faults.reward_collapse, ("reward", "reward_std"), ("collapse",)),
+)
 
 
 class AlarmTracker:
@@ -408,4 +363,4 @@ class AlarmTracker:
     @property
     def active(self) -> list[Alarm]:
         """All alarms that hold now, whether raised before or not."""
-        return [alarm for rule in RULES if (alarm := rule(self.history)) is not None]
+        return [alarm for rule in RULES if (alarm := rule.judge(self.history)) is not None]
