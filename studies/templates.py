@@ -1,13 +1,14 @@
 """Countdown's questions in other words around them, and without the target, which nobody can solve."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 from bessemer.tasks import Problem
 from bessemer.tasks.countdown import Countdown
 
 
 class Polite(Countdown):
-    around = {"en": "Please help me with this puzzle. {}", "zh": "请帮我解这道题。{}"}
+    around: ClassVar = {"en": "Please help me with this puzzle. {}", "zh": "请帮我解这道题。{}"}
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         problem = super().make(split, index, seed, language, phrasing)
@@ -18,11 +19,11 @@ class Polite(Countdown):
 
 
 class Numbered(Polite):
-    around = {"en": "Question 1: {}", "zh": "第1题: {}"}
+    around: ClassVar = {"en": "Question 1: {}", "zh": "第1题: {}"}
 
 
 class Checked(Polite):
-    around = {"en": "{} Check your answer.", "zh": "{}请检查答案。"}
+    around: ClassVar = {"en": "{} Check your answer.", "zh": "{}请检查答案。"}
 
 
 class Untold(Polite):
