@@ -151,7 +151,7 @@ def trackio(path):
     )
     for step, values in history():
         metrics = {f"train/{name}": value for name, value in renamed(values, TRL).items()} | {"train/global_step": step}
-        row = ("a", "t", "calm-lake-1", step - 1, json.dumps(metrics))
+        row = ("a", "t", "calm-lake-1", step - 1, json.dumps(metrics).encode())  # a BLOB
         database.execute("INSERT INTO metrics (run_id, timestamp, run_name, step, metrics) VALUES (?, ?, ?, ?, ?)", row)
     database.commit()
     database.close()

@@ -158,7 +158,7 @@ def _is_lines(head: bytes) -> bool:
     return isinstance(table, dict) and "log_history" not in table
 
 
-def _object(text: str) -> Any:
+def _object(text: str | bytes) -> Any:
     """The JSON value, or None. Python's reader also takes NaN and Infinity, as trainers write them."""
     try:
         return json.loads(text)
@@ -398,7 +398,9 @@ def _trackio(path: Path, tally: ReadTally) -> Iterator[LogRecord]:
             rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY run_name, id")
             for run, step, metrics in rows:
                 tally.lines += 1
-                table = _object(metrics) if isinstance(metrics, str) else None
+                table = (
+                    _object(metrics) if isinstance(metrics, str | bytes) else None
+                )  # a BLOB since it writes with orjson
                 if not isinstance(table, dict):
                     tally.damaged()
                     continue
