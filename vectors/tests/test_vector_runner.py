@@ -173,7 +173,7 @@ def test_a_deadlock_is_seen(adapter):
         "    return {'actions': [list(reversed(rank)) for rank in actions]}\n"
     )
     report = check(path, ["pipeline_table"])
-    assert report.count(DIFFERS) == 7 and all(
+    assert report.count(DIFFERS) == len(report.topics[0].results) - 1 and all(
         "deadlock_free" in result.text for result in report.topics[0].results if result.outcome == DIFFERS
     )
 

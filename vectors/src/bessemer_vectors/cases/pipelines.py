@@ -33,6 +33,7 @@ def pipeline_table() -> list[Case]:
         case("1f1b", 4, 8, "Length 3 (M + P - 1); rank r holds P - r micro-batches.", gpipe),
         case("1f1b", 3, 2, "Fewer micro-batches than ranks."),
         case("zb1p", 4, 8, "Length 3 M + P - 1.", whole),
+        case("zb1p", 4, 2, "Fewer micro-batches than ranks."),
         case("zb1p", 8, 20, "67, against 81 of 1F1B.", whole),
         case("zbv", 4, 8, "Complete and free of deadlock; the search behind the table decides the rest."),
         case("dualpipe", 4, 8, "Length 26, at most P + 1 micro-batches.", gpipe),

@@ -56,6 +56,20 @@ def yarn() -> list[Case]:
             out.append(f * (1 - ramp) + f / factor * ramp)
         return {"inv_freq": np.array(out)}
 
+    def unbounded(
+        dim: int, base: float, factor: float, original_length: int, beta_fast: float, beta_slow: float, **rest: Any
+    ) -> Outputs:
+        """Corrections that are not kept between 0 and dim - 1."""
+        low, high = (
+            rounded(dim * log(original_length / (2 * math.pi * turns)) / (2 * log(base)))
+            for rounded, turns in ((math.floor, beta_fast), (math.ceil, beta_slow))
+        )
+        out = []
+        for j in range(dim // 2):
+            f, ramp = power(base, -2 * j / dim), min(max((j - low) / (high - low), 0.0), 1.0)
+            out.append(f * (1 - ramp) + f / factor * ramp)
+        return {"inv_freq": np.array(out)}
+
     square = Rival(
         "no temperature", "softmax_scale = head_dim^-0.5", "YaRN left out of the softmax", function=plain_scale
     )
@@ -100,6 +114,18 @@ def yarn() -> list[Case]:
             "Sixteen dimensions, four times a length of 64.",
             V3 | {"dim": 16, "factor": 4.0, "original_length": 64, "beta_fast": 8.0, "head_dim": 48},
             (single, linear, smooth),
+        ),
+        Case(
+            "ramp from 0",
+            "No pair turns 32 times over a length of 64: the ramp begins at pair 0, not below.",
+            V3 | {"dim": 16, "base": 20.0, "factor": 1.5, "original_length": 64, "head_dim": 48},
+            (linear, Rival("unbounded ramp", "floor c(fast) < 0", "a missing bound", function=unbounded)),
+        ),
+        Case(
+            "ramp to the end",
+            "Every pair turns more than once: the ramp ends at dim - 1.",
+            V3 | {"dim": 16, "base": 20.0, "factor": 4.0, "beta_fast": 512.0, "head_dim": 48},
+            (linear, Rival("unbounded ramp", "ceil c(slow) > dim - 1", "a missing bound", function=unbounded)),
         ),
     ]
 
@@ -221,6 +247,15 @@ def mla() -> list[Case]:
             rivals,
         ),
         Case("no query compression", "V2-Lite: queries straight from x.", direct, (printed,)),
+        Case(
+            "small activations",
+            "A row near 0, where the epsilon inside the root of both norms counts.",
+            plain | {"x": np.where(np.arange(T)[:, None] == 3, np.round(plain["x"] * 0.002, 5), plain["x"])},
+            (
+                Rival("no epsilon", "x / sqrt(mean(x^2))", "a slip", {"eps": 0.0}),
+                Rival("epsilon 1e-5", "another epsilon", "another model", {"eps": 1e-5}),
+            ),
+        ),
         Case("packed", "Two samples in a row, positions from 0 in each.", packed, (crossing, printed)),
         Case("packed, absorbed", "The same, over the latents.", packed | {"form": "absorbed"}, (crossing,)),
     ]

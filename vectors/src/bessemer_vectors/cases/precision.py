@@ -147,6 +147,8 @@ def single(x: Array) -> Array:
 def fp8_tiles() -> list[Case]:
     wide = single(outlier(Draw(44).bell(1.0, 2, 256), 0, 5, 40.0))
     block = single(outlier(Draw(45).bell(0.02, 4, 8, digits=4), 1, 1, 0.9))
+    powers = outlier(outlier(Draw(48).bell(1.0, 2, 128), 0, 7, 112.0), 1, 9, -896.0)
+    powers = np.round(powers * 64) / 64
     zeros = block.copy()
     zeros[:2, :4] = 0.0
 
@@ -172,9 +174,15 @@ def fp8_tiles() -> list[Case]:
     def other(scales: str) -> Rival:
         return Rival(f'scales "{scales}"', "the other rule for factors", "another convention", {"scales": scales})
 
+    def next_power(**inputs: Any) -> Outputs:
+        return scaled_by(2.0, inputs)
+
     def rounded_down(**inputs: Any) -> Outputs:
         """Power-of-two factors rounded down: the largest numbers saturate."""
-        factors = reference.fp8_tiles(**inputs)["factors"] / 2
+        return scaled_by(0.5, inputs)
+
+    def scaled_by(step: float, inputs: dict[str, Any]) -> Outputs:
+        factors = reference.fp8_tiles(**inputs)["factors"] * step
         grown = np.repeat(np.repeat(factors, inputs["tile_rows"], 0), inputs["tile_cols"], 1)
         codes = np.vectorize(lambda value: reference.nearest(float(value), **reference.E4M3))(inputs["x"] / grown)
         return {"factors": factors, "values": codes * grown}
@@ -200,6 +208,16 @@ def fp8_tiles() -> list[Case]:
             128,
             "power-of-two",
             other("exact"),
+            Rival("rounded down", "the power of two below", "saturates", function=rounded_down),
+        ),
+        case(
+            "amax a power of two, times 448",
+            "The factor is that power itself: 1/4 and 2, not the next one.",
+            powers,
+            1,
+            128,
+            "power-of-two",
+            Rival("always the next power", "2^(floor(log2(amax / 448)) + 1)", "a slip", function=next_power),
             Rival("rounded down", "the power of two below", "saturates", function=rounded_down),
         ),
         case(

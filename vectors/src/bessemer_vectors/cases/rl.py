@@ -507,7 +507,7 @@ def policy_loss() -> list[Case]:
     def level(name: str) -> Rival:
         return Rival(f'level "{name}"', other_level(name).formula, "another convention", change={"level": name})
 
-    far, near = np.array([[-3.0, -1.0, -0.2]]), np.array([[-1.0, -1.1, -2.2]])
+    far, near = np.array([[-3.0, -1.0, -0.2]] * 2), np.array([[-1.0, -1.1, -2.2]] * 2)
     close, start = logprob_rows(3, 2, 6, 0.02)
     close = np.round(close + Draw(4).numbers(-0.002, 0.002, 2, 6, digits=4), 4)
     return [
@@ -542,12 +542,12 @@ def policy_loss() -> list[Case]:
         ),
         case(
             "dual clip",
-            "A ratio of 7.4 with a negative advantage is bounded by 3 A.",
+            "A ratio of 7.4 with a negative advantage is bounded by 3 A; with a positive one the usual clip binds.",
             Rival("no dual clip", "min(rho A, clip(rho) A)", "another convention", change={"dual_clip": 0.0}),
             logprobs=near,
             old_logprobs=far,
-            advantages=np.array([-1.0]),
-            mask=marks("111"),
+            advantages=np.array([-2.0, 0.5]),
+            mask=marks("111", "111"),
             dual_clip=3.0,
         ),
         case(

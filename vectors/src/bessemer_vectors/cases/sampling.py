@@ -23,7 +23,7 @@ def off_policy_mask() -> list[Case]:
     inputs = {
         "logprobs": np.round(old - gaps, 6),
         "old_logprobs": old,
-        "advantages": np.array([1.0, -1, -1, -1, -1]),
+        "advantages": np.array([0.5, -1, -1, -1, -1]),
         "mask": marks("1111", "1111", "1111", "1111", "1100"),
         "limit": 0.02,
     }

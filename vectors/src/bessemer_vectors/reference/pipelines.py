@@ -172,7 +172,7 @@ def eight_steps(half: int, h: int, pairs: int, near: tuple[int, int], far: tuple
         steps += [[do("I", 1)], [late.popleft()], [do("F", 1)]]
     for n in range(pairs):  # 4
         first = [do("F", 0), do("B", 1)]
-        # in the middle the first backward is of the micro-batch that this forward finishes
+        # in the middle the first pair is not overlapped: its first half need not wait for the second one's inputs
         steps += [[action] for action in first] if n == 0 and h == half - 1 else [first]
         steps.append([do("F", 1), do("B", 0)])
     for _ in range(half - h - 1):  # 5
