@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bessemer.addons.study.seeds import alike, corrected, equivalent, p_equivalent, p_value, seeds_for
 from bessemer_claims.registry import Part, rules
-from bessemer_claims.seeds import alike, corrected, equivalent, p_equivalent, p_value, seeds_for
 from bessemer_claims.verdict import Measured, Outcome, run, self_test
 
 RUNS = 1000

@@ -10,9 +10,9 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from bessemer.addons.study.seeds import corrected
 from bessemer_claims import phrases, registry, runs, sentences, verdict
 from bessemer_claims.registry import ClaimEntry, Text, claims, data, experiments
-from bessemer_claims.seeds import corrected
 from bessemer_claims.verdict import ClaimVerdict, Documented, Evidence, Measured, Outcome, PartFinding, Seen
 
 

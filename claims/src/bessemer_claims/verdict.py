@@ -14,8 +14,9 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from bessemer.addons.evals.intervals import Interval, over_seeds, shares_apart, smallest_visible
+from bessemer.addons.study.rule import answer
+from bessemer.addons.study.seeds import alike, equivalent, p_equivalent, p_value, seeds_for
 from bessemer_claims.registry import ClaimEntry, Part, PrintedFigure, PrintedRuns, PublishedScore, Role, Rules
-from bessemer_claims.seeds import alike, equivalent, p_equivalent, p_value, seeds_for
 
 
 class Doubt(StrEnum):
@@ -409,16 +410,9 @@ def _side(part: Part, interval: Interval, margin: float | None = None) -> Outcom
     """Whether the whole interval lies beyond threshold and margin, short of that, or neither; `margin`: instead of the
     part's."""
     margin = (part.margin or 0.0) if margin is None else margin
-    if part.side == "equal":
-        low, high = (part.threshold or 0.0) - margin, (part.threshold or 0.0) + margin
-        if low < interval.low and interval.high < high:
-            return Outcome.HOLDS
-        return Outcome.FAILS if interval.high < low or interval.low > high else Outcome.UNCLEAR
-    cut = _cut(part, margin)
-    above, below = interval.low > cut, interval.high < cut
-    if part.side == "below":
-        above, below = below, above
-    return Outcome.HOLDS if above else Outcome.FAILS if below else Outcome.UNCLEAR
+    assert part.side in ("above", "below", "equal"), "the other sides are of computed values"
+    answers = {"holds": Outcome.HOLDS, "fails": Outcome.FAILS, "unclear": Outcome.UNCLEAR}
+    return answers[answer(part.side, part.threshold or 0.0, margin, interval)]
 
 
 def _fires(part: Part, control: Interval, margin: float) -> bool:

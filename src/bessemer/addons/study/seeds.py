@@ -1,14 +1,15 @@
-"""Tests over a handful of seeds, and the correction for many of them.
+"""Tests over a handful of seeds, the correction for many of them, and how many seeds a question needs.
 
-The seed is the unit: `values` are differences within each seed.
+The seed is the unit: `values` are differences within each seed. Differences of seeds are taken as normal.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from scipy import stats
 
 from bessemer.addons.evals.intervals import over_seeds
@@ -65,3 +66,41 @@ def seeds_for(values: Sequence[float], margin: float, confidence: float = 0.95) 
         else:
             low = n + 1
     return low if low < MOST else None
+
+
+def chance_beyond(n: int, effect: float, spread: float, confidence: float = 0.95) -> float:
+    """The power of a one-sided rule: how likely the t interval of n seeds lies beyond a bound, if the true mean lies
+    `effect` beyond it and seeds have the standard deviation `spread`. By the noncentral t distribution."""
+    if n < 2:
+        return 0.0
+    if spread <= 0:
+        return float(effect > 0)
+    cut = float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    return float(stats.nct.sf(cut, n - 1, effect * math.sqrt(n) / spread))
+
+
+def chance_within(n: int, offset: float, margin: float, spread: float, confidence: float = 0.95) -> float:
+    """The power of an equivalence rule: how likely the t interval of n seeds lies within `margin` of a centre, if the
+    true mean lies `offset` from it. The mean's probability, averaged over the sample's standard deviation."""
+    if n < 2:
+        return 0.0
+    if spread <= 0:
+        return float(abs(offset) < margin)
+    error = spread / math.sqrt(n)
+    shares = (np.arange(2_000) + 0.5) / 2_000  # quantiles of the sample's standard deviation, equally likely
+    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error * np.sqrt(stats.chi2.ppf(shares, n - 1) / (n - 1))
+    room = np.maximum(margin - reach, 0.0)
+    inside = stats.norm.cdf((room - offset) / error) - stats.norm.cdf((-room - offset) / error)
+    return float(np.mean(np.where(room > 0, inside, 0.0)))
+
+
+def fewest(chance: Callable[[int], float], power: float, most: int = 1_000) -> int | None:
+    """The fewest seeds, at least two, with which `chance(n)` reaches `power`; None above `most`. The chance must rise
+    with n."""
+    if chance(most) < power:
+        return None
+    low, high = 2, most
+    while low < high:
+        n = (low + high) // 2
+        low, high = (low, n) if chance(n) >= power else (n + 1, high)
+    return low
