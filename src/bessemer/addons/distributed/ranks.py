@@ -197,13 +197,16 @@ class Ranks:
         return self.store.add(f"reported/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
 
     def report_lost(self, why: str) -> None:
-        """Prints which rank is gone, on one of the ranks that lost their connection to it."""
+        """Prints which rank is gone, on one of the ranks that lost their connection to it. Those that end because of it
+        are not gone."""
         try:
+            self.store.set(f"leaving/{self.me}", "")
             if not self._first("lost"):
                 return
             # torch's agent sees its processes end and names the one; without it the watchdogs tell
             started_by_agent = "TORCHELASTIC_RUN_ID" in os.environ
-            gone = self._watchdog.silent() if self._watchdog is not None and not started_by_agent else []
+            silent = self._watchdog.silent() if self._watchdog is not None and not started_by_agent else []
+            gone = [rank for rank in silent if not self.store.check([f"leaving/{rank}"])]
         except dist.DistError:
             gone = [0]
         names = ", ".join(f"rank {rank}" for rank in gone) or "another rank"
