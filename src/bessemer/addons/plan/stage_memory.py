@@ -256,7 +256,17 @@ def _layouts(own: LayoutConfig, stage: OptimizerConfig, cfg: ModelConfig | None,
             yield own.model_copy(update=sizes | {"schedule": schedule, "recompute": phases})
 
 
-def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | None) -> StageMemory | None:
+def by_rank(recipe: Recipe, stage: OptimizerConfig, world: int, device: Device | None) -> list[StageMemory]:
+    """What a stage needs on every pipeline rank; of ranks that all hold the same, once. [] if nothing tells."""
+    pipeline = recipe.layout.pp if network_of(recipe, stage)[0] is not None else 1
+    needs = (_of_stage(recipe, stage, world, device, rank) for rank in range(pipeline))
+    return [need for need in needs if need is not None]
+
+
+def _of_stage(
+    recipe: Recipe, stage: StageConfig, world: int, device: Device | None, rank: int | None = None
+) -> StageMemory | None:
+    """`rank`: the pipeline rank; None: the fullest one."""
     cfg, model, guess = network_of(recipe, stage)
     on_gpu = device is not None or torch.cuda.is_available()
     if isinstance(stage, OptimizerConfig):
@@ -266,7 +276,7 @@ def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | N
         judges = _judges(recipe, stage, world, 2 if on_gpu else 4)
         if cfg is not None:
             layout, *_ = distributed.layout_of(recipe.layout, world, not isinstance(stage, DistillConfig))
-            by_kind = _training(recipe, stage, cfg, layout, number, device, judges)
+            by_kind = _training(recipe, stage, cfg, layout, number, device, judges, rank)
             by_kind |= _beside(recipe, stage, cfg, layout, number, by_kind, on_gpu)
         else:
             assert model is not None
@@ -305,13 +315,14 @@ def _sizes(cfg: ModelConfig | None, model: OtherModel | None) -> tuple[int, int]
 
 def _training(
     recipe: Recipe, stage: OptimizerConfig, cfg: ModelConfig, layout: Layout, number: int, device: Device | None,
-    judges: list[int],
+    judges: list[int], rank: int | None = None,
 ) -> dict[str, int]:  # fmt: skip
-    """Bytes of the fullest rank's part of a training, by kind; `judges`: of reward models by pipeline rank."""
+    """Bytes of a pipeline rank's part of a training, by kind, by default the fullest one's; `judges`: of reward models
+    by pipeline rank."""
     on_gpu = device is not None or torch.cuda.is_available()
     packed = bool(getattr(stage, "document_mask", True))
     padded = number == 2 and device is not None and (packed or not device.cudnn)
-    rows, length = _micro_batch(recipe, stage, cfg.max_seq_len)
+    rows, length = micro_batch(recipe, stage, cfg.max_seq_len)
     name, micro = schedules.of_step(recipe.layout.schedule, layout.pp, 2 * layout.pp)
     moments = 2 if stage.moments == "bfloat16" else 4
     numbers = NumberFormats(number, moments, stage.fp8 != "off", on_gpu, stage.optimizer == "muon", padded)
@@ -319,7 +330,7 @@ def _training(
     room = Room.of(device, layout.world).bytes if on_gpu else None
     ranks = memory.per_rank(cfg, layout, table, rows, length, numbers, recipe.layout.recompute, room=room)
     ranks = [kinds | {"judges": size} for kinds, size in zip(ranks, judges, strict=True)]
-    by_kind = max(ranks, key=lambda kinds: sum(kinds.values()))
+    by_kind = ranks[rank] if rank is not None else max(ranks, key=lambda kinds: sum(kinds.values()))
     workers = 1 if on_gpu or layout.world > 1 else setup.workers().n
     if layout.world == 1:  # no share of a sum over ranks beside them
         by_kind = by_kind | {"gradients": by_kind["gradients"] // 2}
@@ -329,7 +340,7 @@ def _training(
 def _other_training(
     recipe: Recipe, stage: OptimizerConfig, model: OtherModel, world: int, number: int, on_gpu: bool
 ) -> dict[str, int]:
-    rows, length = _micro_batch(recipe, stage, model.context or 1 << 20)
+    rows, length = micro_batch(recipe, stage, model.context or 1 << 20)
     lora = getattr(stage, "lora", None)
     moments = 2 if stage.moments == "bfloat16" else 4
     by_kind = other_memory.training(
@@ -344,7 +355,7 @@ def _other_training(
     return by_kind
 
 
-def _micro_batch(recipe: Recipe, stage: OptimizerConfig, context: int) -> tuple[int, int]:
+def micro_batch(recipe: Recipe, stage: OptimizerConfig, context: int) -> tuple[int, int]:
     """(rows, tokens of a row) of a forward pass."""
     if isinstance(stage, RLConfig | DistillConfig):
         cap = max(stage.max_new_tokens.values) if isinstance(stage, RLConfig) else stage.max_new_tokens
