@@ -61,6 +61,7 @@ def test_each_rings_alone_without_accuracy(code, columns):
         {"kl": lambda n: 0.015 * n, "loss": lambda n: 0.02 * NOISE[n]},  # the loss is the policy's part
         {"kl": lambda n: 2e-3 * n, "loss": lambda n: -0.01 - 1e-3 * n},  # right answers are the longer ones
         {"kl": lambda n: 0.002 * NOISE[n]},  # an unbiased estimate scatters around 0
+        {"kl": lambda n: 0.01 if n % 5 == 0 else -0.02},  # low, and not always below 0
         {"loss": lambda n: math.nan if n % 10 == 3 else 0.1},  # skipped steps
         {"grad_norm": lambda n: 0.001 if n < 10 else 2.0},  # the first groups had no contrast
         {"length": lambda n: 200 - 3 * n, "reward": lambda n: 0.01 * n, "reward_std": constant(0.4)},
@@ -83,6 +84,7 @@ def test_causes_stand_before_what_follows():
     for since, first in ((5, "groups-too-hard"), (25, "entropy-collapse")):
         rung = [("groups-too-hard", since, since == 5), ("entropy-collapse", 30, False)]
         assert ordered(rung)[0][0] == first
+    assert ordered([("never-ending", 5, True), ("sampler-mismatch", 30, False)])[0][0] == "sampler-mismatch"
     # cut answers are all wrong, so their groups are dead
     both = [("groups-too-hard", 5, True), ("never-ending", 5, True)]
     assert [code for code, _ in ordered(both)] == ["never-ending", "groups-too-hard"]

@@ -40,7 +40,7 @@ def ordered(since: Iterable[tuple[str, int, bool]]) -> list[tuple[str, list[str]
     done: list[str] = []
     while waiting := [code for code in rung if code not in done]:
         free = [code for code in waiting if not {*explained[code]} - {*done}] or waiting
-        done.append(min(free, key=lambda code: (code not in SETUP, not _root(code, rung), rung[code][0])))
+        done.append(min(free, key=lambda code: (code not in SETUP, rung[code][0])))
     return [(code, explained[code]) for code in done]
 
 
