@@ -111,6 +111,21 @@ def test_a_rule_or_arm_that_changes_after_results_is_refused(folder, old, new):
     assert other.exit_code == 0
 
 
+def test_what_has_run_so_far_is_shown_without_a_verdict(folder):
+    refused = study(folder, "--show")
+    assert isinstance(refused.exception, UserError) and not (folder / "out").exists()
+    text = (folder / "study.toml").read_text()
+    (folder / "study.toml").write_text(
+        text + "\n[arm.never]\ncommand = ['python', 'arm.py', 'never', '{seed}', '{out}']\n"
+    )
+    assert study(folder).exit_code == 1  # nothing asks for a figure of this arm, and its program fails
+    for path in (folder / "out").glob("never-*/result.json"):
+        path.unlink()
+    done = study(folder, "--show")
+    assert done.exit_code == 0 and facts(folder)["verdict"] == "cannot tell" and len(calls(folder)) == 12
+    assert facts(folder)["rules"][0]["verdict"] == "holds" and facts(folder)["runs"]["ended"] == 8
+
+
 def test_a_failed_run_is_shown_and_tried_again(folder):
     (folder / "low-3").write_text("NaN")
     done = study(folder)

@@ -20,6 +20,7 @@ def study(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Arms, runs, minutes, and the power of every rule; run nothing.")
     ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Run nothing: say what the runs so far say.")] = False,
     reuse: Annotated[
         str | None,
         typer.Option(metavar="RUN", help="Take the shared stages from this run; {seed} in it stands for the seed."),
@@ -39,6 +40,10 @@ def study(
     loaded = Study.load(file)
     at_once = at_once or granted_cores()
     folder = StudyFolder(loaded, out or Path("runs/studies") / loaded.name, reuse)
+    if show and not folder.runs():
+        raise UserError(
+            f"{folder.root} holds no runs of this study; run it without --show, or name its folder with --out"
+        )
     examine(loaded)
     if dry_run:
         if why := folder.refusal():
@@ -50,7 +55,7 @@ def study(
         return
     with folder.held():
         try:
-            whole = folder.run(at_once, lambda line: print(line, file=sys.stderr, flush=True))
+            whole = show or folder.run(at_once, lambda line: print(line, file=sys.stderr, flush=True))
         except KeyboardInterrupt:
             print("stopped; nothing is lost; run the same command again to continue", file=sys.stderr)
             sys.exit(INTERRUPTED)

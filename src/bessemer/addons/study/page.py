@@ -10,7 +10,7 @@ from functools import partial
 from bessemer.addons.evals.intervals import Interval, over_seeds
 from bessemer.addons.study.file import RuleTable
 from bessemer.addons.study.report import StudyReport
-from bessemer.addons.study.rule import Comparison, power
+from bessemer.addons.study.rule import FEWEST, Comparison, power
 from bessemer.addons.study.seeds import fewest
 from bessemer.addons.watch import page
 from bessemer.addons.watch.page import Html
@@ -187,7 +187,7 @@ def before(report: StudyReport, minutes: dict[str, float | None], at_once: int) 
             said = f"{table.power:.0%} up to a spread of {number(bears)}" if bears else "too few seeds at any spread"
         else:
             chance = power(rule, n, rule.spread, table.confidence)
-            more = fewest(partial(_chance, rule, rule.spread, table.confidence), table.power)
+            more = fewest(partial(_chance, rule, rule.spread, table.confidence), table.power, FEWEST)
             said = f"{chance:.0%} at a spread of {rule.spread:g}; {table.power:.0%} takes {more} seeds"
         chances.append([rule.name, asked(rule), said])
     return "\n".join([*lines, page.grid(chances), f"rule {report.study.hash[:16]}"])

@@ -124,7 +124,7 @@ def compare(
     if len(numbers) < 2 or same:
         return found
     spread = statistics.stdev(numbers)
-    needed = fewest(lambda n: power(rule, n, spread, confidence), aim)
+    needed = fewest(lambda n: power(rule, n, spread, confidence), aim, FEWEST)
     chance = power(rule, len(numbers), spread, confidence)
     visible = smallest_visible(numbers, confidence)
     return Comparison(rule, values, found.verdict, found.interval, found.doubts, visible, chance, needed)

@@ -94,12 +94,12 @@ def chance_within(n: int, offset: float, margin: float, spread: float, confidenc
     return float(np.mean(np.where(room > 0, inside, 0.0)))
 
 
-def fewest(chance: Callable[[int], float], power: float, most: int = 1_000) -> int | None:
-    """The fewest seeds, at least two, with which `chance(n)` reaches `power`; None above `most`. The chance must rise
-    with n."""
+def fewest(chance: Callable[[int], float], power: float, least: int = 2, most: int = 1_000) -> int | None:
+    """The fewest seeds, at least `least`, with which `chance(n)` reaches `power`; None above `most`. The chance must
+    rise with n."""
     if chance(most) < power:
         return None
-    low, high = 2, most
+    low, high = least, most
     while low < high:
         n = (low + high) // 2
         low, high = (low, n) if chance(n) >= power else (n + 1, high)
