@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.model import gate, mla
+from bessemer.model.ops import load as load_operations
+from bessemer.train import loss
 from bessemer_vectors import check
 from bessemer_vectors.large import DRAWN, topics_of
 from bessemer_vectors.runner import AGREES, DIFFERS, FAILED, load_adapter
@@ -11,7 +14,13 @@ from bessemer_vectors.runner import AGREES, DIFFERS, FAILED, load_adapter
 ADAPTER = load_adapter(Path(__file__).parents[1] / "adapters" / "bessemer_adapter.py")
 
 
-def test_every_case_that_is_offered_agrees():
+@pytest.mark.parametrize("form", ["fast", "plain"])
+def test_every_case_that_is_offered_agrees(form, monkeypatch):
+    """By the implementations that add-ons register on this machine, and by the equations of the core."""
+    if form == "plain":
+        load_operations()  # they would register later
+        for operation in (gate.routing, mla.latent_attention, loss.logprobs_of_logits, loss.logprobs_gradient):
+            monkeypatch.setattr(operation, "implementations", [])
     report = check(ADAPTER)
     wrong = [
         (entry.topic.name, result.case, result.text)

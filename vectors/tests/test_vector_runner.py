@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bessemer_vectors import check
+from bessemer_vectors import check, load
 from bessemer_vectors.cli import main
 from bessemer_vectors.reference import FUNCTIONS
 from bessemer_vectors.runner import AGREES, DIFFERS, FAILED, NOT_OFFERED
@@ -130,8 +130,9 @@ def test_an_adapter_may_change_its_inputs(adapter):
         "    inputs['logprobs'][:] = 0\n"
         "    return result\n"
     )
-    assert outcomes(check(path, ["sequence_ratio"])) == {AGREES}
-    assert outcomes(check(path, ["sequence_ratio"])) == {AGREES}
+    topics = load()
+    for _ in range(2):
+        assert outcomes(check(path, ["sequence_ratio"], topics)) == {AGREES}
 
 
 def test_a_neighbour_of_the_adapter_can_be_imported(adapter, tmp_path):
