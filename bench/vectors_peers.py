@@ -116,7 +116,7 @@ def tables(report: dict[str, Any]) -> str:
     for bug in report["bugs"]:
         rows.append(
             f"| {link(bug['thread'])} | `{bug['topic']}` | {bug['with']} | {bug.get('without', '-')} | "
-            f"{bug['wrong']} | {bug['right']} | {bug['verdict']}, {len(bug['cases'])} cases |"
+            f"{bug['wrong']} | {bug['right']} | {bug['verdict']}: {', '.join(bug['cases'])} |"
         )
     rows += ["", "| project | version | topics | agree | differ | not offered, of these topics |", "|" + "---|" * 6]
     for entry in report["runs"]:
@@ -152,6 +152,9 @@ def link(thread: str) -> str:
     """Links of "owner/name#number", with what stands between them."""
     parts = []
     for part in thread.split(" = "):
+        if "#" not in part:
+            parts.append(part)
+            continue
         repository, _, rest = part.partition("#")
         number = rest.split(",")[0].split(" ")[0]
         parts.append(f"[{part}](https://github.com/{repository}/issues/{number})")

@@ -6,6 +6,7 @@ from table_model import absent, checkout
 checkout("NEMO_RL")
 absent("megatron", "nemo_automodel", "vllm", "wandb", "swanlab", "mlflow", "tensorboard", "pynvml", "nvtx", "fastokens")
 
+from nemo_rl.algorithms.logits_sampling_utils import apply_top_k_top_p  # noqa: E402
 from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossConfig, ClippedPGLossFn  # noqa: E402
 from nemo_rl.algorithms.utils import calculate_kl  # noqa: E402
 
@@ -82,3 +83,9 @@ def loss_weights(mask, micro_batch, level, length):
 def positive_nll(logprobs, mask, rewards, micro_batch, weight):
     rows = [torch.tensor((micro_batch == m).nonzero()[0]) for m in sorted(set(micro_batch.tolist()))]
     return _run(logprobs, mask, rows=rows, extra={"rewards": rewards}, positive_example_nll_weight=weight)
+
+
+def kept_logprobs(logits, temperature, top_k, top_p):
+    filtered, kept = apply_top_k_top_p(torch.tensor(logits) / temperature, top_k or None, top_p)
+    kept = torch.ones_like(filtered, dtype=torch.bool) if kept is None else kept.bool()
+    return {"kept": kept, "logprobs": filtered.log_softmax(-1).masked_fill(~kept, float("-inf"))}

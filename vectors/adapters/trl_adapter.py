@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
     logging,
 )
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -72,10 +74,10 @@ class TableLM(PreTrainedModel):
 
 def _trainer(
     logprobs, rollout, rewards, *, micro_batches=1, cls=GRPOTrainer, config_cls=GRPOConfig, per_group=None, rate=1.0,
-    **settings,
+    model=None, **settings,
 ):  # fmt: skip
     rows, tokens = logprobs.shape
-    model = TableLM(TableConfig(), logprobs)
+    model = model or TableLM(TableConfig(), logprobs)
     words = {"<token>": TOKEN, "<eos>": EOS, "<pad>": PAD, "<other>": 3} | {
         f"p{b}": FIRST_PROMPT + b for b in range(rows)
     }
@@ -89,8 +91,9 @@ def _trainer(
         per_device_train_batch_size=rows // micro_batches, gradient_accumulation_steps=micro_batches,
         num_generations=per_group or rows, max_completion_length=tokens,
         learning_rate=rate, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no",
-        disable_tqdm=True, logging_strategy="no", gradient_checkpointing=False, temperature=1.0,
-        shuffle_dataset=False, remove_unused_columns=False, **{"beta": 0.0, "max_steps": 1, **settings},
+        disable_tqdm=True, logging_strategy="no", gradient_checkpointing=False,
+        shuffle_dataset=False, remove_unused_columns=False,
+        **{"beta": 0.0, "max_steps": 1, "temperature": 1.0, **settings},
     )  # fmt: skip
     dataset = Dataset.from_list([{"prompt": "<other>"}] * (rows // (per_group or rows)))
     optimizer = torch.optim.SGD([model.table.table], lr=rate)
@@ -260,6 +263,43 @@ def importance_weights(trainer_logprobs, sampler_logprobs, mask, mode, cap):
 
 # newer versions weigh the KL term by the ratio unless told otherwise
 PLAIN_KL = {"use_bias_correction_kl": False} if "use_bias_correction_kl" in GRPOConfig.__dataclass_fields__ else {}
+
+
+class LogitsLM(TableLM):
+    """The logits of a case at every position, whatever the input."""
+
+    def __init__(self, logits):
+        super().__init__(TableConfig(), np.full((1, 1), -1.0))
+        self.lm_head.weight = torch.nn.Parameter(torch.eye(logits.shape[1]).double(), requires_grad=False)
+        self.backbone.forward = lambda input_ids, **_: BaseModelOutput(last_hidden_state=self.logits(input_ids))
+        rows = torch.tensor(logits)
+        self.logits = lambda input_ids: torch.cat([rows, rows[:1]])[None].repeat(len(input_ids), 1, 1)
+
+    def forward(self, input_ids, attention_mask=None, logits_to_keep=0, **_):
+        return CausalLMOutput(logits=self.logits(input_ids)[:, -logits_to_keep:])
+
+
+def kept_logprobs(logits, temperature, top_k, top_p):
+    """What the trainer computes for completions of one token each, of those that the samplers of transformers leave."""
+    trainer, _ = _trainer(
+        np.full((2, 1), -1.0),
+        None,
+        lambda **_: [],
+        model=LogitsLM(logits),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    ids = torch.arange(logits.shape[1])[:, None].expand(-1, len(logits))
+    ids = torch.cat([torch.zeros_like(ids[:, :1]), ids], 1)
+    with torch.no_grad():
+        found, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), len(logits))
+    warped = torch.tensor(logits) / temperature
+    for warper in ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else []):
+        warped = warper(None, warped)
+    return {"kept": warped.isfinite(), "logprobs": found.T.masked_fill(~warped.isfinite(), float("-inf"))}
+
+
 CAP = next(
     name for name in ("vllm_importance_sampling_clip_max", "vllm_importance_sampling_cap")
     if name in GRPOConfig.__dataclass_fields__

@@ -49,8 +49,8 @@ def test_layers_of_others_agree(adapter, name, needs, least):
 def test_steps_of_a_trainer_of_others_agree(adapter):
     pytest.importorskip("trl")
     report = check(adapter("trl"))
-    assert counts(report)[AGREES] >= 28
-    assert not report.count(DIFFERS) and not report.count(FAILED)
+    assert counts(report)[AGREES] >= 28 and not report.count(FAILED)
+    assert {entry.topic.name for entry in report.topics if entry.count(DIFFERS)} <= {"kept_logprobs"}, "but trl#6789"
     assert {entry.topic.name for entry in report.topics if entry.count(AGREES)} >= {"loss_mask", "loss_weights"}
 
 
@@ -106,6 +106,7 @@ def made(name, version, **outcomes):
         ({"a": "agrees", "b": "failed"}, {"a": "agrees", "b": "agrees"}, "caught"),
         ({"a": "agrees", "b": "agrees"}, {"a": "agrees", "b": "agrees"}, "missed"),
         ({"a": "agrees", "b": "differs"}, {"a": "agrees", "b": "differs"}, "missed"),
+        ({"a": "differs", "b": "differs"}, {"a": "agrees", "b": "differs"}, "missed"),
     ],
 )
 def test_a_bug_is_caught_if_only_the_version_with_it_differs(peers, old, new, verdict):
@@ -135,3 +136,8 @@ def test_tables_replace_what_stands_between_the_comments(peers):
     assert "old" not in new and new.endswith("after\n") and peers.with_tables(new, "| a |\n") == new
     with pytest.raises(ValueError, match="the page needs"):
         peers.with_tables("# Page\n", "| a |\n")
+
+
+def test_the_page_has_the_tables_of_the_stored_report(peers):
+    page = (ROOT / "docs" / "vectors.md").read_text()
+    assert peers.with_tables(page, peers.tables(json.loads(REPORT.read_text()))) == page
