@@ -321,6 +321,17 @@ def test_hostile_text_is_neither_run_nor_shown_raw(tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out and "<script" not in (tmp_path / "p.html").read_text()
 
 
+def test_a_name_in_a_log_does_not_steer_the_terminal(tmp_path, capsys):
+    evil = "rewards/\x1b[2Jaccuracy\r/mean"
+    for name, code in ((evil, 0), ("\x1b]0;evil\x07", 2)):
+        lines = [json.dumps({"step": n, name: 0.5} | ({"reward_std": 0.5} if code == 0 else {})) for n in range(9)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        assert main([str(tmp_path / "a.jsonl")]) == code
+        printed = "".join(capsys.readouterr())
+        assert "accuracy" in printed or "evil" in printed
+        assert not {"\x1b", "\r", "\x07"} & {*printed}
+
+
 def test_memory_is_bounded_by_what_is_kept(tmp_path):
     """A line without an end, and a million lines that are no records, cost no memory that stays."""
     import tracemalloc

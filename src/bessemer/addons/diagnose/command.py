@@ -14,7 +14,7 @@ from pathlib import Path
 from .diagnosis import LogDiagnosis, diagnose
 from .formats import Unreadable, sources
 from .names import MEANING, TRAINERS
-from .words import describe, page
+from .words import describe, page, printable
 
 EPILOG = "Exit code: 0 no alarm, 1 alarms, 2 a log could not be read. Read are: " + "; ".join(
     f"{trainer.title}, {trainer.seen}" for trainer in TRAINERS.values()
@@ -78,7 +78,7 @@ def run(logs: Sequence[Path], metrics: Sequence[str] = (), as_json: bool = False
         except OSError as error:
             failures.append(f"{html}: cannot be written ({error.strerror})")
     for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {printable(failure)}", file=sys.stderr)
     return 2 if failures else int(any(log.alarms for log in made))
 
 

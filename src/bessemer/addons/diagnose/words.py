@@ -26,7 +26,12 @@ def describe(log: LogDiagnosis, plain: bool = False) -> str:
     lines += [f"  {note}" for note in tally.notes]
     for run in log.runs:
         lines += _run(run, plain)
-    return "\n".join(lines)
+    return "\n".join(map(printable, "\n".join(lines).split("\n")))
+
+
+def printable(text: str) -> str:
+    """Without control characters, which a name in a log may hold and a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _run(run: RunDiagnosis, plain: bool) -> list[str]:
