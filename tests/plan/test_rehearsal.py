@@ -150,6 +150,9 @@ def test_a_miniature_keeps_the_rules():
     assert set(network.wanted) == {axis for group in network.groups for axis in group.axes}
     (network,), _ = miniature.networks(certificate.part_of(Recipe.load(V3), "pretrain"), 2048, 8)
     assert {group.layout.world for group in network.groups} == {8, 4}
+    (network,), _ = miniature.networks(certificate.part_of(Recipe.load(V3), "pretrain"), 2048, 3)
+    assert {group.axes for group in network.groups} == {("pp",), ("ep",), ("dp",)}, "two hops need four ranks"
+    assert miniature.NODES in network.wanted
 
 
 def test_both_schedules_of_a_ramp_are_in_the_miniature():
@@ -204,6 +207,20 @@ def test_a_refused_run_starts_no_process_and_writes_why(call, tmp_path, monkeypa
     assert html.index("REFUSED") < html.index("GiB") < html.index("remains unproved")
     status, out, _ = call("rehearse", "--check", tmp_path / "rehearsal-v3-2048xH800.json")
     assert status == 1 and "REFUSED" in out
+
+
+@pytest.mark.parametrize(("changes", "word"), [({}, "shape"), ({"lora": "{ rank = 4 }"}, "objective")], ids=str)
+def test_nothing_to_run_is_refused_with_its_reason(tmp_path, changes, word):
+    """A model that nobody knows before it is downloaded, and adapters, which no miniature has."""
+    known = "hf://Qwen/Qwen2.5-0.5B" if changes else "hf://someone/something"
+    path = tmp_path / "foreign.toml"
+    path.write_text(
+        f'name = "foreign"\n[[stage]]\nkind = "import"\nname = "base"\nmodel = "{known}"\n[[stage]]\nkind = "rl"\n'
+        f'name = "grpo"\nfrom = "base"\ntasks = ["arithmetic"]\n' + "".join(f"{k} = {v}\n" for k, v in changes.items())
+    )
+    facts = certificate.certify(str(path), [], parse_cluster("2xH100"), 4)
+    assert facts["verdict"] == certificate.REFUSED and facts["run"] == []
+    assert any("nothing was run" in reason and word in reason for reason in facts["reasons"]), facts["reasons"]
 
 
 def written(tmp_path, **changes):

@@ -41,12 +41,14 @@ def certify(
         if cluster.size > 1 and not sizes["faults"]:
             for network in networks:
                 used = {axis for group in network.groups for axis in group.axes}
-                reasons += [f"no run has {axis}" for axis in network.wanted if axis not in used]
+                reasons += [
+                    f"no run has {axis}, which needs --processes 4" for axis in network.wanted if axis not in used
+                ]
             if not networks:
-                reasons.append("nothing was run: the shape of no network is known before it is downloaded")
+                reasons.append(f"nothing was run: {'; '.join(left_out) or 'no stage trains'}")
         rest = unproved.remaining(recipe, cluster, left_out, sizes)
         if not ran:
-            rest = ["everything that runs: nothing was run"] * bool(sizes["faults"]) + rest
+            rest = ["everything that runs: nothing was run", *rest]
         facts = {
             "format": FORMAT, "recipe": str(path), "set": overrides, "until": until, "name": recipe.name,
             "cluster": f"{cluster.size}x{cluster.device.name}", "processes": processes,

@@ -138,7 +138,7 @@ def _groups(recipe: Recipe, world: int, processes: int) -> Iterator[RankGroup]:
     together = min(len(axes), int(math.log2(processes)))
     for chosen in combinations(axes, together) if together else ():
         yield RankGroup(Layout(**dict.fromkeys(chosen, 2)), schedule, chosen)
-    if layout.nodes > 1:
+    if layout.nodes > 1 and processes >= 4:
         yield RankGroup(Layout(ep=4, node=2), schedule, ("ep", NODES))
 
 

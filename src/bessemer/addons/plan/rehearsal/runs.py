@@ -152,7 +152,7 @@ def compare(own: Sequence[dict[str, Any]], expected: dict[str, Any]) -> dict[str
     biases = True
     for rank in own:
         if rank["metrics"].keys() != expected["metrics"].keys():
-            metric = (NOTHING, "steps are missing")
+            metric = (NOTHING, "a step")
             continue
         for step, values in expected["metrics"].items():
             for name, value in values.items():
@@ -169,7 +169,7 @@ def compare(own: Sequence[dict[str, Any]], expected: dict[str, Any]) -> dict[str
             gradient = max(gradient, (min(gap, NOTHING) if gap == gap else NOTHING, name))
         biases &= all(np.array_equal(bias, expected["biases"][name]) for name, bias in rank["biases"].items())
     if seen != wanted.keys():
-        gradient = (NOTHING, f"{len(wanted.keys() - seen)} parameters that no rank has")
+        gradient = (NOTHING, f"{len(wanted.keys() - seen)} parameters")
     return {"losses": metric[0], "worst_loss": metric[1], "later": later[0], "worst_later": later[1],
             "gradients": gradient[0], "worst_gradient": gradient[1],
             "parameters": len(seen), "biases": bool(biases)}  # fmt: skip
@@ -178,14 +178,14 @@ def compare(own: Sequence[dict[str, Any]], expected: dict[str, Any]) -> dict[str
 def beyond(compared: dict[str, Any]) -> list[str]:
     """What exceeds its bound, as text."""
     found = []
-    if not compared["losses"] <= LOSSES:
-        found.append(f"{compared['worst_loss']} differs by {compared['losses']:.2g} of one process's, above {LOSSES:g}")
-    if not compared["later"] <= LATER:
-        found.append(f"{compared['worst_later']} differs by {compared['later']:.2g} of one process's, above {LATER:g}")
-    if not compared["gradients"] <= GRADIENTS:
-        found.append(
-            f"the gradient of {compared['worst_gradient']} differs by {compared['gradients']:.2g}, above {GRADIENTS:g}"
-        )
+    for name, what, bound in (
+        ("losses", compared["worst_loss"], LOSSES), ("later", compared["worst_later"], LATER),
+        ("gradients", f"the gradient of {compared['worst_gradient']}", GRADIENTS),
+    ):  # fmt: skip
+        if compared[name] >= NOTHING:
+            found.append(f"{what} is missing or no number")
+        elif not compared[name] <= bound:
+            found.append(f"{what} differs by {compared[name]:.2g} of one process's, above {bound:g}")
     if not compared["biases"]:
         found.append("routing biases differ from one process's")
     return found
