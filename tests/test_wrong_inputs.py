@@ -68,6 +68,7 @@ keys lr | distill.lr
 keys rl.lrr | rl has no key "lrr"; did you mean "lr"?
 keys rll.lr | unknown kind "rll"; did you mean "rl"?
 compare runs/tiny/zero runs/tiny/01-zero | is on both sides
+drift nosuch | no model or run at nosuch
 compare runs/tiny runs/tiny --task countdown | is on both sides
 whatif runs/none | no recipe at runs/none
 plan v3 --cluster 8xH100 --search | layouts rejected (needs more memory
