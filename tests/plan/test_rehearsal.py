@@ -325,5 +325,8 @@ def test_a_page_shows_every_part(tmp_path):
               "bounds": {"losses": 1e-5, "gradients": 1e-4, "later": 1e-3}}  # fmt: skip
     facts["verdict"] = certificate.REFUSED
     html = page.document(facts)
+    first = page.describe(facts | {"until": "sft"}).splitlines()[0]
+    assert first.startswith("REFUSED") and "sft" in first
+    assert "up to sft" in page.document(facts | {"until": "sft"})
     assert "<b>.toml" not in html and "a &lt;reason&gt;" in html and "&lt;rest&gt;" in html
     assert html.index("a &lt;reason&gt;") < html.index("What was run") < html.index("What was computed")

@@ -12,7 +12,7 @@ RUN, COMPUTED, UNPROVED = "1. What was run", "2. What was computed", "3. What re
 
 
 def document(facts: dict[str, Any]) -> str:
-    title = f"Rehearsal: {facts['name']} on {facts['cluster']}"
+    title = f"Rehearsal: {_what(facts)}"
     hashes = facts["hashes"]
     lead = (
         f"{facts['recipe']}{''.join(f' --set {item}' for item in facts['set'])}; recipe {hashes['recipe'][:12]}, code "
@@ -30,6 +30,12 @@ def document(facts: dict[str, Any]) -> str:
         page.section("unproved", UNPROVED, Html(f"<ul>{rest}</ul>")),
     ]  # fmt: skip
     return page.document(title, page.join(head, *parts))
+
+
+def _what(facts: dict[str, Any]) -> str:
+    """The recipe, the part of it that was rehearsed, and the cluster."""
+    part = f" up to {facts['until']}" if facts["until"] else ""
+    return f"{facts['name']}{part} on {facts['cluster']}"
 
 
 def _run_lead(facts: dict[str, Any]) -> str:
@@ -151,7 +157,7 @@ def _divided(divided: dict[str, Any]) -> str:
 def describe(facts: dict[str, Any]) -> str:
     """The certificate for a terminal."""
     hashes = facts["hashes"]
-    lines = [f"{facts['verdict']}: {facts['name']} on {facts['cluster']}"]
+    lines = [f"{facts['verdict']}: {_what(facts)}"]
     lines += [f"  because {reason}" for reason in facts["reasons"]]
     lines += [f"  recipe {hashes['recipe'][:12]}, code {hashes['code'][:12]}", "", RUN]
     for ran in facts["run"]:
