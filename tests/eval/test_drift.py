@@ -222,8 +222,25 @@ def test_sides_wait_for_each_other_and_an_error_ends_all():
     assert threading.active_count() == before
 
 
+@pytest.mark.vllm
+def test_a_fault_in_vllm_s_model_is_found_where_it_is(tmp_path):
+    """In float32 on a CPU, and with a healthy model nothing is found."""
+    pytest.importorskip("vllm")
+    from bessemer.addons.evals.drift_vllm import VLLM
+
+    made("llama", hidden_size=256, intermediate_size=512, initializer_range=0.06).save_pretrained(tmp_path / "llama")
+    faulty = changed(tmp_path / "llama", tmp_path / "faulty", {r"layers\.1\.self_attn\.o_proj": noisy})
+    for model, place in ((tmp_path / "llama", None), (faulty, LayerPart(1, "attention"))):
+        sides = [drift_run.open_trainer(tmp_path / "llama", torch.float32), VLLM(model, torch.float32, len(IDS))]
+        result = drift_run.drift(("trainer", tmp_path), ("vllm", tmp_path), IDS, "float32", sides=sides)
+        assert (result.first and result.first.point) == place, result.sentence()
+        assert not result.unseen
+        sides[1].llm.llm_engine.engine_core.shutdown()
+
+
 WRONG = {
     "--between engine engine": "--second",
+    "--between trainer vllm --length 4": "bessemer[vllm]",
     "--ids nosuch": "nosuch",
     "--ids words": "words",
     "--ids far": "id 96 at position 1",

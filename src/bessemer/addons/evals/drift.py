@@ -15,6 +15,7 @@ class Who(StrEnum):
     trainer = "trainer"
     engine = "engine"
     transformers = "transformers"
+    vllm = "vllm"
 
 
 class DriftDtype(StrEnum):
@@ -26,7 +27,7 @@ def drift(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model directory, or a run: its main model, by default the last.")
     ],
-    between: Annotated[tuple[Who, Who], typer.Option(help="The two that compute: trainer, engine, transformers.")] = (
+    between: Annotated[tuple[Who, Who], typer.Option(help="The two that compute.")] = (
         Who.trainer,
         Who.engine,
     ),

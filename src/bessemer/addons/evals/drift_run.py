@@ -62,6 +62,10 @@ def open_side(who: str, folder: Path, dtype: torch.dtype, n: int, decoded: int) 
         return open_trainer(folder, dtype)
     if who == "engine":
         return open_engine(folder, dtype, min(decoded, n - 1))
+    if who == "vllm":
+        from bessemer.addons.evals.drift_vllm import VLLM
+
+        return VLLM(folder, dtype, n)
     return open_transformers(folder, dtype)
 
 
