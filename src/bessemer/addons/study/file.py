@@ -127,8 +127,8 @@ class StudyTable(ConfigTable):
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of a comparison."""
+class ArmFigure:
+    ""An arm and a figure of it: a side of a comparison.""
 
     arm: str
     figure: str
@@ -156,7 +156,7 @@ class Study:
     def comparisons(self) -> list[RuleTable]:
         return [*self.table.rule, *self.table.control]
 
-    def side(self, text: str) -> Side:
+    def side(self, text: str) -> ArmFigure:
         """ "task.accuracy" -> its arm and figure; the figure may be left out if there is only one."""
         arm, _, figure = text.partition(".")
         figures = list(self.table.figure)
@@ -166,9 +166,9 @@ class Study:
             raise UserError(f'{self.path}: "{text}" names no figure; write {arm}.FIGURE with {", ".join(figures)}')
         if figure and figure not in figures:
             raise UserError(f'{self.path}: "{text}": no figure "{figure}"; {nearest(figure, figures)}')
-        return Side(arm, figure or figures[0])
+        return ArmFigure(arm, figure or figures[0])
 
-    def sides(self, rule: RuleTable) -> list[Side]:
+    def sides(self, rule: RuleTable) -> list[ArmFigure]:
         return [self.side(text) for text in (rule.first, rule.second) if text is not None]
 
     def figures_of(self, arm: str) -> list[str]:
