@@ -128,7 +128,7 @@ class StudyTable(ConfigTable):
 
 @dataclass(frozen=True)
 class ArmFigure:
-    ""An arm and a figure of it: a side of a comparison.""
+    """An arm and a figure of it: one side of a comparison."""
 
     arm: str
     figure: str
