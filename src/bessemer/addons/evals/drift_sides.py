@@ -1,5 +1,5 @@
 """Those who compute a network, each watched at the same points (`drift_measure.LayerPart`): the trainer, the engine and
-transformers. `drift_engines` has vLLM and llama.cpp.
+transformers. `drift_vllm` has vLLM.
 
 A side is watched by torch's hooks on its modules, so it computes what it always computes. The engine's fused kernels
 have no modules to hook: they run the first n layers, for every n, and show the residual stream after each half layer.
@@ -139,8 +139,8 @@ def decoder_layers(body: nn.Module, n_layers: int) -> list[nn.Module]:
             if all(child(layer, ATTENTION) is not None and child(layer, FEED_FORWARD) is not None for layer in layers):
                 return layers
     raise UserError(
-        f"{type(body).__name__}: no list of {n_layers} layers with attention and MLP under known names; compare it by "
-        "log-probs alone: --parts log-probs"
+        f"{type(body).__name__}: no list of {n_layers} layers with attention and MLP under known names; "
+        "drift compares models whose layers have both"
     )
 
 
@@ -194,6 +194,13 @@ def watching_foreign(embedding: nn.Module, layers: Sequence[nn.Module], span: Pa
 # --- who computes -----------------------------------------------------------------------------------------------------
 
 
+def points_of(model: LanguageModel) -> frozenset[LayerPart]:
+    if isinstance(model, Transformer):
+        return own_points(model)
+    assert isinstance(model, CausalLM)
+    return foreign_points(decoder_layers(model.inner.base_model, model.cfg.n_layers))
+
+
 @contextmanager
 def watching(model: LanguageModel, span: PassWatch) -> Iterator[None]:
     if isinstance(model, Transformer):
@@ -214,11 +221,7 @@ class Forward:
         self.model = model.eval()
         self.sizes = model.cfg.vocab_size, model.cfg.dim, model.cfg.n_layers
         self.longest = model.cfg.max_seq_len
-        if isinstance(model, Transformer):
-            self.points = own_points(model)
-        else:
-            assert isinstance(model, CausalLM)
-            self.points = foreign_points(decoder_layers(model.inner.base_model, model.cfg.n_layers))
+        self.points = points_of(model)
 
     def run(self, ids: Sequence[int], take: Take) -> None:
         model, span = self.model, PassWatch(take)
@@ -253,13 +256,8 @@ class Decoding:
         self.steps = backend_of(model) if steps is None else steps
         self.sizes = model.cfg.vocab_size, model.cfg.dim, model.cfg.n_layers
         self.longest = model.cfg.max_seq_len
-        L = model.cfg.n_layers
         self.fused = isinstance(self.steps, KernelSteps)
-        if isinstance(model, Transformer):
-            self.points = own_points(model)
-        else:
-            assert isinstance(model, CausalLM)
-            self.points = foreign_points(decoder_layers(model.inner.base_model, L))
+        self.points = points_of(model)
         if self.fused:
             shown = ("after attention", "router", "residual stream", "final norm", "log-probs")
             self.points = frozenset(point for point in self.points if point.part in shown)
