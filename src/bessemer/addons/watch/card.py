@@ -270,11 +270,11 @@ def _recipe(facts: RunFacts) -> Html:
 SECTIONS = (
     PageSection("stages", "Stage by stage", _stages, "no results.json in a stage",
             "Problems never trained on. Small figures and whiskers: 95 % intervals. Bold: the best in its row."),
-    PageSection("learning", "Watching it learn", _learning, "no rl/ metrics",
-            "Noisy curves: faint as measured, bold smoothed."),
     PageSection("rollouts", "Rollouts", transcripts.rollouts, "no rollouts.jsonl in a stage",
             "The model's answers as it learned, at several moments, for prompts that the run asked repeatedly. "
             "After a line with equations: whether they hold."),
+    PageSection("learning", "Watching it learn", _learning, "no rl/ metrics",
+            "Noisy curves: faint as measured, bold smoothed."),
     PageSection("why", "Why the reward rose", why_text.html, "",
             "Answers before and after: what became more frequent, and what that earns among answers to one problem. "
             "Associations, not experiments."),
