@@ -91,7 +91,7 @@ def compare(name: str, directory: Path) -> dict[str, Any]:
     """One row of the table."""
     import torch
 
-    from bessemer.addons.distributed.ray_settings import VLLMSettings
+    from bessemer.addons.distributed.ray_settings import VLLMOptions
     from bessemer.addons.distributed.sampler_check import logprobs
     from bessemer.addons.distributed.vllm_engine import VLLMEngine
     from bessemer.engine.engine import Engine
@@ -99,7 +99,7 @@ def compare(name: str, directory: Path) -> dict[str, Any]:
     from bessemer.hf.model_directory import load
 
     torch.set_num_threads(1)
-    vllm = VLLMEngine(directory, 0, VLLMSettings(max_model_len=400))
+    vllm = VLLMEngine(directory, 0, VLLMOptions(max_model_len=400))
     model, tokenizer = load(directory, dtype=torch.float32), load_tokenizer(directory)
     engine, prompts = Engine(model, tokenizer), prompts_of(name, tokenizer)
 
