@@ -10,7 +10,7 @@ from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
 from bessemer_claims import probes
-from bessemer_claims.controls import experts_by_token, with_noise
+from bessemer_claims.controls import experts_by_token, with_noise, with_parallel_head
 from bessemer_claims.pretrain_spikes import WINDOW, spikes
 
 CFG = preset("claims", dim=32, n_layers=3, vocab_size=64)
@@ -101,6 +101,23 @@ def test_targets_of_another_row_change_the_modules_loss_alone(batch):
     from bessemer.train.loss import predicting
 
     assert other["mtp_1"].item() == pytest.approx(predicting(hidden, model.head_weight, swapped, 2).item(), rel=1e-5)
+
+
+def test_a_parallel_head_does_not_see_the_next_token(batch):
+    model = Transformer(preset("claims", dim=32, n_layers=3, vocab_size=64, n_mtp=1)).initialise(0).eval()
+    other = batch.tokens_BT.clone()
+    other[:, 12] = (other[:, 12] + 1) % 64
+
+    def guessed(tokens_BT):
+        return model.train_outputs(tokens_BT).mtp_hidden[0][:, :12]  # the last of them also reads token 12, if it may
+
+    sequential = guessed(batch.tokens_BT)
+    assert not torch.equal(guessed(other), sequential)
+    with_parallel_head(model)
+    parallel = guessed(batch.tokens_BT)
+    assert torch.equal(guessed(other), parallel) and not torch.equal(parallel, sequential)
+    next_token(model, batch, mtp_lambda=0.3, balance_alpha=0.0).total.backward()
+    assert all(parameter.grad is not None for parameter in model.mtp.parameters())
 
 
 def test_noise_replaces_the_same_tokens_in_any_batch():

@@ -13,6 +13,7 @@ def test_formats_differ_in_nothing_else():
         changed = {key for key, value in dict(base).items() if value != getattr(other, key)} - {"name"}
         assert changed == ({"precision"} if arm == "float32" else {"fp8"}) and built.seed == 2
         assert base.tokens == 1_000_000 and len(built.stages) == 3
+    assert len({fp8.recipe(arm, 2, "whole").stage(arm).fp8 for arm in fp8.FORMATS} - {"off"}) == len(fp8.FORMATS) - 1
     assert fp8.jobs("quick") == []
     jobs = fp8.jobs("full", seeds=2)
     assert [job.donor for job in jobs[:3]] == [None, "fp8-whole-bf16-1", "fp8-whole-bf16-1"]

@@ -407,7 +407,7 @@ def test_committed_results_are_of_todays_rules_and_arms():
 
 @pytest.mark.slow
 def test_a_job_runs_in_its_own_process_and_once(tmp_path):
-    jobs = [job for job in pretrain.jobs("quick") if job.arm == pretrain.SPEED]
+    jobs = [job for job in pretrain.jobs("quick") if job.arm == "speed"]
     messages: list[str] = []
     assert runner.run(jobs, "quick", tmp_path, 2, messages.append) == []
     arm_result = results.of_job(jobs[0], tmp_path / jobs[0].name)

@@ -159,13 +159,16 @@ def test_a_short_accumulator_equals_a_loop(bits):
     assert changed > 20
 
 
-def test_two_mantissa_bits():
-    """The control's rounding against values computed by hand; about twice the error of E4M3."""
+def test_two_mantissa_bits_and_none():
+    """The controls' rounding against values computed by hand; about twice the error of E4M3."""
     x = torch.tensor([1.0, 1.12, 1.13, -1.375, 1.125, 0.0, 1.2 * 2.0**-66, float("inf")])
     assert round_mantissa(x, 2).tolist() == [1.0, 1.0, 1.25, -1.5, 1.0, 0.0, 1.25 * 2.0**-66, float("inf")]
+    assert round_mantissa(x, 0).tolist() == [1.0, 1.0, 1.0, -1.0, 1.0, 0.0, 2.0**-66, float("inf")]
+    assert round_mantissa(torch.tensor([1.51, -3.2]), 0).tolist() == [2.0, -4.0]
     x = normal(64, 256)
-    error = {name: apart(FP8_RECIPES[name].quantised(x).dequantise(), x) for name in ("paper", "coarse")}
+    error = {name: apart(FP8_RECIPES[name].quantised(x).dequantise(), x) for name in ("paper", "coarse", "coarsest")}
     assert 3.5 < error["coarse"] / error["paper"] < 6  # squares of errors, with E4M3's own on top
+    assert 8 < error["coarsest"] / error["coarse"] < 16  # steps four times as wide; E4M3's own counts below the line
 
 
 def test_controls_without_their_own_factors():

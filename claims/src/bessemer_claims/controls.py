@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.training import PretrainConfig
@@ -16,6 +16,7 @@ from bessemer.data.batch import Batch
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
+from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline.stages.pretrain import Feed, Pretrain, Start
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage
@@ -24,6 +25,9 @@ from bessemer.train import lineage
 class ControlledConfig(PretrainConfig):
     mtp_targets: Literal["own", "other-row"] = "own"
     """Where the MTP modules' targets come from; other-row: the next row of the run, a control that teaches nothing."""
+    mtp_heads: Literal["sequential", "parallel"] = "sequential"
+    """parallel: the MTP module does not see the token before the one that it predicts, as the heads
+    of Gloeckle et al. (2404.19737)."""
     routing: Literal["gate", "token"] = "gate"
     """What chooses a token's experts. token: a fixed random choice for every entry of the vocabulary (Roller et al.
     2021, hash layers), a control. Gates still weight the experts."""
@@ -38,7 +42,17 @@ class Controlled(Pretrain[ControlledConfig]):
         cfg = lineage.config_of(recipe, config.name)
         if config.routing == "token" and (cfg is None or config.corpus or cfg.n_dense_layers == cfg.n_layers):
             raise UserError(f'stage "{config.name}": routing = "token" is for new networks with experts')
+        if config.mtp_heads == "parallel" and (cfg is None or cfg.n_mtp != 1):  # a second would see the first's state
+            raise UserError(f'stage "{config.name}": mtp_heads = "parallel" is for a network with one MTP module')
         return facts
+
+    def start(self, config: ControlledConfig, ctx: StageContext) -> Start:
+        start = super().start(config, ctx)
+        if config.mtp_heads == "sequential":
+            return start
+        if ctx.runtime.n > 1:
+            raise UserError(f'stage "{ctx.name}": mtp_heads = "parallel" is for one process')
+        return start._replace(network=lambda: with_parallel_head(start.network()))
 
     def feed(self, config: ControlledConfig, ctx: StageContext, start: Start, tokenizer: Tokenizer) -> Feed:
         if config.routing == "token" and ctx.runtime.n > 1:
@@ -72,6 +86,18 @@ class ControlledFeed(Feed):
         if self.table_VLK is None:
             return batch
         return replace(batch, extras={**batch.extras, "choice_BTLK": self.table_VLK[batch.tokens_BT]})
+
+
+def with_parallel_head(model: LanguageModel) -> LanguageModel:
+    """Hides the next token from the MTP module: zeros take the place of its embedding."""
+    [module] = model.mtp
+
+    def hide(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        h_BTD, embedded_BTD, *others = inputs
+        return h_BTD, torch.zeros_like(embedded_BTD), *others
+
+    module.register_forward_pre_hook(hide)
+    return model
 
 
 def with_noise(batch: Batch, share: float, seed: int, first_row: int, vocab_size: int, bos_id: int | None) -> Batch:

@@ -24,10 +24,11 @@ SIZES = {
 SAME = None
 BASE = "bf16"
 FORMATS = {
-    "fp8": "the paper's recipe", "coarse": "two mantissa bits", "float32": "float32", "unscaled": "FP8 without factors",
-    "outlier": "one factor for a tensor with an outlier", "short-sums": "sums of 14 bits inside a block",
+    "fp8": "the paper's recipe", "coarse": "two mantissa bits", "coarsest": "no mantissa bits", "float32": "float32",
+    "unscaled": "FP8 without factors", "outlier": "one factor for a tensor with an outlier",
+    "short-sums": "sums of 14 bits inside a block",
 }  # fmt: skip
-DEFAULT = ("fp8", "coarse", "float32", "unscaled")
+DEFAULT = ("fp8", "coarse", "coarsest", "float32", "unscaled")
 SEEDS = 5
 SHAPES: dict[str, list[str]] = {
     "short": [],
@@ -83,4 +84,8 @@ METRICS: dict[tuple[str, str], Metric] = {
     ("F7", "training loss, FP8 / BF16 - 1, %"): Metric(own("training"), ("fp8",), ("coarse",), ("float32",)),
     ("F7", "held-out, FP8 / BF16 - 1, %"): Metric(own("heldout"), ("fp8",), ("coarse",), ("float32",)),
 }
-BESIDE: tuple[Beside, ...] = ()
+BESIDE = [
+    # how coarse a format must be for these runs to see its harm
+    Beside("F7", like, like.replace("FP8", "powers of two"), Metric(own(number), ("coarsest",), negative=("float32",)))
+    for like, number in (("training loss, FP8 / BF16 - 1, %", "training"), ("held-out, FP8 / BF16 - 1, %", "heldout"))
+]

@@ -21,7 +21,7 @@ from bessemer.config.table import ConfigTable
 from bessemer.config.training import PretrainConfig
 from bessemer.model.config import ModelConfig
 from bessemer.runs.metrics import read_lines
-from bessemer_claims import pretrain_spikes, registry
+from bessemer_claims import pretrain_speed, pretrain_spikes, registry
 from bessemer_claims.pretrain_metrics import BESIDE, METRICS, SPIKES, WIDE
 from bessemer_claims.runs import ArmJob, Tier, donated
 
@@ -37,8 +37,8 @@ SIZES = {
     WIDE: ["network 256 wide, 4 layers, 1.5M tokens read", "网络宽 256、4 层，读 150 万词元"],
 }
 SAME = ("ref", "ref'", "bpb")
-CORPUS, SPEED = "corpus", "speed"
-"""The job that makes the corpora, which all arms reuse, and the job that times networks."""
+CORPUS = "corpus"
+"""The job that makes the corpora, which all arms reuse."""
 OTHER_WEIGHTS = 1000
 """Added to the seed of the initial weights of an arm with `again`."""
 FIRST_SEEDS = 3
@@ -149,7 +149,7 @@ def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
 def _job(name: str, seed: int, shape: str, donor: str) -> ArmJob:
     arm, about = arms()[name], arms()[name].about
     facts = {"base": _base(), "set": settings(name, shape), "again": arm.again, "measures": MEASURES}
-    if name == SPEED:
+    if name in pretrain_speed.PAIRS:
         return ArmJob("pretrain", name, seed, shape, facts | {"clock": "process"}, 1.0, about)
     minutes = arm.cost * shapes()[shape].minutes
     return ArmJob("pretrain", name, seed, shape, facts, minutes, about, partial(recipe, name, seed, shape), donor)
@@ -169,10 +169,8 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
     if job.arm.startswith(SPIKES):
         lines = read_lines(donated(job, folder) / "metrics.jsonl")
         return {"spikes": pretrain_spikes.spikes(line for line in lines if line["stage"] == "pretrain")}
-    if job.arm == SPEED:
-        from bessemer_claims import pretrain_speed
-
-        return pretrain_speed.ratios({arm: network(arm, job.shape) for arm in pretrain_speed.ARMS}, job.seed)
+    if job.arm in pretrain_speed.PAIRS:
+        return pretrain_speed.ratios(pretrain_speed.PAIRS[job.arm], lambda arm: network(arm, job.shape), job.seed)
     from bessemer_claims.pretrain_measures import numbers
 
     return numbers(folder, _stage(recipe(job.arm, job.seed, job.shape)))

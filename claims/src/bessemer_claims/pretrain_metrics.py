@@ -130,6 +130,9 @@ METRICS: dict[tuple[str, str], Metric] = {
     ("L2", "held-out - train bpb: MHA - ONE"): Metric(
         gap("overfit"), ("MULTI-MHA", "MULTI-ONE"), (), ("MULTI'", "MULTI")
     ),
+    ("L2", "s a step: ONE / MHA"): Metric(
+        own("ONE/MHA"), ("speed-heads",), (), ("speed-heads",), of_negative=own("MHA/MHA")
+    ),
     ("L6", "bpb(ref) / bpb(MHA) - 1"): Metric(ratio("bpb"), ("ref", "MHA"), ("MLA-24", "MHA"), AGAIN),
     ("L8", "s a step: MHA / ref"): Metric(own("MHA/ref"), ("speed",), (), ("speed",), of_negative=own("ref/ref")),
     ("L12", "copy(ref) - copy(MHA)"): Metric(COPY, ("ref", "MHA"), ("MLA-24", "MHA"), AGAIN),
@@ -159,6 +162,13 @@ BESIDE = [
            Metric(ratio("bpb"), ("ref", "MHA"), negative=AGAIN), WIDE),
     Beside("L6", "bpb(ref) / bpb(MHA) - 1", "bpb(ref) / bpb(MHA-norm) - 1",
            Metric(ratio("bpb"), ("ref", "MHA-norm"), ("MLA-24", "MHA-norm"), AGAIN)),
+    # Meta's parallel heads
+    Beside("T4", "copy(MTP) - the better of ref and MTPx", "copy(PAR) - the better of ref and MTPx",
+           Metric(above_the_better, ("PAR", "ref", "MTPx"), ("LONG", "ref", "ref"), ("MTPx", "ref", "ref"))),
+    Beside("T4", "copy(MTP) - the better of ref and MTPx", "copy(MTP) - copy(PAR)",
+           Metric(COPY, ("MTP", "PAR"), ("LONG", "ref"), AGAIN)),
+    Beside("T7", "bpb of code: MTP - ref", "bpb of code: PAR - ref",
+           Metric(gap("bpb_code"), ("PAR", "ref"), ("LONG", "ref"), ("MTPx", "ref"))),
     # whether it is sparsity or size
     Beside("M15", "loss by noise: ref - DACT", "loss by noise: ref - DTOT",
            Metric(by_noise, ("NOISE", "ref", "NOISE-DTOT", "DTOT"), ("NOISE", "ref", "HALF", "ref"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -15,28 +16,34 @@ from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
 
 ROUNDS, STEPS = 7, 3
-ARMS = ("ref", "ref'", "DACT", "MHA")
+PAIRS = {
+    "speed": {"ref/DACT": ("DACT", "ref"), "MHA/ref": ("MHA", "ref"), "ref/ref": ("ref'", "ref")},
+    "speed-heads": {"ONE/MHA": ("ONE", "MHA"), "MHA/MHA": ("MHA'", "MHA")},
+}
+"""Job -> its numbers: seconds of a step of the first arm over those of the second. ref/DACT is named for tokens per
+second. With ' an arm is the same network again."""
 
 
-def ratios(shapes: dict[str, ModelConfig], seed: int) -> dict[str, float]:
-    """`ref/DACT`: tokens per second of the reference over those of DACT; `MHA/ref`: seconds per step of MHA over those
-    of the reference; `ref/ref`: the same of two references. Medians over rounds, of forward and backward."""
+def ratios(pairs: Mapping[str, tuple[str, str]], network: Callable[[str], ModelConfig], seed: int) -> dict[str, float]:
+    """The numbers of a job, by `PAIRS`: medians over rounds, of forward and backward. `network`: an arm's."""
     torch.set_num_threads(1)
+    arms = sorted({arm for pair in pairs.values() for arm in pair})
     networks = {
-        arm: Transformer(cfg).initialise(seed).to_compute(torch.bfloat16).train() for arm, cfg in shapes.items()
+        arm: Transformer(network(arm.removesuffix("'"))).initialise(seed).to_compute(torch.bfloat16).train()
+        for arm in arms
     }
-    tokens = torch.randint(networks["ref"].cfg.vocab_size, (8, 256), generator=torch.Generator().manual_seed(seed))
+    vocab_size = next(iter(networks.values())).cfg.vocab_size
+    tokens = torch.randint(vocab_size, (8, 256), generator=torch.Generator().manual_seed(seed))
     loss = torch.ones(tokens.shape)
     loss[:, 0] = 0
     batch = Batch(tokens, loss)
     for model in networks.values():
         _seconds(model, batch)  # builds and warms up
     rounds = [{arm: _seconds(model, batch) for arm, model in networks.items()} for _ in range(ROUNDS)]
-
-    def over(numerator: str, denominator: str) -> float:
-        return statistics.median(seconds[numerator] / seconds[denominator] for seconds in rounds)
-
-    return {"ref/DACT": over("DACT", "ref"), "MHA/ref": over("MHA", "ref"), "ref/ref": over("ref'", "ref")}
+    return {
+        name: statistics.median(seconds[one] / seconds[other] for seconds in rounds)
+        for name, (one, other) in pairs.items()
+    }
 
 
 def _seconds(model: Transformer, batch: Batch) -> float:

@@ -55,13 +55,14 @@ class OptimizerConfig(StageConfig):
     """Compute dtype. device: bfloat16 on a GPU that supports it, float32 on a CPU; auto: the same on a GPU, whichever
     measures faster on a CPU. Master weights and gradients are always float32."""
     fp8: Literal[
-        "off", "paper", "power-of-two", "block-gradients", "per-tensor", "short-sums", "coarse", "unscaled", "outlier"
-    ] = "off"
+        "off", "paper", "power-of-two", "block-gradients", "per-tensor", "short-sums", "coarse", "coarsest", "unscaled",
+        "outlier",
+    ] = "off"  # fmt: skip
     """Matrices of attention, FFN and experts in FP8, with activations stored in FP8 (V3: paper). power-of-two: all
     scaling factors are powers of two; block-gradients, per-tensor: variants for comparison; short-sums: sums of 14 bits
-    inside a block, as on an H800. coarse, unscaled, outlier: controls with two mantissa bits, without scaling factors,
-    or with the factor of a tensor whose first channel is 1,000 times as large. On a CPU, FP8 is emulated, and
-    slower."""
+    inside a block, as on an H800. coarse, coarsest, unscaled, outlier: controls with two mantissa bits, with none,
+    without scaling factors, or with the factor of a tensor whose first channel is 1,000 times as large. On a CPU, FP8
+    is emulated, and slower."""
     micro_rows: int = Field(4, ge=1)
     """Rows per forward pass; affects memory and speed only."""
     save_seconds: Seconds = 60.0

@@ -234,7 +234,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: FP8Recipe) -> Operand:
     """silu(gate) * up, times the row's gate weight, as an operand [M, F]."""
-    if recipe.activation == "tile" and not recipe.coarse:
+    if recipe.activation == "tile" and recipe.kept_bits is None:
         return backends.swiglu(h_MH, weight_M, recipe.power_of_two)
     gate, up = h_MH.float().chunk(2, -1)
     act = F.silu(gate).mul_(up)

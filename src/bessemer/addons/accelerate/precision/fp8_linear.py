@@ -42,8 +42,8 @@ class FP8Recipe:
     are."""
     bits: int | None = None
     """Significant bits of the accumulator inside a block (an H800 keeps about 14); None: float32."""
-    coarse: bool = False
-    """First round every activation, gradient and weight to two mantissa bits: a control that must hurt training."""
+    kept_bits: int | None = None
+    """First round every activation, gradient and weight to so many mantissa bits: controls that must hurt training."""
     scaling: Literal["own", "none", "outlier"] = "own"
     """How a group gets its factor. Two controls have one factor per tensor. none: a factor of 1, so that most of a
     gradient vanishes. outlier: the factor the tensor would need if its first channel were OUTLIER times as large.
@@ -52,7 +52,7 @@ class FP8Recipe:
     @property
     def by_tiles(self) -> bool:
         """Whether activations and gradients are quantised by tiles, unmodified, so that fused kernels can do it."""
-        return self.activation == self.gradient == "tile" and not self.coarse and self.scaling == "own"
+        return self.activation == self.gradient == "tile" and self.kept_bits is None and self.scaling == "own"
 
     def quantised(self, x: Tensor, power_of_two: bool = False) -> Operand:
         """Quantises an activation [..., K] as the rows of an operand."""
@@ -65,7 +65,7 @@ class FP8Recipe:
         return self._quantised(weight, self.weight)
 
     def _quantised(self, x: Tensor, group: Group, power_of_two: bool = False) -> Operand:
-        x = round_mantissa(x.detach(), 2) if self.coarse else x
+        x = x if self.kept_bits is None else round_mantissa(x.detach(), self.kept_bits)
         return self.scaled(x, group, power_of_two)
 
     def scaled(self, x: Tensor, group: Group, power_of_two: bool = False) -> Operand:
@@ -86,13 +86,14 @@ FP8_RECIPES = {
     "block-gradients": FP8Recipe(gradient="block"),
     "per-tensor": FP8Recipe(activation="tensor", gradient="tensor", weight="tensor"),
     "short-sums": FP8Recipe(bits=14),
-    "coarse": FP8Recipe(coarse=True),
+    "coarse": FP8Recipe(kept_bits=2),
+    "coarsest": FP8Recipe(kept_bits=0),
     "unscaled": FP8Recipe("tensor", "tensor", "tensor", scaling="none"),
     "outlier": FP8Recipe("tensor", "tensor", "tensor", scaling="outlier"),
 }
 """Values of the key `fp8`: the paper's recipe; all factors powers of two (as in V3.1); the variant that diverged (V3
 App. B.2); one factor per tensor, with which others needed E5M2 for gradients; an H800's accumulator; and controls:
-twice the rounding error, no factors, and one channel that takes up the range of all others."""
+twice and eight times the rounding error, no factors, and one channel that takes up the range of all others."""
 Count = Counts | None
 
 
