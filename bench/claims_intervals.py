@@ -1,7 +1,7 @@
 """Every interval on the claims page, computed again from the committed results by a program of its own.
 
     bessemer claims --part none --json > claims.json
-    python bench/claims_intervals.py claims.json [--results claims/results]
+    python bench/claims_intervals.py claims.json [--results FOLDER]
 
 Numpy alone, and nothing of this project: Student's quantile by bisection on an integral, Newcombe's interval for
 published scores, the definitions of all metrics once more. Compares mean, ends, positive control and p value of every
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+COMMITTED = Path(__file__).parents[1] / "claims" / "src" / "bessemer_claims" / "committed"
 
 SHAPES = {  # how the page names a size -> the shape in the results
     "network 64 wide, 2 layers, 250K tokens read": "nano", "network 128 wide, 4 layers, 500K tokens read": "short",
@@ -380,7 +382,7 @@ def check(cards: list[dict[str, Any]], folder: Path) -> tuple[int, int, list[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", type=Path, help="what bessemer claims --part none --json printed")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "claims" / "results")
+    parser.add_argument("--results", type=Path, default=COMMITTED)
     args = parser.parse_args()
     right, left, wrong = check(json.loads(args.page.read_text())["claims"], args.results)
     for sentence in wrong:

@@ -1,7 +1,7 @@
 """Keeps committed results after a rename: the digests of settings follow keys that only changed their names.
 
     python claims/tools/renamed.py --before digests.json    in the state before the rename
-    python claims/tools/renamed.py --after digests.json     after it: rewrites the digests in claims/results
+    python claims/tools/renamed.py --after digests.json     after it: rewrites the digests in the committed results
 
 The digest of an arm covers the text of its settings, so that results of other settings are never mixed in. A key with
 a new name, and an option that moved to another module, changes the text and not the run. Only then is this right: show
