@@ -70,6 +70,7 @@ def test_the_page_holds_everything(text, root):
     ):  # fmt: skip
         assert words in visible, words
     assert root.joinpath("recipe.toml").read_text() in "".join(Page(text).text)
+    assert text.index('<section id="rollouts">') < text.index('<section id="learning">')  # answers before curves
 
 
 def test_a_legend_is_the_end_of_the_drawn_line_and_no_single_minibatch(tmp_path):
