@@ -30,6 +30,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
@@ -39,10 +40,12 @@ coverage: $(VENV)/.dev
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
 
-# The documentation as a site, in build/site/site; links are checked.
+# The documentation as a site, in build/site/site; links are checked, and its search must answer what users ask.
 site: $(VENV)/.dev
 	$(BIN)/python .ci/site_pages.py build/site
 	cd build/site && ../../$(BIN)/zensical build --strict
+	$(BIN)/python .ci/search/install.py build/site/site
+	$(BIN)/python .ci/search/ask.py build/site/site --least 18
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -3,6 +3,7 @@
 The READMEs are its start pages. Every section of docs/guide.md is a page. Recipes, examples and source files that a
 page links to become pages with numbered lines; notebooks become pages with their outputs; every room has a page of its
 docstrings. Links that work in the repository are rewritten to the page of their target; a dead link is an error.
+The page of the claims, which stands alone in the repository, gets a link back to the start.
 """
 
 from __future__ import annotations
@@ -95,7 +96,10 @@ class Site:
         from bessemer.addons.plan.recipe_help import describe_keys
         from bessemer.model.config import PRESETS, ModelConfig
 
-        listed = "# Recipes\n\n`bessemer run NAME` runs one; [every key](../docs/keys.md).\n\n"
+        listed = (
+            "# Recipes\n\n`bessemer run NAME` runs one. What each needs (machine, memory, minutes) and gives is in\n"
+            "[a table](../docs/models.md#recipes-and-hardware); [every key](../docs/keys.md) has a help text.\n\n"
+        )
         for path in sorted((ROOT / "recipes").glob("*.toml")):
             text = path.read_text("utf-8")
             comment = " ".join(line.lstrip("# ") for line in text.split("\n\n")[0].splitlines() if line.startswith("#"))
@@ -203,6 +207,10 @@ def write(out: Path) -> None:
     for page, origin in site.origins.items():
         file = out / "docs" / page
         file.parent.mkdir(parents=True, exist_ok=True)
+        if page.endswith(".html"):
+            back = '<p style="margin: 12px 20px 0"><a href="index.html">← Bessemer</a></p>'
+            file.write_text((ROOT / origin).read_text("utf-8").replace("<body>", f"<body>\n{back}", 1), "utf-8")
+            continue
         if page not in site.texts and not page.endswith(".md"):
             shutil.copyfile(ROOT / origin, file)
             continue
