@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
+PLACES = ("*", "docs/*", "examples/*", "claims/*", "diagnose/*", "vectors/*", ".github/*", "tests/data/golden/*")
+PAGES = sorted(page for place in PLACES for page in ROOT.glob(f"{place}.md"))
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 STEP = re.compile(r"\[`([^`]+)`\]\((\.\./src/bessemer/[^#()]+)#L(\d+)\)")
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
@@ -40,6 +41,27 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(file), f"{page.name}: {file.name} has no heading for #{anchor}"
 
 
+def paragraphs(page: Path) -> list[str]:
+    """Paragraphs and list entries, without tables, code and the targets of links."""
+    blocks = re.split(r"\n\s*\n", re.sub(r"<!--.*?-->", "", prose(page), flags=re.S))
+    parts = [part for block in blocks for part in re.split(r"\n(?=\s*(?:[-*]|\d+\.) )", block)]
+    return [LINK.sub(r"\1", part) for part in parts if not part.lstrip().startswith("|")]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in ("log.md", "CHANGELOG.md")], ids=lambda page: page.name
+)
+def test_paragraphs_are_short(page):
+    long = [part.split() for part in paragraphs(page) if len(part.split()) > 120]
+    assert not long, "over 120 words: " + "; ".join(" ".join(part[:8]) for part in long)
+
+
+def test_rl_on_your_model_takes_at_most_six_commands():
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/your-model.md").read_text("utf-8"), re.M | re.S)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert commands.index("bessemer run mine.toml") < 6
+
+
 def test_the_readme_is_short_and_both_languages_say_the_same():
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
     assert len(english.splitlines()) <= 80 and len(english.split()) <= 900
@@ -63,6 +85,7 @@ def test_the_site_s_pages_have_links_that_lead_somewhere(tmp_path):
     fence = (pages / path).read_text(encoding="utf-8").partition('linenums="1"\n')[2]
     assert "def update(" in fence.splitlines()[int(line) - 1]
     assert "](guide/gpus.md#gpus)" in (pages / "index.md").read_text(encoding="utf-8")
+    assert '<a href="index.html">' in (pages / "claims.html").read_text(encoding="utf-8")
     assert "guide/gpus.md" in (tmp_path / "site" / "mkdocs.yml").read_text(encoding="utf-8")
 
 
