@@ -177,8 +177,14 @@ def test_a_killed_run_resumes(folder, runs, tmp_path):
 
 
 def test_a_rank_without_rows_waits_and_a_killed_run_resumes(folder, tmp_path):
-    """Steps of one row on two ranks: the metrics of one process, also after kill -9 of all of them."""
-    text = RECIPE.format(more="").partition('[[stage]]\nkind = "rl"')[0]
+    """Steps of one row or sample on two ranks: the metrics of one process, also after kill -9 of all of them."""
+    text = RECIPE.format(more="").partition('[[stage]]\nkind = "distill"')[0]
+    for keys in (
+        ("updates_per_rollout = 2", "updates_per_rollout = 8"),
+        ("samples = 4", "samples = 2"),
+        ("rollouts = 3", "rollouts = 1"),
+    ):
+        text = text.replace(*keys)
     (folder / "few.toml").write_text(text.replace("batch_rows = 4", "batch_rows = 1"))
     status, output = run(folder / "few.toml", tmp_path / "alone", "--processes", 1)
     assert status == 0, output[-3000:]
@@ -195,6 +201,10 @@ def test_a_rank_without_rows_waits_and_a_killed_run_resumes(folder, tmp_path):
     expected, actual = (figures(tmp_path / name, "sft", "train/loss") for name in ("alone", "few"))
     assert len(expected) > 3
     same_curve(actual, expected, rel=1e-5)
+    for name in ("rl/reward", "rl/grad_norm", "rl/kl"):
+        expected, actual = (figures(tmp_path / folder, "zero", name) for folder in ("alone", "few"))
+        same_curve(actual, expected, rel=1e-3, abs=1e-7)
+    assert min(figures(tmp_path / "few", "zero", "rl/grad_norm").values()) > 0
 
 
 def test_the_experts_of_a_qwen3_moe_are_replayed_on_ranks_too(folder, tmp_path):

@@ -140,6 +140,26 @@ def test_importance_weights_come_from_the_shards(base, corrected, tmp_path, layo
     assert max(line.get("rl/routing_disagreement", 0) for line in corrected) > 0.01
 
 
+ALONE = ("zero.samples=6", "zero.prompts_per_rollout=1", "zero.updates_per_rollout=6")
+
+
+@pytest.mark.parametrize(
+    ("layout", "paid"),
+    [("layout.dp=2", 'reward="format"'), *((f"layout.{kind}=2", rl_stage.COIN) for kind in ("dp", "ep", "pp"))],
+    ids=["apart", "dp", "ep", "pp"],
+)
+def test_pipelines_without_samples_take_part(base, tmp_path, layout, paid):
+    """Updates of one sample on two ranks; what is paid decides whether samples stay on their ranks."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    changes = (*ALONE, f"zero.{paid}", "zero.kl.weight=0.1")
+    values, _, _ = trained(0, base, one, in_folder(one, *changes))
+    results = on_ranks(2, trained, base, two, in_folder(two, layout, *changes))
+    close(results[0][0], values)
+    if paid == rl_stage.COIN:
+        assert max(line.get("rl/grad_norm", 0) for line in values) > 0, "it trained"
+
+
 @pytest.mark.parametrize("change", [f"zero.{rl_stage.COIN}", f"zero.{rl_stage.AHEAD}", 'zero.hooks=["export-samples"]'])
 def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
     results = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, "layout.dp=2", change))

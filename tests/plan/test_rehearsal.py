@@ -42,6 +42,15 @@ batch_rows = 64
 micro_rows = 2
 mixture = { text = 1.0 }
 """
+RL = """
+[[stage]]
+kind = "rl"
+tasks = ["countdown"]
+rollouts = 1
+prompts_per_rollout = 1
+updates_per_rollout = 1
+lr = 1e-5
+"""
 
 
 def small(tmp_path, *overrides):
@@ -115,6 +124,19 @@ def test_incomplete_and_deadlocked_tables_are_refused():
 def test_layouts_that_do_not_divide_are_refused(tmp_path, overrides, cluster, words):
     faults = computed.compute(small(tmp_path, *overrides), parse_cluster(cluster))["faults"]
     assert faults and all(word in faults[0] for word in words), faults
+
+
+def test_updates_of_rl_may_have_fewer_rows_than_pipelines(tmp_path):
+    """Two samples for four pipelines, each of which needs four micro-batches; the other way round nothing is said."""
+    path = tmp_path / "rl.toml"
+    path.write_text(SMALL.replace('"1f1b"', '"dualpipe"') + RL)
+    for samples, words in ((2, ["2 of 4 pipelines without any"]), (16, [])):
+        recipe = Recipe.load(path, [f"rl.samples={samples}"])
+        *_, stage = computed.compute(recipe, parse_cluster("8xH100"))["stages"]
+        notes = [note for note in stage["notes"] if "without any" in note]
+        assert not stage["faults"] and len(notes) == len(words), stage
+        assert all(word in note for word, note in zip(words, notes, strict=True))
+        assert [one["micro_batches"] for one in stage["tables"]] == [4]
 
 
 def test_a_network_too_large_names_ranks_excess_and_what_helps():

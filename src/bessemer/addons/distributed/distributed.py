@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ def check(
     split_rows: bool = True,
 ) -> None:  # fmt: skip
     """UserError, before anything runs, if the recipe's layout does not fit the model or n ranks (None: the ranks that
-    were started), or if a step has too few rows to fill its pipelines. `split_rows`: as in `layout_of`."""
+    were started), or if a step has too few rows to fill its pipelines; RL, whose steps may, names no `rows`.
+    `split_rows`: as in `layout_of`."""
     layout_config = recipe.layout
     n = n or (Ranks.world_size() if Ranks.started() else layout_config.fewest)
     if n == layout_config.fewest == 1:
@@ -39,9 +41,9 @@ def check(
             cfg.require_latent("context parallelism")
         _check_split(recipe, stage, layout.cp)
     least, n_pipelines = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
-    if min(rows) < n_pipelines * least:
+    if (fewest := min(rows, default=math.inf)) < n_pipelines * least:
         raise UserError(
-            f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {layout}: {n_pipelines} parallel '
+            f'stage "{stage}": a step of {fewest:.0f} rows is too small for {layout}: {n_pipelines} parallel '
             f"pipelines need {least} micro-batches each ({schedule} on {layout.pp} pipeline ranks), "
             f"{n_pipelines * least} rows in all; raise batch_rows, or use fewer ranks or another [layout] schedule"
         )
@@ -60,12 +62,13 @@ def check_foreign(recipe: Recipe, stage: str) -> None:
         )
 
 
-def without_rows(rows: float, n: int) -> str:
-    """A line about the data-parallel ranks that have no row of their own in a step of so many; "" if all have some."""
+def without_rows(rows: float, n: int, what: str = "ranks") -> str:
+    """A line about the data-parallel ranks, or `what` else shares rows, that have none of their own in a step of so
+    many; "" if all have some."""
     idle = n - int(rows)
     if idle <= 0:
         return ""
-    return f"a step of {rows:,.0f} rows leaves {idle:,} of {n:,} ranks without any; they only hold their shards"
+    return f"a step of {rows:,.0f} rows leaves {idle:,} of {n:,} {what} without any; they only hold their shards"
 
 
 def layout_of(layout_config: LayoutConfig, n: int, split_rows: bool = True) -> tuple[mesh.Layout, str, int]:

@@ -144,19 +144,19 @@ def _of_training(recipe: Recipe, stage: OptimizerConfig, layout: Layout, cluster
     layout, schedule, slices = distributed.layout_of(recipe.layout, cluster.size, split)
     headed = mesh.headed(cfg)
     mesh.check(layout, cfg if not hasattr(stage, "aim") else headed, cluster.size, slices)
-    steps = list(_rows_of_steps(stage, cluster.size))
-    distributed.check(recipe, stage.name, steps, cfg, cluster.size, split_rows=split)
+    steps, rl = list(_rows_of_steps(stage, cluster.size)), isinstance(stage, RLConfig)
+    distributed.check(recipe, stage.name, () if rl else steps, cfg, cluster.size, split_rows=split)
     rows, length = stage_memory.micro_batch(recipe, stage, cfg.max_seq_len)
     if layout.cp > 1:
         length += -length % (2 * layout.cp)
     pipelines = layout.dp * layout.ep
-    tables, notes = {}, []
+    tables, notes = {}, [*filter(None, [distributed.without_rows(min(steps), pipelines, "pipelines")])]
     for size in steps:
         n = int(size)
         own = min(rows, max(1, n // pipelines))
         name, micro = schedules.of_step(schedule, layout.pp, math.ceil(n / (pipelines * own)))
         tables[name, micro] = (kept_table(name if schedule != "auto" else "auto", layout.pp, micro), own)
-        if n % (pipelines * micro * own):
+        if n >= pipelines and n % (pipelines * micro * own):
             notes.append(f"a step of {n:,} rows fills {micro} micro-batches of {pipelines} pipelines unevenly")
     checked = [checked_table(one) for one, _ in tables.values()]
     largest, own_rows = max(tables.values(), key=lambda item: item[0].micro)
