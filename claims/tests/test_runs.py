@@ -303,8 +303,8 @@ def test_text_beside_a_rule_changes_no_verdict():
     assert card.facts()["beside"][0]["outcome"] == "fails"
     [alone] = cards.make(["L6"], runs.best([side for side in arm_results + worse if side.arm != "MHA"]))
     assert alone.seen is Seen.NOT_ASKED and alone.beside  # the rule's own part has not been run
-    [earlier] = cards.make(["Z3"], {"Z3": {"pass@1, right - form, points": Measured([50.0])}})
-    assert earlier.earlier is not None and earlier.beside[0].value == 50.0
+    [beside] = cards.make(["Z3"], {"Z3": {"pass@1, right - form, points": Measured([50.0])}})
+    assert beside.open and beside.beside[0].value == 50.0
 
 
 def test_noise_and_spikes_are_differences_of_differences():

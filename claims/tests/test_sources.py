@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from bessemer_claims import credibility, planned, registry, sentences
+from bessemer_claims import credibility, phrases, planned, registry, sentences
 from bessemer_claims.registry import read_toml
 from bessemer_claims.verdict import Measured
 
@@ -67,7 +67,7 @@ NAMES = (
     r"\{[^}]*\}",  # computed
     r"(?<![A-Za-z0-9])[HMLTFPGZRDK]\d{1,2}(?!\d)",  # cards; R1 too
     r"(?<![A-Za-z])(V2|V3|o1|GPT-4|Llama \d(\.\d)?|H100|H800|405B|1F1B|ZB1P)(?![A-Za-z0-9])",
-    r"(FP|BF|float)\d+|Inflection-2",
+    r"(FP|BF|float)\d+|Inflection-2|SHA-256|pass@1|[Rr]ules \d|python3",
     r"20\d\d 年 \d+ 月|(?<!\d)(19|20)\d\d(?!\d)",  # years and months
 )
 """All that may hold a digit in a sentence: computed numbers, cards, names, years."""
@@ -77,6 +77,13 @@ def typed(text):
     for name in NAMES:
         text = re.sub(name, "", text)
     return re.findall(r"[^ ]*\d[^ ]*", text)
+
+
+def strings(entry):
+    """All strings in a table of words.toml."""
+    if isinstance(entry, str):
+        return [entry]
+    return [text for inner in (entry.values() if isinstance(entry, dict) else entry) for text in strings(inner)]
 
 
 def test_no_number_is_typed_into_a_sentence():
@@ -89,6 +96,9 @@ def test_no_number_is_typed_into_a_sentence():
     }
     for name, experiment in registry.experiments().items():
         texts |= {f"{name}.{n}": text for n, text in enumerate([*experiment.does, *experiment.limit])}
+    for name, entry in phrases.words().items():
+        if name not in ("word", "commands", "unit"):  # definitions, what to type, how numbers are written
+            texts |= {f"{name}.{text}": text for text in strings(entry)}
     assert {where: typed(text) for where, text in texts.items() if typed(text)} == {}
     assert typed("about 9 to 31 % in V3's {n} runs of 2024, see M12 and FP8") == ["9", "31"], "the test can fail"
 
@@ -124,6 +134,12 @@ def test_the_cost_is_bounded_by_all_that_is_listed():
     assert view["low"] < view["point"] < view["published"] < view["median"] < view["high"]
     assert view["published"] < planned.inside_view().low, "as K1 says"
     assert view["record_inside"] < 0.9 * view["n_tested"], "the correction missed its own target, as K1 says"
+
+
+def test_links_are_distinct_and_of_their_form():
+    urls = [source.url for source in registry.sources().values() if source.url]
+    assert len(set(urls)) == len(urls) > 40
+    assert [url for url in urls if "arxiv" in url and not re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}(v\d)?", url)] == []
 
 
 def test_links_are_asked_where_there_is_a_network():

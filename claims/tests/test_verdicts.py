@@ -47,7 +47,6 @@ CLEAR = (1.0, 1.1, 0.9)
         (CONTROLLED, Measured(CLEAR, negative=[0.1, -0.1, 0.05]), HOLDS),
         (CONTROLLED, Measured(CLEAR), WEAK),  # its control has not been run
         (CONTROLLED, Measured(CLEAR, negative=[1.0]), WEAK),  # one seed of it can never show an effect
-        (GAIN, Measured(CLEAR, earlier=True), WEAK),  # measured before the rules were fixed
         (GAIN, None, OPEN),
         (CONTROLLED, Measured([-1.0, -1.1, -0.9]), UNCLEAR),  # what lacks its control contradicts nothing either
         (GAIN, Measured([2.0, 2.0, 2.0]), HOLDS),  # the same in every run

@@ -131,7 +131,7 @@ def _details(card: Card) -> Html:
     def shown(finding: PartFinding) -> Html:
         if finding.part:
             return page.join(phrases.decided(card.name, finding), phrases.role(finding), by=SEMICOLON)
-        return page.join(audited, phrases.judged(finding), by=COLON)
+        return page.join(audited, both(words()["audit"][finding.outcome]), by=COLON)
 
     parts = "".join(f"<li>{shown(finding)}</li>" for finding in card.findings)
     beside = "".join(f"<li>{phrases.beside(card.name, finding)}</li>" for finding in card.beside)
@@ -141,7 +141,6 @@ def _details(card: Card) -> Html:
         (word("source"), _sources(claim)),
         (word("parts"), Html(f"<ul>{parts}</ul>") if parts else ""),
         (word("beside"), Html(f"<ul>{beside}</ul>") if beside else ""),
-        (word("earlier"), Html(f"<code>{page.text(card.earlier.where)}</code>") if card.earlier else ""),
         (word("seen_at"), both(card.seen_at) if card.seen_at[0] else ""),
         (word("longer"), both(card.longer) if card.longer else ""),
         (word("same"), Html(f'<a href="#{card.same_as}">{card.same_as}</a>') if card.same_as else ""),

@@ -12,17 +12,8 @@ from typing import Any
 
 from bessemer.addons.study.seeds import corrected
 from bessemer_claims import phrases, registry, runs, sentences, verdict
-from bessemer_claims.registry import ClaimEntry, Text, claims, data, experiments
+from bessemer_claims.registry import ClaimEntry, claims, data, experiments
 from bessemer_claims.verdict import ClaimVerdict, Documented, Evidence, Measured, Outcome, PartFinding, Seen
-
-
-@dataclass(frozen=True)
-class EarlierRun:
-    """Runs from before the rules, as earlier.toml holds them."""
-
-    text: Text
-    where: str
-    measured: dict[str, Measured]
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,6 @@ class Card:
     """What is run, or would be."""
     longer: tuple[str, str] | None
     limit: tuple[str, str]
-    earlier: EarlierRun | None
     values: dict[str, Any]
     """Everything computed for this card, by name."""
     beside: list[PartFinding]
@@ -93,18 +83,7 @@ class Card:
             "would_run": dict(zip(registry.LANGUAGES, self.does, strict=True)),
             "values": self.values, "parts": [finding.facts() for finding in self.findings],
             "beside": [finding.facts() for finding in self.beside],
-            "earlier_runs": None if self.earlier is None else self.earlier.where,
         }  # fmt: skip
-
-
-@cache
-def _earlier() -> dict[str, EarlierRun]:
-    runs = {}
-    for name, table in tomllib.loads(data("earlier.toml").decode()).items():
-        text, where = table.pop("text"), table.pop("where")
-        measured = {metric: Measured(**values, earlier=True) for metric, values in table.items()}
-        runs[name] = EarlierRun(text, where, measured)
-    return runs
 
 
 @cache
@@ -119,7 +98,7 @@ def zero_long() -> dict[str, Any]:
 
 
 Results = Mapping[str, Mapping[str, Measured]]
-"""What runs gave: claim -> metric of its rule -> values by seed. They replace runs from before the rules."""
+"""What runs gave: claim -> metric of its rule -> values by seed."""
 
 
 def make(
@@ -146,12 +125,9 @@ def corrections(results: Results) -> dict[tuple[str, str], float]:
 
 
 def _of_runs(name: str, measured: Mapping[str, Measured] | None) -> Mapping[str, Measured]:
-    """What runs gave for the parts of a claim's rule; from before the rules, if there is nothing else."""
+    """What runs gave for the parts of a claim's rule."""
     others = {side.name for side in runs.beside(name)}
-    decided = {metric: value for metric, value in (measured or {}).items() if metric not in others}
-    if decided or (measured is not None and not others & measured.keys()):
-        return decided
-    return _earlier()[name].measured if name in _earlier() else {}
+    return {metric: value for metric, value in (measured or {}).items() if metric not in others}
 
 
 def _card(
@@ -168,7 +144,6 @@ def _card(
         values |= planned.values(name)
     besides = [(side, measured[side.name]) for side in runs.beside(name) if measured and side.name in measured]
     decided = _of_runs(name, measured)
-    earlier = _earlier().get(name) if any(value.earlier for value in decided.values()) else None
     rules, rule = registry.rules(), registry.rules().claim.get(name)
     findings = [
         verdict.corrected(finding, tested.get((name, finding.label)), rules)
@@ -183,9 +158,9 @@ def _card(
         seen=verdict.seen(findings, needs_all), findings=findings,
         rules_1=ClaimVerdict(before) if (before := registry.verdicts_1().get(name)) else None,
         found=None if claim.found is None else sentences.filled(claim.found, context),
-        seen_text=_seen_text(claim, context, earlier), does=sentences.filled(experiment.does, context),
+        seen_text=_seen_text(claim, context), does=sentences.filled(experiment.does, context),
         longer=None if claim.longer is None else sentences.filled(claim.longer, {"long": zero_long()}),
-        limit=sentences.filled(claim.limit or experiment.limit, context), earlier=earlier, values=values,
+        limit=sentences.filled(claim.limit or experiment.limit, context), values=values,
         beside=[_beside(name, side, value) for side, value in besides] + _printed(name),
     )  # fmt: skip
 
@@ -201,13 +176,13 @@ def _published(name: str, claim: ClaimEntry) -> dict[str, Any]:
     return values | {"n": len(claim.scores)}
 
 
-def _seen_text(claim: ClaimEntry, context: Mapping[str, Any], earlier: EarlierRun | None) -> tuple[str, str] | None:
-    if claim.seen is not None:
-        try:
-            return sentences.filled(claim.seen, context)
-        except sentences.MissingRun:
-            pass
-    return None if earlier is None else (earlier.text[0], earlier.text[1])
+def _seen_text(claim: ClaimEntry, context: Mapping[str, Any]) -> tuple[str, str] | None:
+    if claim.seen is None:
+        return None
+    try:
+        return sentences.filled(claim.seen, context)
+    except sentences.MissingRun:
+        return None
 
 
 def _beside(name: str, side: runs.Beside, measured: Measured) -> PartFinding:

@@ -73,9 +73,13 @@ def rates(setup: Setup, draws: Draws, real_routing: bool = False) -> np.ndarray:
     return setup.step_tokens / step_seconds(list(drawn(setup, draws, real_routing))) / setup.layout.world
 
 
+SHARE = 0.9
+"""Coverage of every interval of hours and dollars."""
+
+
 @dataclass(frozen=True)
 class Quantiles:
-    """Median and the middle 90 %."""
+    """Median and the middle `SHARE`."""
 
     low: float
     median: float
@@ -100,7 +104,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(x) else 0.0
 
 
-def next_one(ratios: Sequence[float], share: float = 0.9) -> Quantiles:
+def next_one(ratios: Sequence[float], share: float = SHARE) -> Quantiles:
     """The prediction interval for one more ratio like these, by Student's t on their logarithms. `share`: coverage."""
     logs, n = np.log(ratios), len(ratios)
     middle = float(logs.mean())

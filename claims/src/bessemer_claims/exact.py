@@ -40,7 +40,7 @@ def _rounded(number: float) -> int:
 @cache
 def shared() -> Values:
     """What sentences of several cards and experiments use: sizes of V3 and of the networks that were trained."""
-    from bessemer_claims import pretrain, results
+    from bessemer_claims import machine, pretrain, pretrain_speed, results
 
     def smaller(cfg: ModelConfig) -> int:
         return _rounded(accounting.main_params(v3()) / accounting.main_params(cfg))
@@ -52,6 +52,9 @@ def shared() -> Values:
     return {
         "smaller": smaller(reference), "smaller_rl": smaller(preset("tiny")), "routed": v3().n_routed_experts,
         "tokens": pretrain.shapes()["claims"].tokens, "context": CONTEXT,
+        "most_tokens": int(pretrain.shapes()["claims"].tokens * max(arm.tokens for arm in pretrain.arms().values())),
+        "experts": reference.n_routed_experts, "rounds": pretrain_speed.ROUNDS,
+        "shallow": min(machine.DRAFTING.values()), "deep": v3().n_layers,
         "level": 100 * rules().confidence,
         "copied_low": 100 * min(copied), "copied_high": 100 * max(copied),
         "solved_low": 100 * min(solved), "solved_high": 100 * max(solved),

@@ -8,7 +8,7 @@ from typing import Any
 
 from bessemer.addons.watch import page
 from bessemer.addons.watch.page import Html
-from bessemer_claims import exact, planned
+from bessemer_claims import exact, phrases, planned
 from bessemer_claims.cards import Card
 from bessemer_claims.phrases import SPACE, word, words
 from bessemer_claims.registry import sources
@@ -70,7 +70,7 @@ def known(cards: Sequence[Card], made: datetime.date) -> Html:
     tried = sum(any(finding.seeds for finding in card.findings) for card in cards)
     how = word("known", computed=computed, audited=audited, tried=tried, **values())
     account = word("account", n=len(cards), title=words()["account_name"], date=sources()["account"].date)
-    day = word("made", day=[f"{made.day} {made:%B %Y}", f"{made.year} 年 {made.month} 月 {made.day} 日"])
+    day = word("made", day=phrases.day(made))
     day = Html(f'<time datetime="{made.isoformat()}">{day}</time>')
     errors = Html(f'<a href="#errors">{word("errors")}</a>')
-    return Html(f'<div class="known"><p>{how}</p><p class="unit">{page.join(account, day, errors, by=" ")}</p></div>')
+    return Html(f'<div class="known"><p>{how}</p><p class="unit">{page.join(account, day, errors, by=SPACE)}</p></div>')

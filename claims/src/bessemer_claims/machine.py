@@ -25,6 +25,8 @@ PIPELINES: dict[str, dict[str, Any]] = {
     "whole": {"ranks": 8, "micro": 20, "unit": 0.04, "exchange": 0.01},
 }
 SUMS = {"k": 4096, "bits": 14}
+DRAFTING = {"small": 4, "whole": 16}
+"""Layers of the networks that answer with guesses."""
 Numbers = dict[str, float]
 
 
@@ -69,7 +71,7 @@ def _optimizer(shape: str, seed: int) -> Numbers:
 def _drafts(shape: str, seed: int) -> Numbers:
     from bessemer_claims.mtp_drafts import numbers
 
-    return numbers(layers=4 if shape == "small" else 16, seed=seed)
+    return numbers(layers=DRAFTING[shape], seed=seed)
 
 
 MEASURED: dict[str, tuple[Callable[[str, int], Numbers], float, str]] = {

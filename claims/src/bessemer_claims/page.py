@@ -13,7 +13,7 @@ from itertools import groupby
 from bessemer import __version__
 from bessemer.addons.watch import page
 from bessemer.addons.watch.page import Html
-from bessemer_claims import PARTS, card_page, first_screen, pictures, results, runs
+from bessemer_claims import PARTS, card_page, chance, exact, first_screen, phrases, pictures, results, runs
 from bessemer_claims.card_page import ANSWERS, links, tally
 from bessemer_claims.cards import Card, make
 from bessemer_claims.phrases import SPACE, both, word, words
@@ -39,6 +39,8 @@ def document(cards: Sequence[Card], made: datetime.date) -> str:
     by_name = {card.name: card for card in cards}
     chapters = [_chapter(letter, list(group)) for letter, group in groupby(cards, lambda card: card.name[0])]
     short = "".join(card_page.brief(by_name[name]) for name in HEADLINES if name in by_name)
+    since = phrases.day(datetime.date.fromisoformat(rules().date))
+    legend = word("legend", sure=100 * rules().confidence)
     parts = [
         Html(
             f'<header><div class="top"><span class="brand">{word("brand", n=len(cards))}</span>'
@@ -46,13 +48,12 @@ def document(cards: Sequence[Card], made: datetime.date) -> str:
             f"{first_screen.answer(cards)}{_bars(cards)}{first_screen.known(cards, made)}</header>"
         ),
         _finder(len(cards)),
-        page.section("cost", word("cost"), pictures.cost(), word("cost_lead")),
+        page.section("cost", word("cost"), pictures.cost(), word("cost_lead", share=100 * chance.SHARE)),
         page.section("headlines", word("headlines"), Html(f'<div class="briefs">{short}</div>')),
         page.section(
-            "all", word("all", n=len(cards)), page.join(page.paragraph(word("legend"), "lead"), *chapters),
-            word("all_lead"),
+            "all", word("all", n=len(cards)), page.join(page.paragraph(legend, "lead"), *chapters), word("all_lead"),
         ),
-        page.section("changed", word("changed"), _changed(cards), word("changed_lead")),
+        page.section("changed", word("changed"), _changed(cards), word("changed_lead", day=since)),
         page.section("unrun", word("unrun"), _unrun(cards), word("unrun_lead")),
         page.section("method", word("method"), _method(), word("method_lead")),
         page.section("words", word("words"), _glossary()),
@@ -177,6 +178,7 @@ def _method() -> Html:
         for field, looks in ANSWERS.items()
     )
     judged = {"seeds": rules().seeds, "share": 100 * rules().false_share, "sure": 100 * rules().confidence}
+    judged |= {"problems": claims()["H1"].scores[0].problems, **exact.COMPUTED["H1"]()}
     listed = "".join(f"<li>{both(rule, **judged)}</li>" for rule in words()["rules"].values())
     commands = page.text("\n".join(words()["commands"]))
     return Html(

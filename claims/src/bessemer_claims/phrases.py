@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from functools import cache
@@ -23,11 +25,13 @@ def words() -> dict[str, Any]:
 
 def both(texts: Sequence[object], **values: object) -> Html:
     """A text in both languages, of which the page shows one. A value that is [English, Chinese] enters each in its own;
-    Chinese has no space before %."""
+    Chinese has no space before % and between
+    its characters."""
     english, chinese = (
         (str(phrase).format(**_of(language, values)) if values else str(phrase)).replace(" %", percent)
         for language, (phrase, percent) in enumerate(zip(texts, ("\u202f%", "%"), strict=True))
     )
+    chinese = re.sub(r"(?<=[一-鿿]) (?=[一-鿿])", "", chinese)
     if english == chinese:
         return page.text(english)
     html = f'<span class="en" lang="en">{page.text(english)}</span>'
@@ -36,6 +40,11 @@ def both(texts: Sequence[object], **values: object) -> Html:
 
 def _of(language: int, values: dict[str, object]) -> dict[str, object]:
     return {name: value[language] if isinstance(value, list) else value for name, value in values.items()}
+
+
+def day(date: datetime.date) -> list[str]:
+    """A day in English and Chinese."""
+    return [f"{date.day} {date:%B %Y}", f"{date.year} 年 {date.month} 月 {date.day} 日"]
 
 
 def word(name: str, **values: object) -> Html:

@@ -98,9 +98,9 @@ def cost() -> Html:
             "bill",
             hours=hours,
             wan=100 * hours,
-            dollars=2 * hours,
-            dollars_wan=200 * hours,
-            days=hours * 1e6 / 2048 / 24,
+            dollars=planned.DOLLARS * hours,
+            dollars_wan=100 * planned.DOLLARS * hours,
+            days=hours * 1e6 / planned.GPUS / 24,
         )
         line = f'<span class="line" style="{at(view["published"])}"></span>'
         dot = f'<span class="dot {mark}" style="{at(hours)}"></span>'
@@ -124,4 +124,5 @@ def cost() -> Html:
         *(row(run["name"], run["v3_hours"], "") for run in others if not run["same_network"]),
         row(word("cost_floor"), floor, "middle"),
     ]
-    return Html(f'<div class="runs">{"".join(rows)}</div>{page.paragraph(word("cost_note"), "unit")}')
+    note = word("cost_note", dollars=planned.DOLLARS, gpus=planned.GPUS)
+    return Html(f'<div class="runs">{"".join(rows)}</div>{page.paragraph(note, "unit")}')

@@ -61,8 +61,8 @@ def outside_view() -> Values:
     }  # fmt: skip
 
 
-DOLLARS = 2.0
-"""A GPU hour, as the V3 report assumes."""
+GPUS, DOLLARS = 2048, 2.0
+"""As the V3 report has them: its GPUs, and what an hour of one costs."""
 
 
 @cache

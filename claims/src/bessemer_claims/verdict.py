@@ -39,7 +39,6 @@ class Doubt(StrEnum):
     """The same in every run."""
     MEANS = "means"
     """Only the means over the runs are left, not their spread."""
-    EARLIER = "earlier"
     PREDICTED = "predicted"
 
 
@@ -91,8 +90,6 @@ class Measured:
     values: Sequence[float]
     positive: Sequence[float] | None = None
     negative: Sequence[float] | None = None
-    earlier: bool = False
-    """From before the rules: it can show a claim in part, at most."""
     size: Sequence[str] = ("", "")
     """Size of the runs, for the reader: English, Chinese."""
 
@@ -344,8 +341,8 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
         doubts[Doubt.ANYHOW] = True
     elif part.negative and len(measured.negative or ()) < rules.seeds:
         missing = True  # with one seed it can show no effect
-    doubts |= {Doubt.UNCONTROLLED: missing, Doubt.EARLIER: measured.earlier}
-    if outcome in (Outcome.HOLDS, Outcome.FAILS) and (missing or measured.earlier):
+    doubts[Doubt.UNCONTROLLED] = missing
+    if outcome in (Outcome.HOLDS, Outcome.FAILS) and missing:
         outcome = Outcome.WEAK if outcome is Outcome.HOLDS else Outcome.UNCLEAR
     spread = len(values) > 1 and not same
     return PartFinding(
