@@ -139,7 +139,8 @@ def test_the_cost_is_bounded_by_all_that_is_listed():
 def test_links_are_distinct_and_of_their_form():
     urls = [source.url for source in registry.sources().values() if source.url]
     assert len(set(urls)) == len(urls) > 40
-    assert [url for url in urls if "arxiv" in url and not re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}(v\d)?", url)] == []
+    form = r"https://arxiv\.org/abs/\d{4}\.\d{5}(v\d)?"
+    assert [url for url in urls if "arxiv" in url and not re.fullmatch(form, url)] == []
 
 
 def test_links_are_asked_where_there_is_a_network():
