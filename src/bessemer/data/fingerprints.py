@@ -4,13 +4,14 @@ The table is `CACHE/hashes.sqlite` (see `fetch.cache_dir`). Without it, for inst
 reads the file. The hash of a file written less than two seconds before it is read is not remembered, because a second
 write within the clock's resolution would look like the first.
 
-`check_finished` compares a run's model with the checksums that its stage recorded in done.json.
+`check_finished` compares a model with the checksums that its stage, or `bessemer pack`, recorded.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sqlite3
 import sys
@@ -21,6 +22,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from bessemer.data.fetch import cache_dir, sha256_of
+from bessemer.data.model_files import SUMS, read_text
 from bessemer.errors import UserError
 from bessemer.workers import cores
 
@@ -79,29 +81,40 @@ def _table() -> sqlite3.Connection:
 
 
 def check_finished(directory: Path) -> None:
-    """Raises UserError if a file of the model directory RUN/NN-STAGE/NAME is missing or is not what the stage wrote.
-    Does nothing for directories that no stage made, or after --no-verify."""
-    stage = directory.resolve().parent
-    if os.environ.get(NO_VERIFY) or not (stage / "done.json").is_file():
+    """Raises UserError if a file of a model directory is missing or is not what done.json records of RUN/NN-STAGE/NAME,
+    or SHA256SUMS of a packed model. Does nothing for other directories, or after --no-verify."""
+    stage, sums = directory.resolve().parent, directory / SUMS
+    packed = sums.is_file()
+    record = sums if packed else stage / "done.json"
+    if os.environ.get(NO_VERIFY) or not record.is_file():
         return
-    outputs = dict(_outputs(stage, directory.resolve().name))
+    run = shlex.quote(str(stage.parent))
+    outputs: dict[Path, tuple[int | None, str]]
+    if packed:
+        writer, again = "bessemer pack", "unpack it again"
+        outputs = {directory / name: (None, digest) for name, digest in listed(sums).items()}
+    else:
+        writer, again = "its stage", f"run the recipe again (bessemer run {run}/recipe.toml --out {run})"
+        outputs = dict(_outputs(stage, directory.resolve().name))
+    remedy = f"restore it from a copy, or {again}; --no-verify loads it as it is"
     for path, (size, _) in outputs.items():
         if not path.is_file():
-            raise _unlike(path, "is missing")
-        if path.stat().st_size != size:
-            raise _unlike(path, f"has {path.stat().st_size:,} bytes, but its stage wrote {size:,}")
+            raise UserError(f"{path} is missing; {remedy}")
+        if size not in (None, path.stat().st_size):
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes, but {writer} wrote {size:,}; {remedy}")
     for path, digest in zip(outputs, sha256_of_all(outputs), strict=True):
         if digest != outputs[path][1]:
-            where = stage / "done.json"
-            raise _unlike(path, f"is not what its stage wrote: its SHA-256 is not the one in {where}")
+            raise UserError(f"{path} is not what {writer} wrote: its SHA-256 is not the one in {record}; {remedy}")
 
 
-def _unlike(path: Path, why: str) -> UserError:
-    run = shlex.quote(str(path.parents[2]))
-    return UserError(
-        f"{path} {why}; restore it from a copy, or run the recipe again (bessemer run {run}/recipe.toml --out {run}), "
-        "which runs the stage again. --no-verify loads it as it is"
-    )
+def listed(sums: Path) -> dict[str, str]:
+    """The SHA-256 of each file that a SHA256SUMS lists, by name."""
+    digests = {}
+    for line in read_text(sums).splitlines():
+        if not (match := re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\]+)", line)):
+            raise UserError(f"{sums}: {line[:80]!r} is not a SHA-256 and the name of a file")
+        digests[match[2]] = match[1]
+    return digests
 
 
 def _outputs(stage: Path, folder: str) -> Iterator[tuple[Path, tuple[int, str]]]:

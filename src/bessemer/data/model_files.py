@@ -16,6 +16,8 @@ from bessemer.errors import UserError
 
 AGAIN = "copy or download it again"
 INDEX = "model.safetensors.index.json"
+SUMS = "SHA256SUMS"
+"""In a packed model: a line for each file except the card, as sha256sum writes and checks it."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONSOLIDATED = "consolidated"
 """Begins the names of the files that hold the same weights again in Mistral's own format, in its repositories."""

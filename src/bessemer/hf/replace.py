@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bessemer.data.model_files import INDEX, PICKLES
+from bessemer.data.model_files import INDEX, PICKLES, SUMS
 from bessemer.errors import UserError
 from bessemer.system import claim, sync_folder
 
@@ -117,9 +117,9 @@ def _carry_over(target: Path, fresh: Path, drop: Collection[str]) -> None:
 
 
 def holds_weights(path: Path) -> bool:
-    """Whether a file of a model directory holds weights, or says where they are: safetensors, a DCP checkpoint, or
-    pickled ones under their usual names, which are read nowhere."""
-    indices = path.name in (INDEX, ".metadata") or path.name.endswith(".bin.index.json")
+    """Whether a file of a model directory holds weights, or says where or what they are: safetensors, a DCP checkpoint,
+    or pickled ones under their usual names, which are read nowhere."""
+    indices = path.name in (INDEX, SUMS, ".metadata") or path.name.endswith(".bin.index.json")
     pickled = path.suffix in PICKLES and re.match(r"(?:pytorch_model|model|adapter_model|consolidated)\b", path.name)
     return indices or path.suffix in (".safetensors", ".distcp") or bool(pickled)
 

@@ -175,16 +175,27 @@ def push(
 
 
 def pull(
-    name: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A model on the Hugging Face hub.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="OWNER/NAME[@REVISION]",
+            help="A model on the Hugging Face hub, or a file NAME.tar of bessemer pack.",
+        ),
+    ],
     folder: Annotated[Path | None, typer.Argument(metavar="[DST]", help="The new directory. Default: NAME.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download a model from the Hugging Face hub: weights, configuration, tokenizer; no code."""
-    from bessemer.addons.families import remote
+    """Download a model from the Hugging Face hub, or unpack an archive: weights, configuration, tokenizer; no code."""
+    from bessemer.addons.families import archive, remote
 
-    target = folder or Path(remote.address(name)[0].split("/")[1])
-    commit = remote.pull(name, target)
+    commit = {}
+    if name.endswith(".tar"):
+        target = folder or Path(Path(name).stem)
+        archive.unpack(Path(name), target)
+    else:
+        target = folder or Path(remote.address(name)[0].split("/")[1])
+        commit = {"commit": remote.pull(name, target)}
     if as_json:
-        print_json({"directory": str(target), "commit": commit})
+        print_json({"directory": str(target), **commit})
     else:
         print(target)

@@ -78,11 +78,16 @@ def _may_write(api, name: str, branch: str | None) -> bool:
     return MARK in text or not body.strip()
 
 
+def check_new(target: Path) -> None:
+    """Raises UserError if something is at `target`."""
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already; name a new directory")
+
+
 def pull(spec: str, target: Path) -> str:
     """Downloads a model into a new directory and returns its commit. Repeating an interrupted download resumes it."""
     name, revision = address(spec)
-    if os.path.lexists(target):
-        raise UserError(f"{target} exists already; name a new directory")
+    check_new(target)
     downloaded = snapshot(name, revision)
     if not (downloaded / "config.json").is_file():
         raise UserError(f"{name} has no config.json, so it is not a model in Hugging Face's format")

@@ -1,4 +1,4 @@
-"""The model card that `bessemer push` writes from a run: what made the model, on what data, and how well it does."""
+"""The model card that `bessemer push` and `pack` write: what made the model, on what data, and how well it does."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MLA_KERNELS = (512, 64)
 """Latent and rotary width for which vLLM and SGLang have MLA kernels (docs/guide.md)."""
 
 
-def model_card(model: Path, name: str, licence: str | None) -> str:
+def model_card(model: Path, name: str, licence: str | None, packed: bool = False) -> str:
     """The card of a model directory, in Markdown. A model that belongs to a run gets the run's facts, any other only
-    those of its config."""
+    those of its config. `packed`: it comes as NAME.tar and not from the hub."""
     config = read_object(model / "config.json")
     kind = "text-classification" if is_reward_model(config) else "text-generation"
     tags = [*TAGS, *filter(None, [config.get("model_type")])]
@@ -39,7 +39,7 @@ def model_card(model: Path, name: str, licence: str | None) -> str:
     )
     if facts and stage:
         lines += _of_run(facts, stage)
-    lines += _use(model, config, name)
+    lines += _use(model, config, name, packed)
     lines.append(f"Written by Bessemer {__version__}{' from the records of the run' if stage else ''}.")
     return "\n".join(lines)
 
@@ -52,15 +52,16 @@ def _network(config: dict[str, Any]) -> str:
     return f"`{name}` with {shape}, a vocabulary of {config.get('vocab_size')} and a context of {context} tokens."
 
 
-def _use(model: Path, config: dict[str, Any], name: str) -> list[str]:
+def _use(model: Path, config: dict[str, Any], name: str, packed: bool) -> list[str]:
     """Commands to chat with the model and to serve it; those of other programs follow their documentation."""
+    pull, folder = (f"bessemer pull {name}.tar", name) if packed else (f"bessemer pull {name} model", "model")
     if is_reward_model(config):
         note = "It is a reward model: it scores a conversation at the last token, and answers nothing."
-        return ["## Use", "", "```", f"bessemer pull {name} model", "```", "", note, ""]
+        return ["## Use", "", "```", pull, "```", "", note, ""]
     r1 = style_of(model) == "r1"
     vllm = f"vllm serve {name}{' --reasoning-parser deepseek_r1' if r1 else ''}"
     sglang = f"python -m sglang.launch_server --model-path {name}{' --reasoning-parser deepseek-r1' if r1 else ''}"
-    commands, notes = [f"bessemer pull {name} model && bessemer chat model"], []
+    commands, notes = [f"{pull} && bessemer chat {folder}"], []
     latent = (config.get("kv_lora_rank"), config.get("qk_rope_head_dim"))
     if config.get("model_type") not in FAMILIES:
         commands += [vllm, sglang]
@@ -69,7 +70,7 @@ def _use(model: Path, config: dict[str, Any], name: str) -> list[str]:
     else:
         fits = latent == MLA_KERNELS
         commands += [vllm, sglang] if fits else [f"VLLM_MLA_DISABLE=1 {vllm}"]
-        commands.append("bessemer convert model model.gguf && ollama create my-model -f model.Modelfile")
+        commands.append(f"bessemer convert {folder} model.gguf && ollama create my-model -f model.Modelfile")
         if not fits:
             wide, shape = ("{} + {}".format(*sizes) for sizes in (MLA_KERNELS, latent))
             notes.append(

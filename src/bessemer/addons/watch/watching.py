@@ -1,4 +1,4 @@
-"""Commands on a run: its report, its live page, its trackers, a step replayed, and why its reward rose."""
+"""Commands on a run: its report, its live page, its models packed, its trackers, a step replayed, why reward rose."""
 
 import contextlib
 import sys
@@ -61,6 +61,30 @@ def watch(
             webbrowser.open(address)
 
     serve(runs, port=port, ready=ready)
+
+
+def pack(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The new directory.")],
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this stage's model; may be repeated. Default: all but imported ones."),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", metavar="ID", help="Licence of the weights, such as mit.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a run's models as files to publish: RUN-STAGE.tar with weights, tokenizer, card, evaluation and hashes."""
+    from bessemer.addons.watch.pack import pack as pack_run
+    from bessemer.runs.directory import run_dir
+
+    written = pack_run(run_dir(run), folder, stage or [], licence)
+    if as_json:
+        print_json(written)
+        return
+    for one in written:
+        print(f"{one['file']}: {one['bytes'] / 1e6:,.1f} MB, sha256 {one['sha256']}")
 
 
 def track(
