@@ -35,10 +35,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# The tests again with coverage; about half as long again (Python 3.12 and later measure at little cost).
+# The tests again with coverage, whose pages are in build/coverage; about half as long again (Python 3.12 and later measure at little cost).
 coverage: $(VENV)/.dev
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-report=html:build/coverage
 
 # The documentation as a site, in build/site/site; links are checked, and its search must answer what users ask.
 site: $(VENV)/.dev

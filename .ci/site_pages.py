@@ -13,6 +13,7 @@ import posixpath
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 from pymdownx.slugs import slugify
@@ -226,7 +227,17 @@ def write(out: Path) -> None:
         return f"{found[1]}{found[2]}:\n" + "".join(f"{' ' * len(found[1])}    - {page}\n" for page in pages)
 
     config = re.sub(r"^( *)(- \w+): (\w+/)\n", listed, config, flags=re.M)
-    (out / "mkdocs.yml").write_text(config, "utf-8")
+    (out / "mkdocs.yml").write_text(config + published(), "utf-8")
+
+
+def published() -> str:
+    """What only a site with an address has: the repository, the address of its newest version, and the list of
+    versions, which .ci/pages.py writes beside them."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
+    if "Documentation" not in urls:
+        return ""
+    site = urls["Documentation"].rstrip("/")
+    return f"site_url: {site}/latest/\nrepo_url: {urls['Repository']}\nextra:\n  version:\n    provider: mike\n"
 
 
 if __name__ == "__main__":

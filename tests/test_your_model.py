@@ -22,6 +22,7 @@ from hf_tokenizers import byte_level
 from bessemer.config.builtin import builtin_recipes
 
 PAGE = (Path(__file__).parents[1] / "docs" / "your-model.md").read_text("utf-8")
+PAGE = re.sub(r"git clone https://\S+", "git clone <this repository>", PAGE)  # .ci/address.py writes the address
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines() if line]
 ELSEWHERE = {
     "git clone <this repository> bessemer": "the wheel of the tree is installed and run by",
