@@ -13,8 +13,10 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +24,10 @@ from torch import Tensor, nn
 from bessemer.addons.accelerate.kernel_steps import KernelSteps
 from bessemer.addons.evals.drift_measure import LayerPart
 from bessemer.addons.families import causal_lm
-from bessemer.addons.families.causal_lm import CausalLM
 from bessemer.engine.steps import ForwardOutput, PrefillChunk, RoutingTrace, StepBackend, backend_of
 from bessemer.errors import UserError
 from bessemer.hf import deepseek, model_directory
+from bessemer.model.layer import Layer
 from bessemer.model.moe import FFN
 from bessemer.model.norm import RMSNorm
 from bessemer.model.ops import Linear
@@ -72,75 +74,115 @@ def logprob(logits_V: Tensor, token: int) -> float:
     return float(logits_V.float().log_softmax(-1)[token])
 
 
-# --- networks of our own family ---------------------------------------------------------------------------------------
+# --- where a network shows what it computes ---------------------------------------------------------------------------
 
 
-def own_points(model: Transformer) -> frozenset[LayerPart]:
-    L = len(model.layers)
-    parts = ("attention", "after attention", "MLP", "residual stream")
-    points = [LayerPart(i, part) for i in range(L) for part in parts]
-    points += [LayerPart(i, "router") for i, layer in enumerate(model.layers) if not layer.dense]
-    return frozenset([*points, LayerPart(-1, "embedding"), LayerPart(L, "final norm"), LayerPart(L, "log-probs")])
+class Probe(NamedTuple):
+    """A module whose hook shows what is computed at a point."""
+
+    point: LayerPart
+    module: Any
+    read: Callable[[Any, Any], Tensor | None]
+    """From the module's inputs and its output; None: nothing is to be shown yet."""
+    before: bool = False
+    """Before the module runs; its output is None."""
+
+
+def shows(point: LayerPart, module: Any) -> Probe:
+    """Its output is what is computed at the point."""
+    return Probe(point, module, lambda _, output: output[0] if isinstance(output, tuple) else output)
+
+
+def reads(point: LayerPart, module: Any, n: int = 0) -> Probe:
+    """Its n-th input is what was computed at the point."""
+    return Probe(point, module, lambda inputs, _: inputs[n], before=True)
 
 
 @contextmanager
-def watching_own(model: Transformer, span: PassWatch) -> Iterator[None]:
-    """Shows what the modules of the network compute inside the block, whoever calls them."""
-    L, hooks = len(model.layers), []
+def watching(probes: Sequence[Probe], span: PassWatch) -> Iterator[None]:
+    """Shows what the modules compute inside the block, whoever calls them."""
 
-    def shows(module: nn.Module, point: LayerPart, read: Callable[[Any], Tensor] = lambda output: output) -> None:
-        hooks.append(module.register_forward_hook(lambda _, inputs, output: span.give(point, read(output))))
+    def hook(probe: Probe, _: Any, inputs: Any, output: Any = None) -> None:
+        if (given := probe.read(inputs, output)) is not None:
+            span.give(probe.point, given)
 
-    def reads(module: nn.Module, point: LayerPart) -> None:
-        hooks.append(module.register_forward_pre_hook(lambda _, inputs: span.give(point, inputs[0])))
-
-    shows(model.embed, LayerPart(-1, "embedding"))
-    for i, layer in enumerate(model.layers):
-        shows(layer.attn.wo, LayerPart(i, "attention"))
-        reads(layer.ffn_norm, LayerPart(i, "after attention"))
-        if layer.dense:
-            shows(layer.ffn, LayerPart(i, "MLP"))
-        else:
-            ffn = layer.sparse_ffn
-            shows(ffn.gate, LayerPart(i, "router"), lambda routing: routing.expert_NK)
-            hooks += _sums_of_experts(ffn, LayerPart(i, "MLP"), span)
-        reads(model.layers[i + 1].attn_norm if i + 1 < L else model.norm, LayerPart(i, "residual stream"))
-    shows(model.norm, LayerPart(L, "final norm"))
+    hooks = []
+    for probe in probes:
+        register = probe.module.register_forward_pre_hook if probe.before else probe.module.register_forward_hook
+        hooks.append(register(partial(hook, probe)))
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
 
 
-def _sums_of_experts(ffn: Any, point: LayerPart, span: PassWatch) -> list[Any]:
-    """Hooks that show the routed experts' output plus that of the shared one, which runs after them."""
+def probes_of(model: LanguageModel) -> list[Probe]:
+    """Up to the last layer."""
+    L = model.cfg.n_layers
+    if model.layers:
+        next_norms = [*(layer.attn_norm for layer in model.layers[1:]), child(model, ["norm"])]
+        parts = [own_probes(i, model.layers[i], next_norms[i]) for i in range(L)]
+    else:
+        parts = [foreign_probes(i, layer) for i, layer in enumerate(decoder_layers(model, L))]
+    return [shows(LayerPart(-1, "embedding"), model.embed), *chain.from_iterable(parts)]
+
+
+def points_of(probes: Sequence[Probe], n_layers: int) -> frozenset[LayerPart]:
+    """Those of the probes, and the two that a side shows without one."""
+    ends = LayerPart(n_layers, "final norm"), LayerPart(n_layers, "log-probs")
+    return frozenset([*(probe.point for probe in probes), *ends])
+
+
+def own_probes(i: int, layer: Layer, next_norm: nn.Module | None) -> list[Probe]:
+    """A layer of ours, whose parts the engine calls without the layer itself."""
+    probes = [
+        shows(LayerPart(i, "attention"), layer.attn.wo),
+        reads(LayerPart(i, "after attention"), layer.ffn_norm),
+        reads(LayerPart(i, "residual stream"), next_norm),
+    ]
+    if layer.dense:
+        return [*probes, shows(LayerPart(i, "MLP"), layer.ffn)]
+    ffn = layer.sparse_ffn
+    probes.append(Probe(LayerPart(i, "router"), ffn.gate, lambda _, routing: routing.expert_NK))
     if ffn.shared is None:
-        return [ffn.experts.register_forward_hook(lambda _, inputs, output: span.give(point, output))]
-    routed: list[Tensor] = []
+        return [*probes, shows(LayerPart(i, "MLP"), ffn.experts)]
+    routed: list[Tensor] = []  # the shared expert runs after the routed ones
     return [
-        ffn.experts.register_forward_hook(lambda _, inputs, output: routed.append(output)),
-        ffn.shared.register_forward_hook(lambda _, inputs, output: span.give(point, routed.pop() + output)),
+        *probes,
+        Probe(LayerPart(i, "MLP"), ffn.experts, lambda _, output: routed.append(output)),
+        Probe(LayerPart(i, "MLP"), ffn.shared, lambda _, output: routed.pop() + output),
     ]
 
 
-# --- networks that transformers computes ------------------------------------------------------------------------------
+def foreign_probes(i: int, layer: nn.Module) -> list[Probe]:
+    """A layer of transformers'."""
+    probes = [
+        shows(LayerPart(i, "attention"), child(layer, ATTENTION)),
+        shows(LayerPart(i, "MLP"), child(layer, FEED_FORWARD)),
+        shows(LayerPart(i, "residual stream"), layer),
+    ]
+    if (norm := second_norm(layer)) is not None:
+        probes.append(reads(LayerPart(i, "after attention"), norm))
+    if (experts := routed_experts(layer)) is not None:
+        probes.append(reads(LayerPart(i, "router"), experts, 1))
+    return probes
 
 
 def child(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
     return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
 
 
-def decoder_layers(body: nn.Module, n_layers: int) -> list[nn.Module]:
+def decoder_layers(network: nn.Module, n_layers: int) -> list[nn.Module]:
     """The decoder layers of a transformers or vLLM model. UserError if their parts have unknown names."""
-    for module in body.modules():
+    for module in network.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             layers = list(module)
             if all(child(layer, ATTENTION) is not None and child(layer, FEED_FORWARD) is not None for layer in layers):
                 return layers
     raise UserError(
-        f"{type(body).__name__}: no list of {n_layers} layers with attention and MLP under known names; "
-        "drift compares models whose layers have both"
+        f"no list of {n_layers} layers with attention and MLP under known names in this network; drift compares models "
+        "whose layers have both"
     )
 
 
@@ -154,63 +196,7 @@ def routed_experts(layer: nn.Module) -> nn.Module | None:
     return None if half is None else child(half, ["experts"])
 
 
-def foreign_points(layers: Sequence[nn.Module]) -> frozenset[LayerPart]:
-    L = len(layers)
-    points = [LayerPart(i, part) for i in range(L) for part in ("attention", "MLP", "residual stream")]
-    points += [LayerPart(i, "after attention") for i, layer in enumerate(layers) if second_norm(layer) is not None]
-    points += [LayerPart(i, "router") for i, layer in enumerate(layers) if routed_experts(layer) is not None]
-    return frozenset([*points, LayerPart(-1, "embedding"), LayerPart(L, "final norm"), LayerPart(L, "log-probs")])
-
-
-@contextmanager
-def watching_foreign(embedding: nn.Module, layers: Sequence[nn.Module], span: PassWatch) -> Iterator[None]:
-    """Shows what transformers' modules compute inside the block, up to the last layer."""
-
-    def first(output: Any) -> Tensor:
-        return output[0] if isinstance(output, tuple) else output
-
-    def shows(module: Any, point: LayerPart) -> None:
-        hooks.append(module.register_forward_hook(lambda _, inputs, output: span.give(point, first(output))))
-
-    hooks: list[Any] = []
-    shows(embedding, LayerPart(-1, "embedding"))
-    for i, layer in enumerate(layers):
-        shows(child(layer, ATTENTION), LayerPart(i, "attention"))
-        shows(child(layer, FEED_FORWARD), LayerPart(i, "MLP"))
-        shows(layer, LayerPart(i, "residual stream"))
-        if (norm := second_norm(layer)) is not None:
-            read = LayerPart(i, "after attention")
-            hooks.append(norm.register_forward_pre_hook(lambda _, inputs, point=read: span.give(point, inputs[0])))
-        if (experts := routed_experts(layer)) is not None:
-            chosen = LayerPart(i, "router")
-            hooks.append(experts.register_forward_pre_hook(lambda _, inputs, point=chosen: span.give(point, inputs[1])))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 # --- who computes -----------------------------------------------------------------------------------------------------
-
-
-def points_of(model: LanguageModel) -> frozenset[LayerPart]:
-    if isinstance(model, Transformer):
-        return own_points(model)
-    assert isinstance(model, CausalLM)
-    return foreign_points(decoder_layers(model.inner.base_model, model.cfg.n_layers))
-
-
-@contextmanager
-def watching(model: LanguageModel, span: PassWatch) -> Iterator[None]:
-    if isinstance(model, Transformer):
-        with watching_own(model, span):
-            yield
-        return
-    assert isinstance(model, CausalLM)
-    layers = decoder_layers(model.inner.base_model, model.cfg.n_layers)
-    with watching_foreign(model.embed, layers, span):
-        yield
 
 
 class Forward:
@@ -221,26 +207,23 @@ class Forward:
         self.model = model.eval()
         self.sizes = model.cfg.vocab_size, model.cfg.dim, model.cfg.n_layers
         self.longest = model.cfg.max_seq_len
-        self.points = points_of(model)
+        self.probes = probes_of(model)
+        self.points = points_of(self.probes, model.cfg.n_layers)
 
     def run(self, ids: Sequence[int], take: Take) -> None:
         model, span = self.model, PassWatch(take)
         span.end = len(ids)
         row_BT = torch.tensor([list(ids)], device=model.embed.weight.device)
-        with watching(model, span):
+        with watching(self.probes, span):
             hidden_TD = model.train_outputs(row_BT, mtp=False).hidden_BTD[0]
         L = model.cfg.n_layers
-        if not isinstance(model, Transformer):  # whose norm has shown it
-            span.give(LayerPart(L, "final norm"), hidden_TD)
+        span.give(LayerPart(L, "final norm"), hidden_TD)
         logp_T = logprobs(hidden_TD[:-1], model.head_weight, row_BT[0, 1:])
         take(LayerPart(L, "log-probs"), 1, logp_T[:, None])
 
     def wider(self, dtype: torch.dtype) -> Forward:
         """The same weights, computed in a wider format."""
-        model = copy.deepcopy(self.model).to_compute(dtype)
-        if isinstance(model, CausalLM) and hasattr(model.inner, "set_experts_implementation"):
-            model.inner.set_experts_implementation("eager")  # grouped products know no float64
-        return Forward(model)
+        return Forward(copy.deepcopy(self.model).to_compute(dtype))
 
 
 def logprobs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
@@ -257,7 +240,8 @@ class Decoding:
         self.sizes = model.cfg.vocab_size, model.cfg.dim, model.cfg.n_layers
         self.longest = model.cfg.max_seq_len
         self.fused = isinstance(self.steps, KernelSteps)
-        self.points = points_of(model)
+        self.probes = probes_of(model)
+        self.points = points_of(self.probes, model.cfg.n_layers)
         if self.fused:
             shown = ("after attention", "router", "residual stream", "final norm", "log-probs")
             self.points = frozenset(point for point in self.points if point.part in shown)
@@ -280,18 +264,16 @@ class Decoding:
                 token_BT = torch.tensor([[ids[position]]], device=device)
                 out = self.steps.forward(token_BT, torch.tensor([position], device=device), cache, prefill_seen.trace)
                 prefill_seen.then(cache, [ids[position]], position, [])
-                if self.fused or isinstance(self.model, CausalLM):
-                    span.give(LayerPart(L, "final norm"), out.state_BTD)
+                span.give(LayerPart(L, "final norm"), out.state_BTD)
                 logits_V = out.logits_BTV[0, 0]
         take(LayerPart(L, "log-probs"), prompt_length, torch.tensor(logp)[:, None])
 
     @contextmanager
     def _watched(self, span: PassWatch) -> Iterator[Seen]:
-        if self.fused:
-            assert isinstance(self.model, Transformer)
-            yield Prefixes(self.model, self.steps, span)
+        if isinstance(self.steps, KernelSteps):
+            yield Prefixes(self.steps, span)
             return
-        with watching(self.model, span):
+        with watching(self.probes, span):
             yield Seen()
 
 
@@ -309,8 +291,9 @@ class Prefixes(Seen):
     compute the first n layers again, once without the n-th feed-forward network, and put the same numbers into the
     cache. The states come from a final norm without gain, so they are the stream's directions."""
 
-    def __init__(self, model: Transformer, steps: StepBackend, span: PassWatch):
-        self.model, self.span = model, span
+    def __init__(self, steps: KernelSteps, span: PassWatch):
+        model = self.model = steps.model
+        self.span = span
         routed = any(not layer.dense for layer in model.layers)
         self.trace = RoutingTrace(model.cfg.n_routed_experts) if routed else None
         kind: Any = type(steps)

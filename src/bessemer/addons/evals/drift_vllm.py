@@ -24,11 +24,15 @@ from bessemer.addons.evals.drift_sides import (
     ATTENTION,
     FEED_FORWARD,
     PassWatch,
+    Probe,
     Take,
     child,
     decoder_layers,
+    points_of,
     routed_experts,
     second_norm,
+    shows,
+    watching,
 )
 from bessemer.errors import UserError
 
@@ -61,13 +65,20 @@ class VLLM:
         self.sizes = text["vocab_size"], text["hidden_size"], text["num_hidden_layers"]
         self.longest = text["max_position_embeddings"]
         self.layers = decoder_layers(self.body, self.sizes[2])
-        L = len(self.layers)
-        points = [LayerPart(i, part) for i in range(L) for part in ("attention", "MLP", "residual stream")]
+        self.probes = [shows(LayerPart(-1, "embedding"), self.body.embed_tokens)]
         for i, layer in enumerate(self.layers):
-            points += [LayerPart(i, "after attention")] if second_norm(layer) is not None else []
-            points += [LayerPart(i, "router")] if self._router(layer) is not None else []
-        ends = LayerPart(-1, "embedding"), LayerPart(L, "final norm"), LayerPart(L, "log-probs")
-        self.points = frozenset([*points, *ends])
+            self.probes += [
+                shows(LayerPart(i, "attention"), child(layer, ATTENTION)),
+                shows(LayerPart(i, "MLP"), child(layer, FEED_FORWARD)),
+                Probe(LayerPart(i, "residual stream"), layer, lambda _, output: output[0] + output[1]),
+            ]
+            if (norm := second_norm(layer)) is not None:
+                self.probes.append(Probe(LayerPart(i, "after attention"), norm, lambda _, output: output[1]))
+        self.probes.append(shows(LayerPart(len(self.layers), "final norm"), self.body.norm))
+        routers = ((i, self._router(layer)) for i, layer in enumerate(self.layers))
+        self.routers = {i: router for i, router in routers if router is not None}
+        routed = [LayerPart(i, "router") for i in self.routers]
+        self.points = points_of(self.probes, len(self.layers)).union(routed)
 
     @staticmethod
     def _router(layer: Any) -> Any:
@@ -87,30 +98,11 @@ class VLLM:
 
     @contextmanager
     def _watched(self, span: PassWatch) -> Iterator[None]:
-        hooks, L = [], len(self.layers)
-
-        def shows(module: Any, point: LayerPart, read: Any = None) -> None:
-            def hook(_: Any, inputs: Any, output: Any) -> None:
-                given = output[0] if isinstance(output, tuple) else output
-                span.give(point, read(output) if read else given)
-
-            hooks.append(module.register_forward_hook(hook))
-
-        shows(self.body.embed_tokens, LayerPart(-1, "embedding"))
-        for i, layer in enumerate(self.layers):
-            shows(child(layer, ATTENTION), LayerPart(i, "attention"))
-            if (norm := second_norm(layer)) is not None:
-                shows(norm, LayerPart(i, "after attention"), lambda output: output[1])
-            if (router := self._router(layer)) is not None:
-                router.set_capture_fn(partial(span.give, LayerPart(i, "router")))
-            shows(child(layer, FEED_FORWARD), LayerPart(i, "MLP"))
-            shows(layer, LayerPart(i, "residual stream"), lambda output: output[0] + output[1])
-        shows(self.body.norm, LayerPart(L, "final norm"))
+        for i, router in self.routers.items():
+            router.set_capture_fn(partial(span.give, LayerPart(i, "router")))
         try:
-            yield
+            with watching(self.probes, span):
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
-            for layer in self.layers:
-                if (router := self._router(layer)) is not None:
-                    router.set_capture_fn(None)
+            for router in self.routers.values():
+                router.set_capture_fn(None)

@@ -150,6 +150,8 @@ class CausalLM(LanguageModel):
         """Casts all parameters to one dtype, as transformers' modules expect; buffers (rotary frequencies) stay."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
+        if dtype == torch.float64 and hasattr(self.inner, "set_experts_implementation"):
+            self.inner.set_experts_implementation("eager")  # grouped products know no float64
         return self
 
     @property
