@@ -217,7 +217,7 @@ def test_one_seed_beside_the_committed_ones():
         [card] = cards.make(["L6"], judged, again)
         assert card.seen is Seen.YES and not wrong  # the committed seeds decide
         assert card.facts()["parts"][-1]["this_run"]["agrees"] is agrees
-        message = "as expected" if agrees else "outside the 95"
+        message = "as expected" if agrees else "outside the prediction interval"
         assert (
             message in cards.describe([card]) and message in card_page.full(card) and "3 runs" in card_page.full(card)
         )

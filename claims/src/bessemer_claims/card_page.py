@@ -131,7 +131,7 @@ def _details(card: Card) -> Html:
     def shown(finding: PartFinding) -> Html:
         if finding.part:
             return page.join(phrases.decided(card.name, finding), phrases.role(finding), by=SEMICOLON)
-        return page.join(audited, both(words()["audit"][finding.outcome]), by=COLON)
+        return page.join(audited, Html(f"<b>{both(words()['audit'][finding.outcome])}</b>"), by=COLON)
 
     parts = "".join(f"<li>{shown(finding)}</li>" for finding in card.findings)
     beside = "".join(f"<li>{phrases.beside(card.name, finding)}</li>" for finding in card.beside)

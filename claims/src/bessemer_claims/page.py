@@ -9,8 +9,10 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from bessemer import __version__
+from bessemer.addons.study.seeds import seeds_for
 from bessemer.addons.watch import page
 from bessemer.addons.watch.page import Html
 from bessemer_claims import PARTS, card_page, chance, exact, first_screen, phrases, pictures, results, runs
@@ -179,6 +181,7 @@ def _method() -> Html:
     )
     judged = {"seeds": rules().seeds, "share": 100 * rules().false_share, "sure": 100 * rules().confidence}
     judged |= {"problems": claims()["H1"].scores[0].problems, **exact.COMPUTED["H1"]()}
+    judged |= _same_network()
     listed = "".join(f"<li>{both(rule, **judged)}</li>" for rule in words()["rules"].values())
     commands = page.text("\n".join(words()["commands"]))
     return Html(
@@ -187,6 +190,20 @@ def _method() -> Html:
         f"<p>{word('check_more')}</p>"
         f'<h3 id="errors">{word("errors")}</h3><p>{word("errors_lead")}</p>'
     )
+
+
+def _same_network() -> dict[str, Any]:
+    """The A/A test at the size that decides most claims."""
+    size = runs.part("pretrain").SIZES[runs.shapes("full")["pretrain"]]
+    [test] = [test for test in runs.self_tests(results.committed().results) if test.size == size]
+    [margin] = [part.margin for part in rules().claim["M5"].parts if part.kind == "R"]
+    middle, low, high = test.interval
+    agrees = words()["by_chance"][{True: "yes", False: "no", None: "unknown"}[test.agrees]]
+    needed = seeds_for(test.gaps, margin or 0.0, rules().confidence)
+    return {
+        "aa": middle, "aa_low": low, "aa_high": high, "aa_seeds": len(test.gaps), "aa_needed": needed,
+        "aa_margin": margin, "agrees": agrees,
+    }  # fmt: skip
 
 
 def _glossary() -> Html:

@@ -318,7 +318,8 @@ def self_tests(results: Sequence[ArmResult]) -> list[SelfTest]:
 def different(results: Sequence[ArmResult]) -> list[str]:
     """A sentence for every A/A test that fails."""
     return [
-        f"A/A test: {test.number} of {test.arms[0]} and {test.arms[1]} differ by more than chance, {test.seeds} seeds"
+        f"A/A test: {test.number} of {test.arms[0]} and {test.arms[1]} differ by more than chance, "
+        f"{len(test.gaps)} seeds"
         for test in self_tests(results)
         if test.agrees is False
     ]

@@ -430,9 +430,10 @@ class SelfTest:
     size: Sequence[str]
     arms: tuple[str, str]
     number: str
-    seeds: int
+    gaps: Sequence[float]
+    """The difference within each seed."""
     interval: Interval
-    """Mean difference within a seed, and its interval."""
+    """Their mean and its interval."""
     agrees: bool | None
     """Whether the interval holds 0; None with fewer seeds than make a test."""
 
@@ -443,4 +444,4 @@ def self_test(
     """The A/A test on the differences `gaps` within each seed; `number`: of what."""
     interval = over_seeds(gaps, rules.aa_confidence)
     holds = interval.low <= 0 <= interval.high or interval.middle == 0
-    return SelfTest(part, size, arms, number, len(gaps), interval, holds if len(gaps) >= rules.aa_seeds else None)
+    return SelfTest(part, size, arms, number, gaps, interval, holds if len(gaps) >= rules.aa_seeds else None)
