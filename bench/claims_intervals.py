@@ -139,6 +139,7 @@ METRICS: dict[str, tuple[Value, Value | None]] = {
     "L6 bpb(ref) / bpb(MHA-norm) - 1": (relative("bpb", "ref", "MHA-norm"), relative("bpb", "MLA-24", "MHA-norm")),
     "L6 bpb(ref) / bpb(MHA) - 1, twice as wide": (relative("bpb", "ref", "MHA"), None),
     "M5 bpb(ref) - bpb(DACT), twice as wide": (gap("bpb", "ref", "DACT"), None),
+    "L2 s a step: ONE / MHA": (own("speed-heads", "ONE/MHA"), None),
     "L8 s a step: MHA / ref": (own("speed", "MHA/ref"), None),
     "L12 copy(ref) - copy(MHA)": (gap("copy", "ref", "MHA"), gap("copy", "MLA-24", "MHA")),
     "T4 copy(MTP) - the better of ref and MTPx": (above_the_better("MTP"), above_the_better("LONG")),
