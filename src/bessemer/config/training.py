@@ -83,9 +83,9 @@ class FineTuningConfig(OptimizerConfig):
     ema_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
 
     lora: LoRAConfig | None = None
-    """Train only adapters, on a model of another family (pip install 'bessemer[lora]'): only they have gradients and
-    moments, and GRPO's reference needs no second copy of the weights. The stage exports the merged model and, beside
-    it, the adapter in peft's format. Default: all weights are trained."""
+    """Train only adapters: only they have gradients and moments, and GRPO's reference needs no second copy of the
+    weights. The stage exports the merged model; of another family (pip install 'bessemer[lora]') also the adapter in
+    peft's format. Of the DeepSeek V3 family routed experts stay frozen. Default: all weights are trained."""
 
 
 class OnPolicyConfig(FineTuningConfig):

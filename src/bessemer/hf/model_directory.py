@@ -63,15 +63,5 @@ def load_scorer(
 
 
 def adapted(model: LanguageModel, config: LoRAConfig, seed: int, base: Path, stage: str) -> tuple[LanguageModel, str]:
-    """`Family.attach` for the model of `base`. UserError for a network of our own family."""
-    if model.layers:
-        raise own_family(stage)
+    """`Family.attach` for the model of `base`."""
     return family(architecture_of(base)).attach(model, config, seed, base, stage)
-
-
-def own_family(stage: str) -> UserError:
-    """The error for a stage with adapters on a network of our own family."""
-    return UserError(
-        f'stage "{stage}": lora is for models of other families, which transformers computes; this one is in the '
-        "DeepSeek V3 family, whose kernels read stacked experts that no adapter can wrap; leave lora out"
-    )

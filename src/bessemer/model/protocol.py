@@ -106,6 +106,10 @@ class LanguageModel(nn.Module):
         """Parameters that are never trained, by all their names; a copy of the model may share them."""
         return {}
 
+    def sampled(self) -> LanguageModel:
+        """What engines read of it, with its weights of this moment: itself, unless adapters change its layers."""
+        return self
+
     def scorer(self, seed: int) -> LanguageModel:
         """A model with this one's body and a new scalar head, drawn with `seed`."""
         raise NotImplementedError

@@ -12,7 +12,7 @@ from bessemer.data.model_files import read_object
 from bessemer.data.sources import PACKAGE
 from bessemer.errors import UserError
 from bessemer.hf.families import family
-from bessemer.hf.model_directory import own_config, own_family
+from bessemer.hf.model_directory import own_config
 from bessemer.model.config import ModelConfig
 from bessemer.train import setup
 
@@ -50,9 +50,15 @@ def check_lora(config: FineTuningConfig, recipe: Recipe) -> None:
     """UserError, before anything runs, if a stage's [lora] is not supported."""
     if config.lora is None:
         return
-    family().check_adapters()
-    if config_of(recipe, config.source) is not None:
-        raise own_family(config.name)
+    if config_of(recipe, config.source) is None:
+        family().check_adapters()
+    else:
+        rollout = getattr(config, "rollout", None)
+        elsewhere = rollout is not None and rollout.engine != "local"
+        if elsewhere or recipe.layout.fewest > 1:
+            fix = 'set rollout.engine = "local"' if elsewhere else "leave [layout] out"
+            what = "lora on a model of the DeepSeek V3 family trains and samples in one process"
+            raise UserError(f'stage "{config.name}": {what}; {fix}')
     for key, value, only in (("fp8", config.fp8, "off"), ("optimizer", config.optimizer, "adamw")):
         if value != only:
             raise UserError(f'stage "{config.name}": lora does not go with {key} = "{value}"; set {key} = "{only}"')

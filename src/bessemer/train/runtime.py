@@ -54,11 +54,12 @@ class Whole:
     tensor, for a sampler elsewhere."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+        self._source, self.model = model, model.sampled()
         """Its weights are there after a `refresh`, until a `release`."""
 
     def refresh(self) -> None:
         """Copies the current weights, if they are elsewhere. Collective."""
+        self._source.sampled()
 
     def release(self) -> None:
         """Gives the memory of the weights back until the next `refresh`, if they are a copy of some elsewhere."""
@@ -66,6 +67,7 @@ class Whole:
     def weights(self, receivers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The current weights in these processes (None: in all), without those that are never trained: name and tensor,
         in the order of the state dict. A tensor may change when the next one comes. Collective: all exhaust it."""
+        self._source.sampled()
         frozen = self.model.frozen()
         yield from ((name, tensor) for name, tensor in self.model.state_dict().items() if name not in frozen)
 
@@ -255,11 +257,14 @@ class Runtime:
         return outputs_of(load_scorer(folder, setup.choose_precision("device").dtype, setup.device()))
 
     def whole(self, trainer: Trainer) -> Whole:
-        return Whole(trainer.model)
+        whole, frozen = Whole(trainer.model), {id(parameter) for parameter in trainer.model.frozen().values()}
+        if whole.model is not trainer.model:
+            trainer.plan.workers.share(own for own in whole.model.parameters() if id(own) not in frozen)
+        return whole
 
     def gather(self, trainer: Trainer) -> LanguageModel | None:
         """The whole network in process 0, to sample from; None in the others. Collective."""
-        return trainer.model
+        return trainer.model.sampled()
 
     def save(
         self, trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model",

@@ -35,7 +35,6 @@ from bessemer.data.fingerprints import sha256_of_all
 from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import is_reward_model
-from bessemer.hf.model_directory import own_family
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import cast, read_header
 from bessemer.hf.safetensors_writer import write_json
@@ -171,9 +170,8 @@ def check_installed() -> None:
 
 def attach(network: LanguageModel, config: LoRAConfig, seed: int, base: Path, stage: str) -> LoRAModel:
     """The model with new adapters, whose A matrices are drawn with `seed`. `base`: the directory it was read from.
-    Raises UserError for a network of our own family, and for targets that the model lacks."""
-    if not isinstance(network, CausalLM):
-        raise own_family(stage)
+    Raises UserError for targets that the model lacks."""
+    assert isinstance(network, CausalLM)
     known = _matrices(network)
     targets = sorted(known) if config.targets == "all-linear" else [*config.targets]
     for target in targets:

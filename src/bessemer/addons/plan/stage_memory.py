@@ -26,6 +26,7 @@ import torch
 from bessemer.addons.distributed import distributed, mesh, schedules
 from bessemer.addons.distributed.mesh import Layout
 from bessemer.addons.distributed.ray_settings import VLLMSettings
+from bessemer.addons.families import own_lora
 from bessemer.addons.families.tables import ImportConfig
 from bessemer.addons.plan import memory, other_memory, other_models
 from bessemer.addons.plan.guess import params
@@ -334,6 +335,14 @@ def _training(
     workers = 1 if on_gpu or layout.world > 1 else setup.workers().n
     if layout.world == 1:  # no share of a sum over ranks beside them
         by_kind = by_kind | {"gradients": by_kind["gradients"] // 2}
+    if (lora := getattr(stage, "lora", None)) is not None:
+        adapters, adapted = own_lora.sizes(cfg, lora, stage.name)
+        by_kind = by_kind | {
+            "weights": by_kind["weights"] + number * (adapters + adapted * hasattr(stage, "rollout")),  # and sampled
+            "gradients": 4 * adapters,
+            "masters": 4 * adapters * (number < 4), "moments": 2 * moments * adapters,
+            "activations": by_kind["activations"] + number * adapted,  # the sums of matrices and adapters
+        }  # fmt: skip
     return {k: size * (workers if k in ("gradients", "activations", "working") else 1) for k, size in by_kind.items()}
 
 
