@@ -42,12 +42,15 @@ LEAST = 10.0
 """Seconds that a stage must have taken, or a run must have left, to count: below them they matter to nobody."""
 SETS: dict[str, dict[str, str]] = {
     "native": {},
-    "avx2": {"BESSEMER_KERNELS": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx2": {
+        "BESSEMER_KERNELS": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+    },
     "torch": {"BESSEMER_KERNELS": "off"},
     "one-core": {"OMP_NUM_THREADS": "1"},
-}
-"""What a run computes with, as environment variables: all that this processor has, AVX2 alone, torch's own operations,
-one core."""
+}  # fmt: skip
+"""What a run computes with, as environment variables: all that this processor has, AVX2 alone (MKL and ATen choose for
+themselves), torch's own operations, one core."""
 SHORT = (
     "corpus.limits.countdown=250K", "corpus.limits.english=50K", "corpus.limits.chinese=50K",
     "corpus.limits.arithmetic=50K", "pretrain.tokens=400K", "pretrain.validate_every=200K",
