@@ -18,17 +18,20 @@ sys.path.insert(0, str(HERE.parents[1] / "tests" / "shared"))
 
 import pytest  # noqa: E402
 from browser import chromium  # noqa: E402
+from playwright.sync_api import TimeoutError  # noqa: E402
 
 
 def first(page: Any, root: str, words: str) -> str:
     """Where the first result for some words leads, below the root; empty if there is none."""
-    field = page.locator("dialog input")
-    field.fill("")
-    page.wait_for_function("!document.querySelector('.focus-visible')?.shadowRoot.querySelector('li a[href]')")
-    field.fill(words)
-    page.wait_for_timeout(400)
     links = page.locator("dialog li a[href]")
-    href = links.first.evaluate("link => link.href") if links.count() else ""
+    page.locator("dialog input").fill("")
+    links.first.wait_for(state="detached")
+    page.locator("dialog input").fill(words)
+    try:
+        links.first.wait_for(state="attached", timeout=3000)
+    except TimeoutError:
+        return ""
+    href = links.first.evaluate("link => link.href")
     path, mark, anchor = href.removeprefix(root).partition("#")
     return path.partition("?")[0] + mark + unquote(anchor)
 
@@ -53,7 +56,7 @@ def main() -> int:
         page = browser.new_page()
         page.goto(root + "index.html")
         page.locator("[data-md-component=search] button").click()
-        page.wait_for_timeout(3000)  # the index is read
+        page.locator("dialog [role=status]").filter(has_not_text="Loading").wait_for(state="attached")
         for question in questions:
             found = first(page, root, question["text"])
             good = answers(found, question["pages"])
