@@ -4,19 +4,21 @@ Two families: our own, and Qwen2 and Qwen3-MoE made and saved by transformers. B
 """
 
 import json
-import re
 import threading
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hf_cases import made
-from safetensors.torch import load_file, save_file
+from planted_models import as_released, changed, noisy
 
 from bessemer import cli
 from bessemer.addons.evals import drift_run
 from bessemer.addons.evals.drift_measure import Gaps, LayerPart, Meeting, gaps, row, rows
 from bessemer.addons.evals.drift_sides import Decoding
+from bessemer.addons.families import gguf_file
+from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.decode import TorchSteps
 from bessemer.errors import UserError
 from bessemer.hf import deepseek, model_directory
@@ -33,18 +35,8 @@ FORMATS = ("float32", "bfloat16")
 PAIRS = [("trainer", "engine"), ("trainer", "transformers"), ("engine", "transformers")]
 
 
-@torch.no_grad()
 def own(**changes) -> Transformer:
-    """As if trained and released: gains off 1, biases off 0, all numbers in BF16."""
-    model = Transformer(ModelConfig.make({**SHAPE, **changes})).initialise(0).eval()
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in model.state_dict().items():
-        if name.endswith("bias_E"):
-            tensor.uniform_(-0.3, 0.3, generator=generator)
-        elif tensor.dim() == 1:
-            tensor.uniform_(0.5, 1.5, generator=generator)
-        tensor.copy_(tensor.bfloat16())
-    return model
+    return as_released(Transformer(ModelConfig.make({**SHAPE, **changes})).initialise(0).eval(), 1)
 
 
 @pytest.fixture(scope="module")
@@ -59,32 +51,6 @@ def models(tmp_path_factory):
                 parameter.copy_(parameter.bfloat16())
         model.save_pretrained(folder / kind)
     return folder
-
-
-def changed(source, target, tensors=None, **config):
-    """A copy of a model directory: `tensors` maps a pattern of names to a function, config keys replace others."""
-    target.mkdir()
-    for file in source.iterdir():
-        if file.suffix == ".safetensors":
-            stored = load_file(file)
-            for pattern, change in (tensors or {}).items():
-                hits = [name for name in stored if re.search(pattern, name)]
-                assert hits, pattern
-                for name in hits:
-                    stored[name] = change(stored[name]).to(stored[name].dtype).contiguous()
-            save_file(stored, target / file.name, {"format": "pt"})
-        elif file.name == "config.json":
-            values = json.loads(file.read_text())
-            assert config.keys() & values.keys() or not config
-            (target / file.name).write_text(json.dumps(values | {key: config[key] for key in config.keys() & values}))
-        elif file.is_file():
-            (target / file.name).write_bytes(file.read_bytes())
-    return target
-
-
-def noisy(tensor):
-    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3))
-    return tensor.float() * (1 + 0.3 * noise)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -238,6 +204,29 @@ def test_a_fault_in_vllm_s_model_is_found_where_it_is(tmp_path):
         sides[1].llm.llm_engine.engine_core.shutdown()
 
 
+def test_a_fault_in_llama_cpp_s_file_is_found_where_it_is(tmp_path, monkeypatch, capsys):
+    """In the file that we export, whose attention llama.cpp computes in the absorbed form."""
+    pytest.importorskip("llama_cpp")
+    Tokenizer.train([drift_run.TEXT] * 4, 400).save(tmp_path / "words")
+    own(vocab_size=420, n_mtp=0).save(tmp_path / "model", tokenizer_dir=tmp_path / "words")
+    for name in ("healthy", "attention", "bias", "dense", "rope"):
+        _, tensors, config, place = FAULTS.get(name, ("v3", {}, {}, None))
+        faulty = changed(tmp_path / "model", tmp_path / name, tensors, **config)
+        for dtype in FORMATS:
+            result = drift_run.drift(("trainer", tmp_path / "model"), ("llama.cpp", faulty), IDS, dtype)
+            assert (result.first and tuple(result.first.point)) == place, (name, dtype, result.sentence())
+            assert not result.unseen
+    gguf_file.write(tmp_path / "model", tmp_path / "model.gguf", "float32")
+    call = ["drift", str(tmp_path / "model"), "--between", "trainer", "llama.cpp", "--second"]
+    with pytest.raises(SystemExit) as end:
+        called(monkeypatch, *call, str(tmp_path / "model.gguf"))
+    assert not end.value.code and "router" in capsys.readouterr().out
+    (tmp_path / "broken.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:-100])
+    with pytest.raises(SystemExit) as end:
+        called(monkeypatch, *call, str(tmp_path / "broken.gguf"))
+    assert end.value.code == 2 and "llama.cpp does not load it" in capsys.readouterr().err
+
+
 WRONG = {
     "--between engine engine": "--second",
     "--between trainer vllm --length 4": "bessemer[vllm]",
@@ -248,6 +237,8 @@ WRONG = {
     "--length 4 --text hi": "one of them",
     "--ids few --second other": "vocabulary",
 }
+if find_spec("llama_cpp") is None:
+    WRONG["--between trainer llama.cpp --length 4"] = "bessemer[llama]"
 
 
 def called(monkeypatch, *words):

@@ -16,6 +16,7 @@ class Who(StrEnum):
     engine = "engine"
     transformers = "transformers"
     vllm = "vllm"
+    llama_cpp = "llama.cpp"
 
 
 class DriftDtype(StrEnum):
@@ -34,7 +35,8 @@ def drift(
     second: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The model of the second, such as an export of the first. Default: the same."
+            metavar="MODEL",
+            help="The model of the second: an export of the first, or a GGUF file for llama.cpp. Default: the same.",
         ),
     ] = None,
     ids: Annotated[
@@ -59,7 +61,8 @@ def drift(
     if sum(source is not None for source in (ids, text, length)) > 1:
         raise UserError("--ids, --text and --length all say which ids to compute; give one of them")
     folder = model_dir(model)
-    other = folder if second is None else model_dir(second)
+    gguf = second is not None and second.endswith(".gguf") and between[1] == Who.llama_cpp
+    other = folder if second is None else Path(second) if gguf else model_dir(second)
     if other == folder and between[0] == between[1]:
         raise UserError(f"--between {between[0].value} {between[1].value}: name two, or another model with --second")
     from bessemer.addons.evals import drift_run

@@ -66,6 +66,10 @@ def open_side(who: str, folder: Path, dtype: torch.dtype, n: int, decoded: int) 
         from bessemer.addons.evals.drift_vllm import VLLM
 
         return VLLM(folder, dtype, n)
+    if who == "llama.cpp":
+        from bessemer.addons.evals.drift_llama import LlamaCpp
+
+        return LlamaCpp(folder, dtype, n)
     return open_transformers(folder, dtype)
 
 
