@@ -44,6 +44,7 @@ coverage: $(VENV)/.dev
 site: $(VENV)/.dev
 	$(BIN)/python .ci/site_pages.py build/site
 	cd build/site && ../../$(BIN)/zensical build --strict
+	$(BIN)/python .ci/site_pages.py --languages build/site/site
 	$(BIN)/python .ci/search/install.py build/site/site
 	$(BIN)/python .ci/search/ask.py build/site/site --least 18
 

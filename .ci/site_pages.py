@@ -1,4 +1,5 @@
 """Makes the pages of the documentation site from files of the repository: python .ci/site_pages.py DIR
+Once it is built, python .ci/site_pages.py --languages DIR marks its Chinese pages.
 
 The READMEs are its start pages. Every section of docs/guide.md is a page. Recipes, examples and source files that a
 page links to become pages with numbered lines; notebooks become pages with their outputs; every room has a page of its
@@ -240,5 +241,18 @@ def published() -> str:
     return f"site_url: {site}/latest/\nrepo_url: {urls['Repository']}\nextra:\n  version:\n    provider: mike\n"
 
 
+def mark_chinese(built: Path) -> None:
+    """Says of the Chinese pages of the built site that they are Chinese, for screen readers, fonts and search."""
+    for page in (built / "zh.html", *built.rglob("*.zh.html")):
+        text = page.read_text("utf-8")
+        marked = text.replace('<html lang="en"', '<html lang="zh-CN"', 1)
+        if marked == text:
+            raise SystemExit(f"{page} has no language to change")
+        page.write_text(marked, "utf-8")
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    if sys.argv[1] == "--languages":
+        mark_chinese(Path(sys.argv[2]))
+    else:
+        write(Path(sys.argv[1]))

@@ -184,13 +184,15 @@ def test_card_describes_its_run(call, run):
         (run / "recipe.toml").write_text(text)
         (run / "01-zero" / "results.json").unlink()
     assert status == 0 and card.startswith('---\nlicense: "other"\n') and "# own/name" in card
+    card, _, in_chinese = card.partition("## 中文\n")
     assert re.findall(r"(?m)^\| countdown.*", card) == [
         f"| countdown{before} | en | 1.0 | {score} % (40.0-60.0) | 5 | 16 |"
         for before, score in (
             ("", "50.0"), (", 4 worked examples first", "70.0"), (', top-p 0.95, after "a\\|b c"', "60.0")
         )
     ]  # fmt: skip
-    assert text.strip() in card and "someone" not in card
+    assert re.findall(r"(?m)^\| countdown.*", in_chinese)[0] == "| countdown | en | 1.0 | 50.0%（40.0-60.0） | 5 | 16 |"
+    assert text.strip() in card and "someone" not in card and "### 评测" in in_chinese and "```" not in in_chinese
     use = card.partition("## Use\n\n```\n")[2].partition("```")[0].splitlines()
     assert use == [
         "bessemer pull own/name model && bessemer chat model", "VLLM_MLA_DISABLE=1 vllm serve own/name",

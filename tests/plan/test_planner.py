@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chinese_pages import untranslated
 
 from bessemer import cli
 from bessemer.addons.distributed.mesh import Layout
@@ -294,6 +295,7 @@ def test_plan_on_the_command_line(call, tmp_path):
     assert all(key in facts for key in KEYS) and facts["params_total"] == 671_026_419_200
     assert facts["usd"] == pytest.approx(2 * facts["gpu_hours"]) and len(facts["memory_gib_per_rank"]) == 16
     html = page.read_text()
+    assert untranslated(html, "pp dp ep") == []
     assert "<svg" in html and "Content-Security-Policy" in html and "script-src" in html
     output = call("v3", "--cluster", "2048xH800", "--set", "precision=bf16", "seq=4096").out
     assert "BF16" in output and "do not fit" not in output.split("without one of its ideas")[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chinese_pages import untranslated
 
 from bessemer.addons.distributed import schedules
 from bessemer.addons.distributed.table import Action
@@ -226,6 +227,8 @@ def test_a_refused_run_starts_no_process_and_writes_why(call, tmp_path, monkeypa
     facts = json.loads((tmp_path / "rehearsal-v3-2048xH800.json").read_text())
     html = (tmp_path / "rehearsal-v3-2048xH800.html").read_text()
     assert facts["run"] == [] and facts["reasons"] and "nothing was run" in facts["unproved"][0]
+    kept = "pretrain extend-32k extend-128k pp ep dp xH800 cpu bessemer plan"  # and the planner's errors, quoted
+    assert untranslated(html, kept, *facts["reasons"], facts["recipe"], *map(str, facts["hashes"].values())) == []
     assert html.index("REFUSED") < html.index("GiB") < html.index("remains unproved")
     status, out, _ = call("rehearse", "--check", tmp_path / "rehearsal-v3-2048xH800.json")
     assert status == 1 and "REFUSED" in out

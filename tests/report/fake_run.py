@@ -44,14 +44,14 @@ from = "zero"
 HOSTILE = '<script>alert("x")</script><img src=//evil.example onerror=alert(1)>\x00\x1b[31m </pre></details>\ud800'
 PROMPTS = ("The fox ", "从前", "User: What is 2+2?\nAssistant:")
 CONFORMANCE = [
-    ("multi-head latent attention", "2.1.1", "512 + 64 latent", "64 + 16 latent", "as published"),
-    ("fine-grained experts, one shared", "2.1.2", "1 + 256, 8 chosen", "1 + 16, 4 chosen", "as published"),
-    ("balance by bias, gamma", "2.1.2", "0.001", "0.001", "as published"),
-    ("sequence balance loss, alpha", "2.1.2", "0.0001", "0.0001", "as published"),
-    ("multi-token prediction, depth 1", "2.2", "lambda 0.3, then 0.1", "lambda 0.3, then 0.1", "as published"),
-    ("FP8 training", "3.3", "E4M3, 1x128 and 128x128 blocks", "bfloat16, measured 3.4 times float32", "off"),
-    ("YaRN to 128K", "4.3", "two phases", "none: 512 tokens", "off"),
-    ("R1-Zero, GRPO without SFT", "R1 2.2", "group 16, KL 0.001", "group 16, KL 0.001", "as published"),
+    ("Multi-head latent attention", "2.1.1", "latent 512 + 64, 128 heads", "latent 64 + 16, 4 heads", "as published"),
+    ("DeepSeekMoE", "2.1.2", "256 routed + 1 shared, top-8", "16 routed + 1 shared, top-4", "as published"),
+    ("Bias balancing, MTP layers included", "2.1.2", "gamma 0.001", "gamma 0.001", "as published"),
+    ("Sequence-wise balance loss", "2.1.2", "alpha 0.0001", "alpha 0.0001", "as published"),
+    ("Multi-token prediction", "2.2", "depth 1, lambda 0.3", "depth 1, lambda 0.3", "as published"),
+    ("FP8 training", "3.3", "E4M3, 1x128 and 128x128, sums to float32 every 128", "off", "off"),
+    ("Long-context extension in phases", "4.3", "4096 -> 32768 -> 131072", "no such stage", "off"),
+    ("R1-Zero: RL from the base, no SFT", "R1 2.2", "no SFT, rule rewards", "no SFT, rule rewards", "as published"),
 ]
 
 

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 
 import fake_run
 import pytest
+from chinese_pages import untranslated
 
 from bessemer.addons.evals import tables
 from bessemer.addons.watch import card, charts, facts, page, panels
@@ -111,6 +112,14 @@ def test_the_samples_of_one_prompt_stand_together(text, tmp_path):
         (root / "02-pretrain" / "samples.md").write_text("\n".join(lines))
         section = card.write(root).read_text().split('id="samples"')[1].split("</section>")[0]
         assert f">{heading}<" in section and "Prompt 1" not in section
+
+
+def test_every_text_has_its_chinese(text, root, tmp_path):
+    names = " ".join(facts.read(root).names) + " countdown chinese code drills fables"
+    assert untranslated(text, names, *fake_run.PROMPTS) == []
+    (tmp_path / "recipe.toml").write_text('name = "new"\n[[stage]]\nkind = "pretrain"\nname = "pretrain"\n')
+    assert untranslated(card.write(tmp_path).read_text(), "new pretrain") == []
+    assert untranslated(text.replace("逐阶段结果", "Stage by stage"), names, *fake_run.PROMPTS) == ["Stage by stage"]
 
 
 def test_the_report_is_one_file_that_requests_nothing(text):

@@ -6,6 +6,7 @@ import re
 import fake_run
 import pytest
 from browser import chromium, violations
+from chinese_pages import untranslated
 from test_card import Page
 
 from bessemer.addons.watch import compare
@@ -48,6 +49,8 @@ def runs(tmp_path_factory):
 def test_runs_side_by_side(runs):
     """Each figure is in its run's column, and each curve has a line for every run that recorded it."""
     text = compare.write([runs / "one", runs / "less"]).read_text("utf-8")
+    kept = "one less corpus pretrain before zero after rl eval more countdown chinese code drills fables"
+    assert untranslated(text, kept, "seed pretrain.tokens") == []
     results = section(text, "results")
     heads = re.findall(r'<th scope="col">([^<]+)<small>', results)
     assert heads[:4] == ["one · pretrain", "less · pretrain", "one · zero", "less · zero"]
@@ -72,6 +75,9 @@ def test_parts_missing_from_one_run_are_left_out(runs):
     accuracy = next(c for c in re.findall(r"<figure.*?</figure>", text, re.DOTALL) if "correct in training" in c)
     assert "<b>bare</b>" in loss and "<b>bare</b>" not in accuracy and "<b>less</b>" in accuracy
     html = compare.render({name: compare.read(runs / name) for name in ("one", "bare")})
+    assert (
+        untranslated(html, "one bare corpus pretrain before zero after rl countdown chinese code drills fables") == []
+    )
     assert "no significant difference" in section(html, "differences")
     assert 'id="settings"' not in html and "Nothing to compare for: what" in words(html)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from chinese_pages import untranslated
 
 from bessemer.addons.watch import card, comparisons
 from bessemer.addons.watch.facts import RunFacts, Series, StageFacts
@@ -68,6 +69,7 @@ def test_the_table_and_the_page():
     # held-out gaps of 2 and 0 %: mean 1, standard error 1, Student's t for one degree of freedom 12.706
     assert (heldout, interval) == ("+1.000", ["-11.706", "to", "+13.706"])
     page = card.render(facts)
+    assert untranslated(page, "pretrain block gradients english code") == []
     assert 'id="formats"' in page and "FP8, block gradients" in page and "formats/gap" not in page
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from chinese_pages import untranslated
 
 from bessemer.addons.evals import tables
 from bessemer.addons.watch import card
@@ -46,6 +47,7 @@ def root(tmp_path):
 
 def test_what_was_measured_is_on_the_page(root):
     html = card.write(root).read_text(encoding="utf-8")
+    assert untranslated(html, "long longeval before after plays fables") == []
     section = html[html.index('<section id="long">') :]
     section = section[: section.index("</section>")]
     for figure in (

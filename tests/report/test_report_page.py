@@ -128,6 +128,28 @@ def test_rollouts_open_where_answers_became_right(opened):
     assert "whose answers changed most" in opened.locator("#rollouts h3").text_content()
 
 
+def test_chinese_by_the_browser_the_address_and_the_button(browser, root):
+    with browser.new_context(locale="zh-TW") as context:
+        page, complaints = context.new_page(), []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto(f"file://{root}/report.html")
+        assert page.evaluate("document.documentElement.lang") == "zh-CN"
+        assert page.locator("h2").first.text_content() == "逐阶段结果"
+        figure, box = chart(page, "准确率")
+        page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 50)
+        assert figure.locator(".tip .row span").all_text_contents() == ["正确", "格式正确"]
+        assert page.locator("#rollouts .dot").first.get_attribute("aria-label") == "第 1 步，错误"
+        assert page.locator("#rollouts pre").first.text_content().startswith("<think>")
+        assert "980 万" in page.locator(".tile .value").all_text_contents()
+        assert violations(page) == []
+        page.click("#language")
+        page.wait_for_selector("html[lang=en]")
+        assert page.url.endswith("?lang=en") and page.locator("h2").first.text_content() == "Stage by stage"
+        page.goto(f"file://{root}/report.html?lang=zh#learning")
+        page.wait_for_selector("html[lang=zh-CN]")
+        assert complaints == []
+
+
 def test_the_labels_of_every_chart_lie_within_it(opened):
     opened.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
     labels = opened.locator("figure svg text").evaluate_all("""all => all.map(label => {

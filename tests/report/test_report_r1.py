@@ -7,10 +7,11 @@ from dataclasses import replace
 import fake_r1
 import fake_run
 import pytest
+from chinese_pages import untranslated
 from test_card import Page
 
 from bessemer.addons.evals import tables
-from bessemer.addons.watch import card, comparisons, facts, transcripts
+from bessemer.addons.watch import card, comparisons, facts, text_metrics, transcripts
 from bessemer.addons.watch.facts import read
 
 MAIN = ["pretrain", "zero", "dev1", "dev2", "dev3", "r1", "student", "alone"]
@@ -45,6 +46,11 @@ def test_the_page_is_whole_and_small(text):
         words for words in page.text if words.startswith("Left out because the run recorded nothing for it")
     )
     assert "number formats (" in left_out and "samples (" in left_out
+
+
+def test_every_text_has_its_chinese(text, root):
+    names = [*read(root).names, *text_metrics.REFLECTIVE, "countdown shop search words chinese code drills fables"]
+    assert untranslated(text, *names, "add the term language to reward, general.start general.prompts") == []
 
 
 def test_the_stage_table(text):

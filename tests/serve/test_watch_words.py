@@ -1,14 +1,22 @@
-"""The live page in Chinese: every text in its scripts or from the server, found in the code that produces it."""
+"""Chinese: every text of the live page and of the alarms, found in the code that produces it, and every item of the
+papers' recipe."""
 
 import ast
 import inspect
 import re
+import tomllib
 from itertools import product
+from pathlib import Path
+
+import pytest
+from chinese_pages import NAMED, TERMS, WORD
 
 from bessemer.addons.diagnose import alarms, faults
+from bessemer.addons.plan import conformance
 from bessemer.addons.plan.recipe_help import describe_keys
 from bessemer.addons.serve import run_follower, watch
-from bessemer.addons.watch import curves
+from bessemer.addons.watch import chinese, curves
+from bessemer.config.recipe import Recipe
 from bessemer.model.config import PRESETS, ModelConfig
 
 
@@ -55,14 +63,55 @@ def said_by_server():
 def test_every_word_of_the_page_has_a_translation():
     folder = watch.PAGES[0]
     scripts = {path.name: path.read_text("utf-8") for path in folder.glob("*.js")}
-    own, server = scripts.pop("words.js").split("const SERVER")
-    listed, translated = ({re.sub(r"\{\w+\}", "{}", key) for pair in re.findall(r"""[ {]("[^"]*"|'[^']*'):""", text)
-                      for key in [pair[1:-1]]} for text in (own, server))  # fmt: skip
-    texts = said_by_server()
-    assert len(texts) > 100 and texts - translated - {"{}"} == set()
+    own = scripts.pop("words.js")
+    listed = {re.sub(r"\{\w+\}", "{}", key) for key in re.findall(r'[ {]"([^"]*)":', own)}
+    texts = {text for text in said_by_server() if re.search("[a-z]{2}", text)}
+    known = {re.sub(r"\{\w+\}", "{}", key) for key in chinese.table()}
+    assert len(texts) > 100 and texts - known == set()
     calls = {words for text in scripts.values() for call in re.findall(r"\bt\(([^()]*)", text)
              for words in re.findall(r'"([^"]+)"', call.split("{ ")[0])}  # fmt: skip
     assert len(calls) > 25 and {re.sub(r"\{\w+\}", "{}", words) for words in calls} - listed == set()
+
+
+def test_no_text_of_the_table_has_two_translations():
+    text = Path(chinese.__file__).with_suffix(".toml").read_text("utf-8")
+    keys = [key for section in tomllib.loads(text).values() for key in section]
+    assert len(keys) == len(set(keys)) > 700
+    for english, said in chinese.table().items():
+        assert set(re.findall(r"\{\w+\}", said)) <= set(re.findall(r"\{\w+\}", english)), english
+        assert " %" not in said and not re.search(r"[\u4e00-\u9fff] [\u4e00-\u9fff]", said), said
+
+
+@pytest.mark.parametrize(
+    ("english", "said"),
+    [
+        ("14.8T tokens", "14.8 万亿个词元"),
+        ("671B parameters, 37.6B per token; pp 16; 1f1b; FP8. Bound by computation.",
+         "6,710 亿参数，每个词元激活 376 亿；pp 16；1f1b；FP8。瓶颈：计算。"),
+        ("42.9 % of the BF16 peak", "BF16 峰值算力的 42.9%"),
+        ("1m 05s", "1 分 05 秒"),
+        ("zero · seed 7 · 2026-05-08", "zero · 种子 7 · 2026 年 5 月 8 日"),
+        ("1.5K", "1,500"),
+        ("no such words here", None),
+        ("rl", None),
+    ],
+)  # fmt: skip
+def test_numbers_and_dates_follow_chinese_usage(english, said):
+    assert chinese.chinese(english) == said
+
+
+def test_every_item_of_the_papers_recipe_has_its_chinese():
+    names = {*WORD.findall("right random coin today zero dev1 question off policy whole vocabulary grpo gspo maths "
+                           "aime python dp r1 helpful")}  # fmt: skip
+    left = set()
+    for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")):
+        if "[[stage]]" not in path.read_text("utf-8"):
+            continue
+        for row in conformance.rows(Recipe.load(path)):
+            for text in row.values():
+                words = set(WORD.findall(NAMED.sub("", chinese.said(text))))
+                left |= {text} if words - TERMS - names else set()
+    assert left == set()
 
 
 def test_advice_names_keys_that_exist():

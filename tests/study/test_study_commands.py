@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from chinese_pages import untranslated
 from typer.testing import CliRunner
 
 from bessemer.cli import app
@@ -85,7 +86,10 @@ def test_arms_of_other_programs_and_the_verdict(folder):
     assert found["verdict"] == "holds" and found["runs"] == {"all": 8, "ended": 8, "failed": 0}
     values = found["rules"][0]["values"]
     assert values == pytest.approx({str(seed): 0.4 - 0.01 * seed for seed in (1, 2, 3, 4)})
-    assert "holds" in done.stdout and "higher" in (folder / "out" / "study.html").read_text()
+    page = (folder / "out" / "study.html").read_text()
+    assert "holds" in done.stdout and "higher" in page
+    names = [*facts(folder)["machine"].values(), found["question"], found["claim"], found["hash"], "high low accuracy"]
+    assert untranslated(page, "thirds higher an arm that is known to be high", *map(str, names)) == []
     assert study(folder).exit_code == 0 and len(calls(folder)) == 8
 
 

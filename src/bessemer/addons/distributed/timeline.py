@@ -173,7 +173,7 @@ def as_svg(table: Table, timeline: Timeline, width: int = 1600, row: int = 26) -
 
 def _box(span: TimedStep, x: float, y: float, width: float, height: float) -> str:
     """One step; a pair's forward is above its backward."""
-    title = f"<title>{escape(label(span.step))}: {span.start:g} to {span.end:g}</title>"
+    title = f"<title>{escape(label(span.step))}: {span.start:g}–{span.end:g}</title>"
     parts = span.step if isinstance(span.step, Pair) else (span.step,)
     each = height / len(parts)
     boxes = "".join(_rectangle(part, x, y + n * each, width, each) for n, part in enumerate(parts))

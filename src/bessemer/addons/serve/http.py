@@ -16,8 +16,11 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 
 from bessemer.addons.serve.protocol import ApiError
+from bessemer.addons.watch import chinese
 from bessemer.errors import UserError
 
+SPEECH = Path(chinese.__file__).with_name("speech")
+"""What every page speaks English and Chinese with."""
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 """Names that a browser may use for a server on the loopback address (`ServeConfig.hosts`)."""
 PAGE_TYPES = {
@@ -55,8 +58,8 @@ class UnsignalledServer(uvicorn.Server):
 
 
 def add_page(app: FastAPI | APIRouter, *folders: Path, home: str = "/") -> None:
-    """Adds a page at `home` that serves the files in `folders` (the first of each name) and nothing else, under a
-    policy that allows nothing from other origins."""
+    """Adds a page at `home` that serves the files in `folders` (the first of each name), what it speaks with and
+    nothing else, under a policy that allows nothing from other origins."""
 
     @app.get(home, include_in_schema=False)
     async def index(request: Request) -> Response:
@@ -67,7 +70,8 @@ def add_page(app: FastAPI | APIRouter, *folders: Path, home: str = "/") -> None:
         return static(name, request)
 
     def static(name: str, request: Request) -> Response:
-        files = (path for folder in reversed(folders) for path in folder.iterdir() if path.suffix in PAGE_TYPES)
+        places = (SPEECH, *reversed(folders))
+        files = (path for folder in places for path in folder.iterdir() if path.suffix in PAGE_TYPES)
         by_name = {path.name: path for path in files}
         if name not in by_name:
             raise ApiError(404, f"there is no file {name!r} here", code="not_found")

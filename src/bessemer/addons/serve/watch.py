@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from bessemer.addons.serve.http import LOOPBACK_HOSTS, UnsignalledServer, add_pa
 from bessemer.addons.serve.middleware import RequestGuard
 from bessemer.addons.serve.protocol import ApiError
 from bessemer.addons.serve.run_follower import RunFollower
+from bessemer.addons.watch import chinese
 from bessemer.addons.watch.curves import LEARNING, LOADS, TRAINING, Panel, label, order
 from bessemer.addons.watch.following import Over, StageLines, smoothed, thinned
 from bessemer.addons.watch.labels import run_labels
@@ -30,6 +31,8 @@ from bessemer.runs.metrics import plain
 
 PAGES = (Path(__file__).with_name("watch_page"), Path(__file__).with_name("page"))
 """The page's own files, and those of the chat page that it shares."""
+ALARM = ("title", "message", "cause", "advice")
+"""The texts of an alarm."""
 FIRST = ("Training loss", "Validation", "Expert imbalance", "Gradient norm", "Speed", "Accuracy", "Held-out problems",
          "Reward", "Length", "Entropy")  # fmt: skip
 """Plots shown before the user has chosen."""
@@ -77,9 +80,9 @@ def add_watch(app: FastAPI, followers: Sequence[RunFollower], home: str = "/", c
     """Adds the page at `home`. `chat`: the chat page's address relative to it."""
     add_page(app, *PAGES, home=home)
 
-    def answer(value: object) -> Response:
-        """Plain JSON whatever a file held: no NaN, and lone surrogates escaped."""
-        body = json.dumps(plain(value), allow_nan=False, separators=(",", ":"))
+    def answer(value: dict[str, Any], texts: Iterable[str] = ()) -> Response:
+        """Plain JSON whatever a file held: no NaN, and lone surrogates escaped. `texts`: those with a Chinese form."""
+        body = json.dumps(plain(value | {"zh": chinese.of_texts(texts)}), allow_nan=False, separators=(",", ":"))
         return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     @app.get(f"{home}api/state", include_in_schema=False)
@@ -89,7 +92,11 @@ def add_watch(app: FastAPI, followers: Sequence[RunFollower], home: str = "/", c
         runs = [follower.state() for follower in followers]
         names = dict.fromkeys(stage["name"] for run in runs for stage in run["stages"])
         stages = [{"name": name, **_drawn(followers, name)} for name in names]
-        return answer({"runs": runs, "stages": stages, "chat": chat})
+        shown = [text for stage in stages for panel in stage["panels"] for text in (panel["title"], panel["unit"])]
+        shown += [layer["label"] for stage in stages for layer in stage["layers"]]
+        shown += [alarm[key] for run in runs for alarm in run["alarms"] for key in ALARM]
+        shown += [sentence for run in runs for sentence in run["trouble"]]
+        return answer({"runs": runs, "stages": stages, "chat": chat}, shown)
 
     @app.get(f"{home}api/curves", include_in_schema=False)
     def curves(
@@ -103,7 +110,7 @@ def add_watch(app: FastAPI, followers: Sequence[RunFollower], home: str = "/", c
                 names = _metrics(stage_lines, panel) if stage_lines else []
                 measured = [(name, *stage_lines.curve(name, over, *bounds)) for name in names] if stage_lines else []
             lines += [line | {"run": run} for line in map(_line, measured) if line["x"]]
-        return answer({"lines": lines})
+        return answer({"lines": lines}, [line["label"] for line in lines])
 
     @app.get(f"{home}api/experts", include_in_schema=False)
     def experts(stage: str, layer: str) -> Response:

@@ -23,6 +23,7 @@ STYLES = """
 .scale .zone { background: var(--accent-soft); }
 .scale .reach { top: 8px; bottom: 8px; background: var(--ink); }
 .scale .at { width: 7px; height: 7px; margin: 5.5px 0 0 -3.5px; border-radius: 50%; background: var(--ink); }
+.holds, .does-not-hold, .cannot-tell { white-space: nowrap; }
 .holds { color: var(--good); } .does-not-hold { color: var(--bad); } .cannot-tell { color: var(--muted); }
 """
 

@@ -10,9 +10,9 @@ for (const box of document.querySelectorAll(".browser")) {
   };
   const bar = make("div", "controls", ""), pick = make("select", "pick", ""), dots = make("div", "dots", "");
   const back = make("button", "step", "‹"), on = make("button", "step", "›");
-  pick.setAttribute("aria-label", "prompt");
-  back.setAttribute("aria-label", "earlier");
-  on.setAttribute("aria-label", "later");
+  pick.setAttribute("aria-label", t("prompt"));
+  back.setAttribute("aria-label", t("earlier"));
+  on.setAttribute("aria-label", t("later"));
   for (const prompt of prompts) pick.append(make("option", "", prompt.querySelector(".prompt").textContent));
   let moments = [], now = 0;
 
@@ -30,8 +30,9 @@ for (const box of document.querySelectorAll(".browser")) {
     dots.replaceChildren(...moments.map((moment, i) => {
       const mark = moment.querySelector(".moment > i"), dot = make("button", "dot", mark ? mark.textContent : "·");
       dot.classList.add(mark ? mark.className : "unknown");
-      dot.title = "step " + moment.dataset.step;
-      dot.setAttribute("aria-label", dot.title + (mark ? ", " + mark.title : ""));
+      const step = moment.dataset.step;
+      dot.title = t("step {step}", { step });
+      dot.setAttribute("aria-label", mark ? t("step {step}, {mark}", { step, mark: mark.title }) : dot.title);
       dot.addEventListener("click", () => show(i));
       return dot;
     }));

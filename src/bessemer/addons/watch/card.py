@@ -132,7 +132,7 @@ def render(facts: RunFacts) -> str:
     nav = Html(f"<nav>{''.join(anchors)}</nav>")
     date = time.strftime("%Y-%m-%d %H:%M")
     foot = Html(f"<footer>bessemer {page.text(__version__)} · written {date} from {page.text(facts.root)}</footer>")
-    return page.document(f"{name} · bessemer", page.join(_head(facts, name), nav, *parts, foot))
+    return page.document(f"{name} · bessemer", page.join(_head(facts, name), nav, *parts, foot), names=facts.names)
 
 
 def _head(facts: RunFacts, name: str) -> Html:

@@ -52,14 +52,15 @@ def render(runs: dict[str, RunFacts]) -> str:
     links = "".join(f'<a href="#{anchor}">{page.text(title)}</a>' for anchor, title, _, _ in filled)
     missing = [title.lower() for anchor, title, body, _ in parts if not body and anchor != "differences"]
     none = page.paragraph(f"Nothing to compare for: {', '.join(missing)}.", "missing") if missing else ""
-    title = " and ".join(runs)
+    title = ", ".join(runs)
     roots = " · ".join(str(facts.root) for facts in runs.values())
     head = Html(
         f'<header><div class="brand">Bessemer comparison</div><h1>{page.text(title)}</h1>'
         f"{page.paragraph(roots, 'sub')}</header><nav>{links}</nav>"
     )
     sections = [page.section(anchor, title, body, lead) for anchor, title, body, lead in filled]
-    return page.document(f"{title} · bessemer", page.join(head, *sections, none))
+    names = {title, *runs, *(name for facts in runs.values() for name in facts.names)}
+    return page.document(f"{title} · bessemer", page.join(head, *sections, none), names=names)
 
 
 def _shared(runs: dict[str, RunFacts]) -> dict[str, dict[str, StageFacts]]:

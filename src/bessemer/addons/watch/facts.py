@@ -77,6 +77,11 @@ class RunFacts:
         return sum(stage.seconds for stage in self.stages)
 
     @property
+    def names(self) -> set[str]:
+        """What the recipe calls the run and its stages."""
+        return {str(self.recipe.get("name", self.root.name)), *(name for s in self.stages for name in (s.name, s.kind))}
+
+    @property
     def evaluations(self) -> list[dict[str, Any]]:
         return [row for stage in self.stages for row in stage.evaluations]
 

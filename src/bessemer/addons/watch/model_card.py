@@ -10,6 +10,7 @@ from typing import Any
 from bessemer import __version__
 from bessemer.addons.evals import tables
 from bessemer.addons.families.modelfile import style_of
+from bessemer.addons.watch import chinese
 from bessemer.addons.watch.facts import RunFacts, StageFacts, read
 from bessemer.config.kinds import starts_from
 from bessemer.config.units import show_seconds, show_tokens
@@ -29,7 +30,8 @@ def model_card(model: Path, name: str, licence: str | None, packed: bool = False
     tags = [*TAGS, *filter(None, [config.get("model_type")])]
     head = {"license": licence or "other", "library_name": "transformers", "pipeline_tag": kind}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in (head | {"tags": tags}).items()), "---", ""]
-    lines += [f"# {name}", "", _network(config), ""]
+    lines += [f"# {name}", "", "[中文](#中文)", ""]
+    about = [_network(config), ""]
     folder = model.resolve().parent
     # a recipe.toml above a model proves nothing: it may be of another run or another program
     of_run = (folder / "done.json").is_file() and (folder.parent / "recipe.toml").is_file()
@@ -38,10 +40,23 @@ def model_card(model: Path, name: str, licence: str | None, packed: bool = False
         next((candidate for candidate in facts.stages if candidate.folder.resolve() == folder), None) if facts else None
     )
     if facts and stage:
-        lines += _of_run(facts, stage)
-    lines += _use(model, config, name, packed)
-    lines.append(f"Written by Bessemer {__version__}{' from the records of the run' if stage else ''}.")
-    return "\n".join(lines)
+        about += _of_run(facts, stage)
+    about += _use(model, config, name, packed)
+    about += [f"Written by Bessemer {__version__}{' from the records of the run' if stage else ''}.", ""]
+    return "\n".join([*lines, *about, *_in_chinese(about)])
+
+
+def _in_chinese(lines: list[str]) -> list[str]:
+    """The same in Chinese, under a heading of its own; commands and the recipe are not repeated."""
+    said = ["## 中文", ""]
+    for line in re.sub(r"(?ms)^(`{3,})\w*\n.*?^\1\n", "", "\n".join(lines)).split("\n"):
+        if line.startswith("## "):
+            said.append(f"### {chinese.said(line[3:])}")
+        elif line.startswith("| "):
+            said.append(f"| {' | '.join(map(chinese.said, line[2:-2].split(' | ')))} |")
+        elif line or said[-1]:
+            said.append(chinese.said(line))
+    return said
 
 
 def _network(config: dict[str, Any]) -> str:

@@ -2,19 +2,25 @@
 
 Every piece takes plain text, escapes it and returns `Html`, which the other pieces insert unchanged. Model output is
 hostile: `text` escapes its markup and makes control characters visible, and `block` cuts long text. The page has one
-script of our own (`card.js` and `plot.js`) and a policy that forbids loading anything and running any script except the
-one with its hash.
+script of our own (`_SCRIPTS`) and a policy that forbids loading anything and running any script except the one with its
+hash. It is written in English and carries its Chinese, which the browser shows if asked.
 """
 
 import base64
 import hashlib
 import html
-from collections.abc import Callable, Iterable, Sequence
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import resources
 
 from rich.cells import cell_len
 
+from bessemer.addons.watch import chinese
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{}'"
+_SCRIPTS = ("speech/speech.js", "page.js")
+"""Run first, and seen by the others."""
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 LONGEST = 4000  # characters of one completion that are shown
 
@@ -43,21 +49,30 @@ def block(value: object, after: Callable[[str], Html] = lambda line: Html()) -> 
     return Html(f"<pre>{lines}</pre>")
 
 
-def document(title: str, body: str, styles: str = "", script: str = "") -> str:
-    """A whole page; `styles` and `script` add to those of this module."""
-    css, *scripts = (
-        resources.files("bessemer.addons.watch").joinpath(name).read_text(encoding="utf-8")
-        for name in ("card.css", "card.js", "plot.js")
-    )
-    scripts += [script] if script else []
-    script = '"use strict";\n' + "\n".join(f"{{\n{text}}}" for text in scripts)
+def document(title: str, body: str, styles: str = "", script: str = "", names: Collection[str] = ()) -> str:
+    """A whole page; `styles` and `script` add to those of this module. `names` have no Chinese, and a body that marks
+    Chinese itself is left to it."""
+
+    def read(name: str) -> str:
+        return resources.files("bessemer.addons.watch").joinpath(name).read_text(encoding="utf-8")
+
+    shared = "".join(re.sub("^export ", "", read(name), flags=re.M) for name in _SCRIPTS)
+    scripts = [read("card.js"), read("plot.js"), *([script] if script else [])]
+    script = '"use strict";\n' + shared + "\n".join(f"{{\n{part}}}" for part in scripts)
     policy = _POLICY.format(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
+    title, body, carried, switch = text(title), text(body), "", ""
+    if 'lang="zh' not in body:
+        words = chinese.of_page(f"<title>{title}</title>{body}", script)
+        shown = {english: said for english, said in words.items() if english not in names}
+        carried = f' data-zh="{text(json.dumps(shown, ensure_ascii=False))}"'
+        switch = '<button id="language" type="button" hidden></button>\n'
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{text(title)}</title>\n'
-        f"<style>\n{css}{styles}</style>\n</head>\n<body>\n<main>\n{text(body)}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
+        f'<meta name="color-scheme" content="light dark">\n<title>{title}</title>\n'
+        f"<style>\n{read('card.css')}{styles}</style>\n</head>\n<body>\n<main{carried}>\n{switch}{body}\n</main>\n"
+        f"<script>{script}</script>\n</body>\n</html>\n"
     )
 
 

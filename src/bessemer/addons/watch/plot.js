@@ -32,7 +32,7 @@ class Plot {
     this.tip = made("div", "tip");
     this.tip.setAttribute("role", "status");
     this.tip.hidden = true;
-    this.whole = made("button", "whole", "show all");
+    this.whole = made("button", "whole", t("show all"));
     this.whole.hidden = true;
     this.whole.addEventListener("click", () => this.zoom(null));
     figure.append(this.tip, this.whole);
@@ -237,7 +237,7 @@ function nice(low, high) {
 // 1234567 -> "1.23M", as on the axes.
 function short(value) {
   const size = Number(Math.abs(value).toPrecision(3));
-  const [suffix, unit] = [["T", 1e12], ["B", 1e9], ["M", 1e6], ["K", 1e3]].find(([, unit]) => size >= unit) ?? ["", 1];
+  const [suffix, unit] = sizes(language).find(([, unit]) => size >= unit) ?? ["", 1];
   if (size !== 0 && size < 0.001) return value.toExponential(1);
   return `${Number((value / unit).toPrecision(3))}${suffix}`;
 }
@@ -263,7 +263,7 @@ for (const svg of document.querySelectorAll("svg[data-axes]")) new Plot(svg);
 const scrolling = new ResizeObserver((all) => {
   for (const { target } of all) {
     const fits = target.scrollWidth <= target.clientWidth + 1 && target.scrollHeight <= target.clientHeight + 1;
-    const words = { tabindex: "0", role: "group", "aria-label": target.tagName === "PRE" ? "text" : "table" };
+    const words = { tabindex: "0", role: "group", "aria-label": target.tagName === "PRE" ? t("text") : t("table") };
     for (const [name, value] of Object.entries(words)) {
       if (fits) target.removeAttribute(name);
       else target.setAttribute(name, value);

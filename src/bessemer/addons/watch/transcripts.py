@@ -133,7 +133,8 @@ def _prompt(lines: list[Answer], most: int, opened: bool) -> Html:
         moments = [(step, [line]) for step, group in moments for line in group[:_FEWEST]]
     trail = "".join(_dot(group) for _, group in moments)
     prompt = " ".join(str(lines[0].get("prompt", "")).split())
-    summary = f'<span class="prompt">{page.text(cut(prompt, 160))}</span><span class="trail">{trail}</span>'
+    asked = f'<span class="prompt" translate="no">{page.text(cut(prompt, 160))}</span>'
+    summary = f'{asked}<span class="trail">{trail}</span>'
     right = [any(line.get("correct") for line in group) for _, group in moments]
     turns = [i for i in range(1, len(right)) if right[i] and not right[i - 1]]
     telling = turns[-1] if turns else len(moments) - 1  # where the answers became right for good, or the last

@@ -115,7 +115,7 @@ function abilities(model) {
       .filter((skill) => skill.practised === practised)
       .map(({ task, solved }) => {
         const shares = Object.entries(solved ?? {}).map(
-          ([language, share]) => `${t(LANGUAGES[language] ?? language)} ${number(100 * share)} %`,
+          ([language, share]) => `${t(LANGUAGES[language] ?? language)} ${t("{n} %", { n: number(100 * share) })}`,
         );
         const named = { task: taskName(task), shares: shares.join(t(", ")) };
         return shares.length ? t("{task} (solves {shares} of held-out problems)", named) : named.task;

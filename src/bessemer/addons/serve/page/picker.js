@@ -2,7 +2,8 @@
 
 import { find, make, number } from "./dom.js";
 import { MOST } from "./state.js";
-import { t } from "./words.js";
+import { sizes } from "./speech.js";
+import { language, t } from "./words.js";
 
 // What the stages of DeepSeek-R1's pipeline are, for the chip's title; other stages show only their name.
 const STAGES = {
@@ -138,5 +139,7 @@ export function about(model) {
   return words.filter(Boolean).join(" · ");
 }
 
-const short = (n) =>
-  n >= 1e9 ? `${number(n / 1e9, 1)} B` : n >= 1e6 ? `${number(n / 1e6, 1)} M` : `${number(n / 1e3)} K`;
+const short = (n) => {
+  const [name, size] = sizes(language).find(([, size]) => n >= size) ?? ["", 1];
+  return `${number(n / size, size <= 1e3 || n >= 1e3 * size ? 0 : 1)} ${name.trim()}`.trim();
+};

@@ -178,7 +178,7 @@ function draw(name, attributes, ...children) {
 
 const percent = (logp) => {
   const p = Math.exp(logp) * 100;
-  return p >= 99.95 ? "100 %" : p < 0.1 ? "< 0.1 %" : `${number(p, 1)} %`;
+  return t("{n} %", { n: p >= 99.95 ? "100" : p < 0.1 ? "< 0.1" : number(p, 1) });
 };
 
 // Makes white space visible.

@@ -37,8 +37,8 @@ const ZH = {
   "R1 Dev2: reinforcement learning on reasoning": "R1 Dev2：推理强化学习",
   "R1 Dev3: fine-tuned on chosen answers of Dev2": "R1 Dev3：用 Dev2 的精选回答微调",
   "a smaller model that learnt from R1's answers": "用 R1 的回答蒸馏出的小模型",
-  "{n} parameters": "{n} 参数", "{n} parameters, {active} active per token": "{n} 参数，每个词元激活 {active}",
-  "{n} more in MTP modules": "MTP 模块另有 {n} 参数",
+  "{n} %": "{n}%", "{n} parameters": "{n}参数", "{n} parameters, {active} active per token": "{n}参数，每个词元激活 {active}",
+  "{n} more in MTP modules": "MTP 模块另有 {n}参数",
   "{k} of {n} experts in each of {layers} layers": "{layers} 个 MoE 层，每层从 {n} 个专家中选 {k} 个",
   "context of {n} tokens": "上下文长度 {n} 个词元",
   // answers

@@ -120,7 +120,7 @@ export function timeTable(box, runs) {
     return cells(run, t("all"), "", sum("planned"), sum("seconds"), ".all");
   }
   function cells(run, stage, state, planned, seconds, kind = "") {
-    const share = planned && seconds !== null ? `${Math.round((100 * seconds) / planned)} %` : "–";
+    const share = planned && seconds !== null ? t("{n} %", { n: Math.round((100 * seconds) / planned) }) : "–";
     const first = several ? [visible(run.label), stage] : [stage];
     const body = [...first, state, duration(planned), duration(seconds), share];
     return make(`tr${kind}`, {}, ...body.map((text, i) => make(i >= body.length - 3 ? "td.n" : "td", {}, text)));

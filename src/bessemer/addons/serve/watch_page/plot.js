@@ -2,7 +2,8 @@
 // stretch zooms in. All plots share the stretch, so the page holds it.
 
 import { make } from "./dom.js";
-import { t, told } from "./words.js";
+import { sizes } from "./speech.js";
+import { language, t, told } from "./words.js";
 
 const HEIGHT = 190;
 const [LEFT, RIGHT, TOP, BOTTOM] = [46, 6, 8, 22];
@@ -222,7 +223,7 @@ function powers(low, high) {
 // 1234567 -> "1.23M", as on the axes.
 export function short(value) {
   const size = Number(Math.abs(value).toPrecision(3));
-  const [suffix, unit] = [["T", 1e12], ["B", 1e9], ["M", 1e6], ["K", 1e3]].find(([, unit]) => size >= unit) ?? ["", 1];
+  const [suffix, unit] = sizes(language).find(([, unit]) => size >= unit) ?? ["", 1];
   if (size !== 0 && size < 0.001) return value.toExponential(1);
   return `${Number((value / unit).toPrecision(3))}${suffix}`;
 }

@@ -5,7 +5,7 @@ import { find, make, say } from "./dom.js";
 import { HeatMap } from "./heat.js";
 import { alarmList, rolloutList, runList, timeTable, visible } from "./parts.js";
 import { Plot } from "./plot.js";
-import { language, switchLanguage, t, told, translatePage } from "./words.js";
+import { learn, offerOther, t, told, translatePage } from "./words.js";
 
 const EVERY = 1000;
 const HUES = 6;
@@ -21,7 +21,9 @@ let versions = "";
 async function get(path, query = {}) {
   const reply = await fetch(`${path}?${new URLSearchParams(query)}`);
   if (!reply.ok) throw new Error(String(reply.status));
-  return reply.json();
+  const body = await reply.json();
+  learn(body);
+  return body;
 }
 
 async function tick() {
@@ -242,9 +244,7 @@ function talk() {
 }
 
 translatePage();
-say(find("language"), language === "zh" ? "English" : "中文");
-find("language").lang = language === "zh" ? "en" : "zh-CN";
-find("language").addEventListener("click", switchLanguage);
+offerOther(find("language"));
 find("over").value = view.over;
 find("over").addEventListener("change", ({ target }) => {
   Object.assign(view, { over: target.value, span: null });
