@@ -43,7 +43,8 @@ class AdaptedLinear(Linear):
 
     def __init__(self, plain: Linear, config: LoRAConfig, generator: torch.Generator) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = plain.in_features, plain.out_features, None
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.register_parameter("bias", None)
         self.scale, self.base = config.alpha / config.rank, plain.weight
         bound = 1 / math.sqrt(self.in_features)  # as peft draws A
         drawn = torch.empty(config.rank, self.in_features).uniform_(-bound, bound, generator=generator)
@@ -83,7 +84,7 @@ class AdaptedNetwork(LanguageModel):
             self._sampled.append(self._plain())
         (plain,) = self._sampled
         for name, module in self.adapted().items():
-            plain.get_submodule(name).weight.copy_(module.weight)
+            plain.get_parameter(f"{name}{WEIGHT}").copy_(module.weight)
         if isinstance(plain, Scorer) and isinstance(self.inner, Scorer):
             plain.score.weight.copy_(self.inner.score.weight)
         return plain
