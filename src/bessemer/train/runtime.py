@@ -257,9 +257,8 @@ class Runtime:
         return outputs_of(load_scorer(folder, setup.choose_precision("device").dtype, setup.device()))
 
     def whole(self, trainer: Trainer) -> Whole:
-        whole, frozen = Whole(trainer.model), {id(parameter) for parameter in trainer.model.frozen().values()}
-        if whole.model is not trainer.model:
-            trainer.plan.workers.share(own for own in whole.model.parameters() if id(own) not in frozen)
+        whole, trained = Whole(trainer.model), {id(parameter) for parameter in trainer.model.parameters()}
+        trainer.plan.workers.share(own for own in whole.model.parameters() if id(own) not in trained)
         return whole
 
     def gather(self, trainer: Trainer) -> LanguageModel | None:

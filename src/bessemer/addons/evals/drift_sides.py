@@ -77,7 +77,7 @@ def logprob(logits_V: Tensor, token: int) -> float:
 # --- where a network shows what it computes ---------------------------------------------------------------------------
 
 
-class Probe(NamedTuple):
+class PointProbe(NamedTuple):
     """A module whose hook shows what is computed at a point."""
 
     point: LayerPart
@@ -88,21 +88,21 @@ class Probe(NamedTuple):
     """Before the module runs; its output is None."""
 
 
-def shows(point: LayerPart, module: Any) -> Probe:
+def shows(point: LayerPart, module: Any) -> PointProbe:
     """Its output is what is computed at the point."""
-    return Probe(point, module, lambda _, output: output[0] if isinstance(output, tuple) else output)
+    return PointProbe(point, module, lambda _, output: output[0] if isinstance(output, tuple) else output)
 
 
-def reads(point: LayerPart, module: Any, n: int = 0) -> Probe:
+def reads(point: LayerPart, module: Any, n: int = 0) -> PointProbe:
     """Its n-th input is what was computed at the point."""
-    return Probe(point, module, lambda inputs, _: inputs[n], before=True)
+    return PointProbe(point, module, lambda inputs, _: inputs[n], before=True)
 
 
 @contextmanager
-def watching(probes: Sequence[Probe], span: PassWatch) -> Iterator[None]:
+def watching(probes: Sequence[PointProbe], span: PassWatch) -> Iterator[None]:
     """Shows what the modules compute inside the block, whoever calls them."""
 
-    def hook(probe: Probe, _: Any, inputs: Any, output: Any = None) -> None:
+    def hook(probe: PointProbe, _: Any, inputs: Any, output: Any = None) -> None:
         if (given := probe.read(inputs, output)) is not None:
             span.give(probe.point, given)
 
@@ -117,7 +117,7 @@ def watching(probes: Sequence[Probe], span: PassWatch) -> Iterator[None]:
             handle.remove()
 
 
-def probes_of(model: LanguageModel) -> list[Probe]:
+def probes_of(model: LanguageModel) -> list[PointProbe]:
     """Up to the last layer."""
     L = model.cfg.n_layers
     if model.layers:
@@ -128,13 +128,13 @@ def probes_of(model: LanguageModel) -> list[Probe]:
     return [shows(LayerPart(-1, "embedding"), model.embed), *chain.from_iterable(parts)]
 
 
-def points_of(probes: Sequence[Probe], n_layers: int) -> frozenset[LayerPart]:
+def points_of(probes: Sequence[PointProbe], n_layers: int) -> frozenset[LayerPart]:
     """Those of the probes, and the two that a side shows without one."""
     ends = LayerPart(n_layers, "final norm"), LayerPart(n_layers, "log-probs")
     return frozenset([*(probe.point for probe in probes), *ends])
 
 
-def own_probes(i: int, layer: Layer, next_norm: nn.Module | None) -> list[Probe]:
+def own_probes(i: int, layer: Layer, next_norm: nn.Module | None) -> list[PointProbe]:
     """A layer of ours, whose parts the engine calls without the layer itself."""
     probes = [
         shows(LayerPart(i, "attention"), layer.attn.wo),
@@ -144,18 +144,18 @@ def own_probes(i: int, layer: Layer, next_norm: nn.Module | None) -> list[Probe]
     if layer.dense:
         return [*probes, shows(LayerPart(i, "MLP"), layer.ffn)]
     ffn = layer.sparse_ffn
-    probes.append(Probe(LayerPart(i, "router"), ffn.gate, lambda _, routing: routing.expert_NK))
+    probes.append(PointProbe(LayerPart(i, "router"), ffn.gate, lambda _, routing: routing.expert_NK))
     if ffn.shared is None:
         return [*probes, shows(LayerPart(i, "MLP"), ffn.experts)]
     routed: list[Tensor] = []  # the shared expert runs after the routed ones
     return [
         *probes,
-        Probe(LayerPart(i, "MLP"), ffn.experts, lambda _, output: routed.append(output)),
-        Probe(LayerPart(i, "MLP"), ffn.shared, lambda _, output: routed.pop() + output),
+        PointProbe(LayerPart(i, "MLP"), ffn.experts, lambda _, output: routed.append(output)),
+        PointProbe(LayerPart(i, "MLP"), ffn.shared, lambda _, output: routed.pop() + output),
     ]
 
 
-def foreign_probes(i: int, layer: nn.Module) -> list[Probe]:
+def foreign_probes(i: int, layer: nn.Module) -> list[PointProbe]:
     """A layer of transformers'."""
     probes = [
         shows(LayerPart(i, "attention"), child(layer, ATTENTION)),

@@ -24,7 +24,7 @@ from bessemer.addons.evals.drift_sides import (
     ATTENTION,
     FEED_FORWARD,
     PassWatch,
-    Probe,
+    PointProbe,
     Take,
     child,
     decoder_layers,
@@ -70,10 +70,10 @@ class VLLM:
             self.probes += [
                 shows(LayerPart(i, "attention"), child(layer, ATTENTION)),
                 shows(LayerPart(i, "MLP"), child(layer, FEED_FORWARD)),
-                Probe(LayerPart(i, "residual stream"), layer, lambda _, output: output[0] + output[1]),
+                PointProbe(LayerPart(i, "residual stream"), layer, lambda _, output: output[0] + output[1]),
             ]
             if (norm := second_norm(layer)) is not None:
-                self.probes.append(Probe(LayerPart(i, "after attention"), norm, lambda _, output: output[1]))
+                self.probes.append(PointProbe(LayerPart(i, "after attention"), norm, lambda _, output: output[1]))
         self.probes.append(shows(LayerPart(len(self.layers), "final norm"), self.body.norm))
         routers = ((i, self._router(layer)) for i, layer in enumerate(self.layers))
         self.routers = {i: router for i, router in routers if router is not None}
