@@ -24,8 +24,7 @@ def judge_all(
         numbers = _own_numbers(answers, share)
     else:
         numbers = [number for number, rank in enumerate(holders) if rank == share.me]
-    for number in numbers:
-        task, problem, answer = answers[number]
+    for task, problem, answer in (answers[number] for number in numbers):
         task.begin(problem, answer)
     verdicts = share.merge({number: _judged(*answers[number]) for number in numbers})
     return [verdicts[number] for number in range(len(answers))]
