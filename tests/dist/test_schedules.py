@@ -208,7 +208,7 @@ def test_svg_places_every_action():
     tree = ElementTree.fromstring(as_svg(table, timeline))
     titles = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}title")]
     assert sorted(titles) == sorted(
-        f"{label(span.step)}: {span.start:g} to {span.end:g}" for row in timeline.spans for span in row
+        f"{label(span.step)}: {span.start:g}–{span.end:g}" for row in timeline.spans for span in row
     )
     boxes = [element for element in tree.iter("{http://www.w3.org/2000/svg}rect") if "x" in element.attrib]
     assert max(float(box.attrib["x"]) + float(box.attrib["width"]) for box in boxes) <= 1600

@@ -79,8 +79,3 @@ def test_without_the_add_on_the_error_names_the_architecture(echoes, monkeypatch
     for read in (model_directory.load, model_directory.load_scorer, load_tokenizer):
         with pytest.raises(UserError, match=r"echo.*install"):
             read(echoes)
-
-
-def test_adapters_are_for_other_families():
-    with pytest.raises(UserError, match="leave lora out"):
-        model_directory.adapted(Transformer(preset("tiny", n_layers=1)), LoRAConfig(rank=2), 0, None, "sft")
