@@ -157,7 +157,9 @@ def test_a_failed_rank_ends_the_others():
 
 
 INTERRUPTED = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from bessemer import cli
 sys.argv = ["bessemer", "rehearse", "small.toml", "--cluster", "8xH100", "--out", "mine"]
 cli.main()
