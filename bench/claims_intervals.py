@@ -81,7 +81,7 @@ def shots(kind: str) -> Value:
 
 def above_the_better(one: str) -> Value:
     def value(s: Seed) -> float:
-        better = max(s["ref"]["copy"], s["MTPx" if one == "MTP" else "ref"]["copy"])
+        better = max(s["ref"]["copy"], s["ref" if one == "LONG" else "MTPx"]["copy"])
         return s[one]["copy"] - better
 
     return value
@@ -143,8 +143,11 @@ METRICS: dict[str, tuple[Value, Value | None]] = {
     "L8 s a step: MHA / ref": (own("speed", "MHA/ref"), None),
     "L12 copy(ref) - copy(MHA)": (gap("copy", "ref", "MHA"), gap("copy", "MLA-24", "MHA")),
     "T4 copy(MTP) - the better of ref and MTPx": (above_the_better("MTP"), above_the_better("LONG")),
+    "T4 copy(PAR) - the better of ref and MTPx": (above_the_better("PAR"), above_the_better("LONG")),
+    "T4 copy(MTP) - copy(PAR)": (gap("copy", "MTP", "PAR"), gap("copy", "LONG", "ref")),
     "T6 needle at the longest distance: MTP - ref": (gap("needle_240", "MTP", "ref"), gap("needle_240", "LONG", "ref")),
     "T7 bpb of code: MTP - ref": (gap("bpb_code", "MTP", "ref"), gap("bpb_code", "LONG", "ref")),
+    "T7 bpb of code: PAR - ref": (gap("bpb_code", "PAR", "ref"), gap("bpb_code", "LONG", "ref")),
     "T10 cloze of four: MTP - ref": (gap("cloze", "MTP", "ref"), lambda s: 0.25 - s["ref"]["cloze"]),
     "T12 copy(MTP) - copy(LONG)": (gap("copy", "MTP", "LONG"), None),
     "D1 bpb(GROW) - bpb(ref)": (gap("bpb", "GROW", "ref"), None),
@@ -163,6 +166,8 @@ METRICS: dict[str, tuple[Value, Value | None]] = {
     "F6 error, not promoted / promoted": (own("sums", "ratio"), None),
     "F7 training loss, FP8 / BF16 - 1, %": (own("fp8", "training"), own("coarse", "training")),
     "F7 held-out, FP8 / BF16 - 1, %": (own("fp8", "heldout"), own("coarse", "heldout")),
+    "F7 training loss, powers of two / BF16 - 1, %": (own("coarsest", "training"), None),
+    "F7 held-out, powers of two / BF16 - 1, %": (own("coarsest", "heldout"), None),
     "L7 s a token, keys and values / latents, longest": (
         own("caches", "us keys 2048 x 16", "us latents 2048 x 16"), own("caches", "us none 2048", "us keys 2048"),
     ),
