@@ -85,7 +85,7 @@ def make_run(root: Path) -> Path:
     return root
 
 
-def wait_for(true, description: str, seconds: float = 15.0) -> None:
+def wait_for(true, description: str, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"never: {description}"
@@ -101,7 +101,7 @@ class Chat:
         self.foreign: list[str] = []
         self.context = browser.new_context(viewport={"width": width, "height": 760}, **options)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(60_000)  # a loaded machine can stall for many seconds
         self.page.on(
             "console", lambda message: message.type in ("error", "warning") and self.complaints.append(message.text)
         )

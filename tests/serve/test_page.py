@@ -355,7 +355,9 @@ def test_examples_come_from_the_run_and_answers_are_checked(chat):
         else:
             chat.page.click(f"{BAR} >> text=Retry")
         chat.done()
-        chat.page.wait_for_selector(f"{BAR} .verdict >> text={verdict}")
+        assert chat.page.get_attribute(BAR, "data-phase") == "done" and chat.answer() == f"<answer>{attempt}</answer>"
+        chat.page.wait_for_selector(f"{BAR} .verdict:visible")
+        assert chat.text(f"{BAR} .verdict").startswith(verdict)
     chat.open()  # the verdict has been saved
     assert chat.text(f"{BAR} .verdict").startswith("✗")
     chat.feed(chunk(content="4"), chunk(finish="stop"))

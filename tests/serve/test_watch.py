@@ -286,7 +286,7 @@ def opened(browser, url, width, scheme, locale="en-US"):
     options = {"color_scheme": scheme, "locale": locale}
     context = browser.new_context(viewport={"width": width, "height": 900}, **options)
     page, complaints = context.new_page(), []
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: request.url.startswith(url) or complaints.append(request.url))
