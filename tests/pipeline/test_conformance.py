@@ -23,60 +23,59 @@ ACTIVATIONS = "Activations stored in FP8 and E5M6; norms and up-projections reco
 LETTERS = {PUBLISHED: "P", SCALED: "S", ADAPTED: "A", OFF: "O"}
 
 STATES = """
-SSSSSOSOOOOSSOOOSSSOPSSS Multi-head latent attention
-SSSSSOSOOOOSSOOOSSSOPSSS Query compression
-PPPPAOPOOOOPPOOOPPPOPPPP Interleaved RoPE, YaRN off in the short stage
-SSSSSOSOOOOSSOOOSSSOPSSS DeepSeekMoE
-PPPPPOPOOOOPPOOOPPPOPPPP Sigmoid gate, normalised, scaled
-SSSSSOSOOOOSSOOOSSSOPSSS Group-limited routing
-SSSSSOSOOOOSSOOOSSSOPSSS Leading dense layers
-ASASSOSOOOOSSOOOSSAOPSSS Bias balancing, MTP layers included
-PPPPPOPOOOOPPOOOPPPOPPPP Sequence-wise balance loss
-PPPPPOPOOOOPPOOOPPPOPPPP No token dropping
-ASOSOOSOOOOSSOOOSSAOPSSS Multi-token prediction
-AAPAAOAOOOOAAOOOAAAOPAAA AdamW, FP32 masters
-AAAAAOAOOOOAAOOOAAAOPAAA Learning rate over consumed tokens
-OOOOOOAOOOOOOOOOOOOOPOOO Batch size over consumed tokens
-SSSSSOSOOOOSSOOOSSSOPSSS Initialisation
-SSSSOOOOOOOSSOOOSSSOPSSS Packing without cross-document mask
-OAAAOOAOOOOAAOOOOAOOPAOA Fill-in-the-middle
-PPPPPOPOOOOPPOOOPPPOPPPP Random split of punctuation + line break
-SSSSSOSOOOOSSOOOSSSOPSSS Byte-level BPE with V3's pre-split
-OOPOOOOOOOOOOOOOOOOOPOOO FP8 training
-OOPOOOOOOOOOOOOOOOOOPOOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
-OOPOOOPOOOOOOOOOOOOOPOOO Moments of the optimizer in BF16
-OOOOOOOOOOOOOOOOOOOOPOOO Moving average of the weights
-OOOOOOOOOOOOOOOOOOOOPOOO DualPipe
-OOOOOSOOOOSOOOOOOOOSPOOO Expert parallelism, a token to a node once
-OOOOOSOOSSSOOOOOOOOSPOOO ZeRO-1
-OOOOAOOOOOOOOOOOOOOOPOOO Long-context extension in phases
-OOOOSOOOOOOOOOOOOOOOPOOO YaRN on the rotary key, the same in every phase
-OOOOAOOOOOOOOOOOOOOOOOOO Needle in a haystack over lengths and depths
-OPOPOPPPPPPPPOOOPPPPOPPP R1-Zero: RL from the base, no SFT
-OAOAOAAAAAAAAOOOAAAAOAAA Prompt template
-OSOSOSSASSPSSAAASSSSOSSS GRPO groups
-OPOPOPPPPPPAPPPPPPPPOPPP Advantage: reward minus the group's mean, over its standard deviation
-OAOAOPAAAAPAAAAAAAAPOAPA Loss of a token
-OAOAOAAAAAPAAAAAAAAAOAAA Clip
-OAOAOPAPPOPAAOOOAOAPOAOA KL to the reference (k3, in the loss)
-OAOAOAAAAAPAAAAAAAAAOAAA Mini-batches per rollout
-OPOAOPAPPAPAPPPPPPPPOPPP On policy, every sample used
-OSOSOSSSSSPSSSSSSSSSOSSS Learning rate of RL
-OPOPOPPPPPPPPPPPPPPPOPPP Sampling temperature of RL
-OOOOOPPOOOPPPOOOOOOOOOOO Sampling temperature with preference rewards
-OOOAOPAPPPPAAAAAAAAPOAOA Rewards
-OAOOOSSOOOPSAAAAOOOSOOOO SFT: answers only, samples packed with masks
-OOOOOSSOSOPOSOOOOSOSOSOO Length cap raised mid-run
-OOOOOAAOOOAAAAAAOOOAOOOO Cold start: readable R1-Zero answers in one form
-OAOOOPAOOOPAAOOOOOOPOOOO Language consistency reward
-OOOOOSSOOOPSSAAOOOOOOOOO Rejection sampling: correct and readable answers
-OOOOOAAOOOPAAOOOOOOOOOOO Reward models: helpful by pairs, harmless by labels
-OOOOOSSOOOPSSOOOOOOOOOOO Preference rewards only at the end
-OOOOOOOOOOPAAAAOOOOOOOOO Distillation: SFT of a smaller model on checked samples
-OAOAOSSAAAPSSAAAAAASOAAA Evaluation by sampling
+SSSSSOSOOOOSSOOOOSSSOPSSS Multi-head latent attention
+SSSSSOSOOOOSSOOOOSSSOPSSS Query compression
+PPPPAOPOOOOPPOOOOPPPOPPPP Interleaved RoPE, YaRN off in the short stage
+SSSSSOSOOOOSSOOOOSSSOPSSS DeepSeekMoE
+PPPPPOPOOOOPPOOOOPPPOPPPP Sigmoid gate, normalised, scaled
+SSSSSOSOOOOSSOOOOSSSOPSSS Group-limited routing
+SSSSSOSOOOOSSOOOOSSSOPSSS Leading dense layers
+ASASSOSOOOOSSOOOOSSAOPSSS Bias balancing, MTP layers included
+PPPPPOPOOOOPPOOOOPPPOPPPP Sequence-wise balance loss
+PPPPPOPOOOOPPOOOOPPPOPPPP No token dropping
+ASOSOOSOOOOSSOOOOSSAOPSSS Multi-token prediction
+AAPAAOAOOOOAAOOOOAAAOPAAA AdamW, FP32 masters
+AAAAAOAOOOOAAOOOOAAAOPAAA Learning rate over consumed tokens
+OOOOOOAOOOOOOOOOOOOOOPOOO Batch size over consumed tokens
+SSSSSOSOOOOSSOOOOSSSOPSSS Initialisation
+SSSSOOOOOOOSSOOOOSSSOPSSS Packing without cross-document mask
+OAAAOOAOOOOAAOOOOOAOOPAOA Fill-in-the-middle
+PPPPPOPOOOOPPOOOOPPPOPPPP Random split of punctuation + line break
+SSSSSOSOOOOSSOOOOSSSOPSSS Byte-level BPE with V3's pre-split
+OOPOOOOOOOOOOOOOOOOOOPOOO FP8 training
+OOPOOOOOOOOOOOOOOOOOOPOOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
+OOPOOOPOOOOOOOOOOOOOOPOOO Moments of the optimizer in BF16
+OOOOOOOOOOOOOOOOOOOOOPOOO Moving average of the weights
+OOOOOOOOOOOOOOOOOOOOOPOOO DualPipe
+OOOOOSOOOOSOOOOOOOOOSPOOO Expert parallelism, a token to a node once
+OOOOOSOOSSSOOOOOOOOOSPOOO ZeRO-1
+OOOOAOOOOOOOOOOOOOOOOPOOO Long-context extension in phases
+OOOOSOOOOOOOOOOOOOOOOPOOO YaRN on the rotary key, the same in every phase
+OOOOAOOOOOOOOOOOOOOOOOOOO Needle in a haystack over lengths and depths
+OPOPOPPPPPPPPOOOPPPPPOPPP R1-Zero: RL from the base, no SFT
+OAOAOAAAAAAAAOOOAAAAAOAAA Prompt template
+OSOSOSSASSPSSAAAASSSSOSSS GRPO groups
+OPOPOPPPPPPAPPPPPPPPPOPPP Advantage: reward minus the group's mean, over its standard deviation
+OAOAOPAAAAPAAAAAAAAAPOAPA Loss of a token
+OAOAOAAAAAPAAAAAAAAAAOAAA Clip
+OAOAOPAPPOPAAOOOOAOAPOAOA KL to the reference (k3, in the loss)
+OAOAOAAAAAPAAAAAAAAAAOAAA Mini-batches per rollout
+OPOAOPAPPAPAPPPPPPPPPOPPP On policy, every sample used
+OSOSOSSSSSPSSSSSSSSSSOSSS Learning rate of RL
+OPOPOPPPPPPPPPPPPPPPPOPPP Sampling temperature of RL
+OOOOOPPOOOPPPOOOOOOOOOOOO Sampling temperature with preference rewards
+OOOAOPAPPPPAAAAAAAAAPOAOA Rewards
+OAOOOSSOOOPSAAAAOOOOSOOOO SFT: answers only, samples packed with masks
+OOOOOSSOSOPOSOOOOOSOSOSOO Length cap raised mid-run
+OOOOOAAOOOAAAAAAOOOOAOOOO Cold start: readable R1-Zero answers in one form
+OAOOOPAOOOPAAOOOOOOOPOOOO Language consistency reward
+OOOOOSSOOOPSSAAOOOOOOOOOO Rejection sampling: correct and readable answers
+OOOOOAAOOOPAAOOOOOOOOOOOO Reward models: helpful by pairs, harmless by labels
+OOOOOSSOOOPSSOOOOOOOOOOOO Preference rewards only at the end
+OOOOOOOOOOPAAAAOOOOOOOOOO Distillation: SFT of a smaller model on checked samples
+OAOAOSSAAAPSSAAAAAAASOAAA Evaluation by sampling
 """
-"""One letter for each recipe, in the order of RECIPES: continue, controls, fp8-study, later-grpo, long, node, one-gpu,
-r1-paper, r1-small, r1-tiny, smollm2, smollm2-lora, specialists, tiny, tools, v3, zero, zero-long, zero-template."""
+"""One letter for each recipe, in the order of RECIPES, which is that of their names."""
 
 
 def of(recipe, *overrides):
@@ -113,7 +112,7 @@ def test_every_recipe_s_states():
     """Checked by hand against the papers, item by item; a recipe or a published value that changes shows up here."""
     states = [[LETTERS[state] for state, _ in of(recipe).values()] for recipe in RECIPES]
     lines = ["".join(letters) + " " + item.item for letters, item in zip(zip(*states, strict=True), ITEMS, strict=True)]
-    assert len(RECIPES) == 24 and lines == STATES.strip().splitlines()
+    assert len(RECIPES) == 25 and lines == STATES.strip().splitlines()
 
 
 def test_an_imported_model_s_items_come_from_its_config(tmp_path):
