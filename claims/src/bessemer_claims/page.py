@@ -164,7 +164,8 @@ def _unrun(cards: Sequence[Card]) -> Html:
     lists = (("unrun_part", partly), ("unrun_few", few), ("unrun_built", unbuilt))
     others = "".join(listed(title, some) for title, some in lists)
     first = f'<p>{word("unrun_whole", n=len(waiting))}</p><ul class="how">{listing}</ul>' if waiting else ""
-    return Html(f'{first}<ul class="how">{others}</ul>')
+    last = f'<ul class="how">{others}</ul>' if others else ""
+    return Html(first + last or f"<p>{word('unrun_none')}</p>")
 
 
 def _method() -> Html:
