@@ -1,4 +1,4 @@
-"""Countdown with numbers up to 20, for evaluation: no page of a corpus and no step of RL has them (`filtering.py`)."""
+"""Countdown with numbers up to 20, for evaluation: no page of the corpus and no step of training has them."""
 
 from bessemer.addons.tasks.drawn_countdown import DrawnCountdown
 
