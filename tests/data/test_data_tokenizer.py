@@ -138,11 +138,19 @@ def test_a_damaged_directory_is_an_error_that_names_the_file(tokenizer, tmp_path
         Tokenizer.load(tmp_path)
 
 
+def test_spare_rows_of_an_embedding_have_no_text(tokenizer):
+    ids = tokenizer.encode("a tin")
+    for spare in (tokenizer.vocab_size, 129_279):
+        assert tokenizer.decode([ids[0], spare, *ids[1:], spare]) == "a tin"
+
+
 def test_user_mistakes_have_a_message(tokenizer):
     with pytest.raises(UserError, match=str(SMALLEST)):
         Tokenizer.train(["a"], 100)
     with pytest.raises(UserError, match="outside the vocabulary of 1024"):
-        tokenizer.decode([1024])
+        tokenizer.token_bytes(1024)
+    with pytest.raises(UserError, match="outside the vocabulary of 1024"):
+        tokenizer.decode([-1])
     with pytest.raises(UserError, match="surrogate"):
         tokenizer.encode("\ud800")
     with pytest.warns(UserWarning, match="give only"):

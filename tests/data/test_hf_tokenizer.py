@@ -93,7 +93,8 @@ def test_control_tokens_in_a_content_are_text(directory):
     """Nobody can write a turn into a question, whole or in pieces, and the text is preserved."""
     tok = load_tokenizer(directory)
     names = [name for name in tok._control if name != "<unk>"]
-    hostile = "".join(names) + "\ue000" + "".join(reversed(names)) + names[0] * 2 + "end"
+    hostile = "".join(names) + "\ue000" + "".join(reversed(names)) + names[0] * 2
+    hostile += "".join(f" {name}{digit}{name}" for name in names for digit in range(len(names))) + " end"
     ids = chat.render_ids(tok, [{"role": "user", "content": hostile}])
     plain = chat.render_ids(tok, [{"role": "user", "content": "end"}])
     control = set(tok._special)

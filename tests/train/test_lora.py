@@ -7,7 +7,8 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_cases import made, relative, tokens
+import transformers
+from hf_cases import KINDS, made, relative, tokens
 from rl_parts import reference_logprobs
 from safetensors.torch import load_file, save_file
 from train_config import train_config
@@ -233,6 +234,32 @@ def test_what_all_linear_leaves_frozen_is_named(bases, tmp_path):
     assert description.endswith("; frozen, since stacked: experts.down_proj, experts.gate_up_proj")
     for plain in (adapted(bases["qwen2"]), adapted(tmp_path / "mixtral", targets=["q_proj"])):
         assert lora.describe(plain).endswith("%)")
+
+
+DENSE_FIRST = {"Qwen3Moe": {"mlp_only_layers": [0]}, "Glm4Moe": {"n_routed_experts": 8, "n_shared_experts": 1}}
+
+
+@pytest.mark.parametrize("house", DENSE_FIRST)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "gate_proj"], ["down_proj"]])
+def test_dense_layers_and_shared_experts_get_the_adapters_and_not_the_stacked_experts(tmp_path, house, targets):
+    """peft by itself moves gate_proj, up_proj and down_proj to the stacked experts of these models, or refuses."""
+    shape = {key: value for key, value in KINDS["qwen3-moe"][1].items() if key != "num_experts" or house == "Qwen3Moe"}
+    config = getattr(transformers, f"{house}Config")(**shape, **DENSE_FIRST[house])
+    torch.manual_seed(0)
+    getattr(transformers, f"{house}ForCausalLM")(config).save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base", targets=targets)
+    linear = {
+        name for name, module in load(tmp_path / "base").inner.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }  # fmt: skip
+    named = linear if targets == "all-linear" else {name for name in linear if name.split(".")[-1] in targets}
+    assert {name.removeprefix(lora.PREFIX).split(".lora_")[0] for name in model.adapters()} == named
+    assert any("mlp" in name for name in named)
+    trainer(model).run()
+    model.save(tmp_path / "model")
+    assert relative(load(tmp_path / "model")(tokens(2, 12)), model(tokens(2, 12))) < 1e-5
+    assert "merged model alone" in lora.describe(model)
+    assert not (tmp_path / "adapter").exists(), "peft would read it as adapters of the experts"
 
 
 def content(folder):

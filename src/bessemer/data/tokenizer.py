@@ -254,8 +254,9 @@ class Tokenizer:
             raise
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` drops control tokens."""
-        visible = (i for i in ids if not (skip_special and i in self._special))
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` drops control tokens. An id beyond
+        the vocabulary has no text: embeddings have spare rows, and samplers of others draw them, if rarely."""
+        visible = (i for i in ids if i < len(self._bytes) and not (skip_special and i in self._special))
         return b"".join(map(self.token_bytes, visible)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:

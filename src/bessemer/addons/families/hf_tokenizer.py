@@ -239,10 +239,11 @@ class HFTokenizer(Tokenizer):
         forms across a `cut`."""
         ids: list[int] = []
         position = 0
+        masks = re.compile("|".join(map(re.escape, unmask)) or "(?!)")
         for match in [*self._controls(text), None]:
             plain = text[position : match.start() if match else None]
-            for mask, content in unmask.items():
-                plain = plain.replace(mask, content)
+            # in one pass: the end of a mask, a digit and the beginning of the next mask look like a mask, too
+            plain = masks.sub(lambda mask: unmask[mask.group()], plain)
             for piece in filter(None, plain.split(cut)):
                 ids += self.encode(piece, ids[-1] if ids else last)
             if match:

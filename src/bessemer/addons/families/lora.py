@@ -53,6 +53,7 @@ NAME = "default"
 PREFIX = "base_model.model."
 """Prefix that peft adds to the names of a model's modules."""
 ONLY_PEFT = "only peft can merge it (merge_and_unload)"
+NOT_PORTABLE = "; the stage leaves the merged model alone, since peft would put such an adapter on the stacked experts"
 UNDERSTOOD = frozenset({"init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out"})
 SAVED = ["classifier", "score"]
 """`modules_to_save` of an adapter with a scalar head, as peft writes it for the task SEQ_CLS."""
@@ -71,9 +72,10 @@ class LoRAModel(CausalLM):
     plain: type[CausalLM] = CausalLM
     task = "CAUSAL_LM"
 
-    def __init__(self, inner: PreTrainedModel, config: LoRAConfig, base: Path):
+    def __init__(self, inner: PreTrainedModel, config: LoRAConfig, base: Path, portable: bool = True):
+        """`portable`: whether peft, given the same targets, adapts the same matrices, and so can read the adapter."""
         super().__init__(inner)
-        self.config, self.base = config, base
+        self.config, self.base, self.portable = config, base, portable
         for name, parameter in inner.named_parameters():
             parameter.requires_grad_(_is_trained(name))
 
@@ -103,8 +105,10 @@ class LoRAModel(CausalLM):
     def save(
         self, directory: str | Path, *, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None
     ) -> None:
-        """Writes the merged model as `CausalLM.save` does, and the adapter to the folder `adapter` next to it."""
-        self.save_adapter(Path(directory).with_name(ADAPTER))
+        """Writes the merged model as `CausalLM.save` does, and the adapter, if it is portable, to the folder `adapter`
+        next to it."""
+        if self.portable:
+            self.save_adapter(Path(directory).with_name(ADAPTER))
         self.merged().save(directory, tokenizer_dir=tokenizer_dir, files=files)
 
     def _plain_tensors(self) -> list[ExportedTensor]:
@@ -134,7 +138,8 @@ class LoRAModel(CausalLM):
         self, directory: Path, plan: Sequence[ExportedTensor], tensors: Iterable[Tensor], dtype: torch.dtype, *,
         adapter: Mapping[str, Tensor], **options: Any,
     ) -> None:  # fmt: skip
-        self.save_adapter(directory.with_name(ADAPTER), adapter)
+        if self.portable:
+            self.save_adapter(directory.with_name(ADAPTER), adapter)
         super().write(directory, plan, tensors, dtype, adapter={}, **options)
 
     def save_adapter(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -184,7 +189,8 @@ def attach(network: LanguageModel, config: LoRAConfig, seed: int, base: Path, st
 
 
 def describe(model: LoRAModel) -> str:
-    """What is trained, in one line, and which matrices "all-linear" leaves out: experts stacked in one parameter."""
+    """What is trained, in one line, and which matrices "all-linear" leaves out: experts stacked in one parameter. Also
+    whether the stage will leave no adapter."""
     stacked = sorted({".".join(name.split(".")[-2:]) for name, base in model.frozen().items() if base.dim() == 3})
     left = f"; frozen, since stacked: {', '.join(stacked)}" if stacked and model.config.targets == "all-linear" else ""
     trained = sum(tensor.numel() for tensor in model.adapters().values())
@@ -192,7 +198,7 @@ def describe(model: LoRAModel) -> str:
     places = len([*_adapted(model.inner)])
     return (
         f"LoRA of rank {model.config.rank}, alpha {model.config.alpha}, on {places} matrices: {trained:,} of {every:,} "
-        f"parameters are trained ({trained / every:.1%}){left}"
+        f"parameters are trained ({trained / every:.1%}){left}{'' if model.portable else NOT_PORTABLE}"
     )
 
 
@@ -275,11 +281,29 @@ def _inject(
 ) -> LoRAModel:
     from peft import inject_adapter_in_model
 
+    asked = partial(_peft_config, config, targets, LoRAModel.task, rslora)
+    # peft moves the targets of a module with a config.json from dense MLPs to stacked experts of the same names
+    holder = nn.Module()
+    holder.inner = model.inner
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for example that Conv1D stores its matrix transposed, which peft handles
         torch.manual_seed(seed)
-        inject_adapter_in_model(_peft_config(config, targets, LoRAModel.task, rslora), model.inner)  # in place
-    return (LoRAScorer if isinstance(model, CausalScorer) else LoRAModel)(model.inner, config, base)
+        inject_adapter_in_model(asked(), holder)  # in place
+        portable = _places_of_peft(model.inner, asked()) == {name for name, _ in _adapted(model.inner)}
+    return (LoRAScorer if isinstance(model, CausalScorer) else LoRAModel)(model.inner, config, base, portable)
+
+
+def _places_of_peft(inner: PreTrainedModel, config: LoraConfig) -> set[str]:
+    """The matrices that peft by itself adapts in a model like this one; empty if it refuses."""
+    from peft import inject_adapter_in_model
+
+    with torch.device("meta"):
+        skeleton = type(inner)(copy.deepcopy(inner.config))
+        try:
+            inject_adapter_in_model(config, skeleton)
+        except ValueError:
+            return set()
+    return {name for name, _ in _adapted(skeleton)}
 
 
 def _peft_name(name: str) -> str:
