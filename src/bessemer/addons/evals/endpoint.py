@@ -62,6 +62,7 @@ class Endpoint:
             raise UserError(f"{self.http.name} replies with no chat completion; name another server") from None
         tokens = _tokens(reply)
         text = f"{THINK}\n{thoughts}\n{THINK_END}\n\n{content}" if thoughts else content
+        text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair, which no file can
         return Answer(text, tokens, finish)
 
 

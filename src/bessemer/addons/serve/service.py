@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -150,6 +151,8 @@ class Service:
         """Makes the running event loop listen to the worker."""
         self.loop = asyncio.get_running_loop()
         self.loop.add_reader(self.connection.fileno(), self._read)
+        # uvloop makes it non-blocking, but a Connection reads what is longer than 16 KiB in two parts and waits between
+        os.set_blocking(self.connection.fileno(), True)
 
     async def submit(self, requests: Sequence[ServedRequest]) -> Stream:
         """Submits all of these requests and returns their stream. Raises UserError or ApiError if one is refused."""

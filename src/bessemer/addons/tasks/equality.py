@@ -157,8 +157,10 @@ def same(gold: Any, answer: Any) -> bool:
 
 def _proportional(gold: Any, answer: Any) -> bool:
     """Whether two relations are multiples of each other: 2y = 4x + 2 and y = 2x + 1, 2x > 2 and 1 < x."""
-    from sympy import Equality, Unequality
+    from sympy import Equality, Expr, Unequality
 
+    if not all(isinstance(side, Expr) for side in (gold.lhs, gold.rhs, answer.lhs, answer.rhs)):
+        return False  # x = an interval
     symmetric = isinstance(gold, Equality | Unequality)
     if answer.func is gold.func:
         sign = 1
