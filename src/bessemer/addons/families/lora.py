@@ -282,7 +282,7 @@ def _inject(
     from peft import inject_adapter_in_model
 
     asked = partial(_peft_config, config, targets, LoRAModel.task, rslora)
-    # peft moves the targets of a module with a config.json from dense MLPs to stacked experts of the same names
+    # peft moves the targets of a module that has a `config` from dense MLPs to stacked experts
     holder = nn.Module()
     holder.inner = model.inner
     with torch.random.fork_rng(), warnings.catch_warnings():
