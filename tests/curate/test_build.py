@@ -15,7 +15,7 @@ from bessemer.addons.curate import origins
 from bessemer.addons.curate.build import Build
 from bessemer.addons.curate.data_recipe import build, engine, load, plain
 from bessemer.addons.curate.jobs import Job
-from bessemer.addons.curate.output import check
+from bessemer.addons.curate.output import check, check_folder
 from bessemer.addons.curate.settings import Source
 from bessemer.addons.distributed import ray_cluster
 from bessemer.cli import main
@@ -78,6 +78,10 @@ def test_foreign_output_folder_is_refused(recipe_file, tmp_path):
         build(load(recipe_file), home / "documents" / "thesis.tex")
     begun = tmp_path / "begun"
     (begun / "work" / "read").mkdir(parents=True)
+    killed = tmp_path / "killed in its first write"
+    killed.mkdir()
+    (killed / "revisions.json.tmp-1").write_text("{")
+    check_folder(killed, ["english"])
     (begun / "code").mkdir()
     (begun / "code" / "main.py").write_text("x")
     with pytest.raises(UserError, match="in the way of the part code"):

@@ -232,6 +232,25 @@ def test_encodings_are_detected_and_counted(tmp_path):
     assert decode(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\xff") is None
 
 
+@pytest.mark.parametrize("harm", ["cut", "lone surrogate"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_broken_utf16_file_keeps_what_was_read_before(tmp_path, suffix, harm):
+    expected = [prose(number, 40) for number in range(200)]
+    whole = "\n\n".join(expected) if suffix == ".txt" else "\n".join(json.dumps({"text": text}) for text in expected)
+    data = f"{whole}\n".encode("utf-16")
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(data[:-1] if harm == "cut" else data + b"\x00\xd8\n\x00")
+    found, faults = _read(path)
+    assert found == expected[: len(found)] and faults == {"broken-file": 1}
+    assert len(found) >= 150, "the decoder reads some thousand characters at a time"
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")).write_text('{"text": "One."}')
+    with pytest.raises(UserError, match=r"caf\\xe9.*rename"):
+        _read(tmp_path)
+
+
 def test_wrong_charset_declaration_is_ignored():
     page = b'<meta charset="undefined">caf\xe9'  # that codec refuses everything, even bytes of ASCII
     assert decode(page, declared=True) == decode(page)

@@ -1,11 +1,14 @@
 """Sources: mistakes in local files are named by file and line; package readers on constructed archives."""
 
 import json
+import os
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from bessemer import plugins
+from bessemer.addons.families import data_sets
 from bessemer.data import sources
 from bessemer.errors import UserError
 
@@ -67,6 +70,23 @@ def test_a_directory_is_read_in_the_order_of_names(tmp_path):
     with pytest.raises(UserError, match="contains no"):
         (tmp_path / "empty").mkdir()
         read(tmp_path / "empty")
+
+
+def test_a_folder_named_like_a_file_is_a_folder(tmp_path):
+    """As Spark writes them: wiki.jsonl/part-00000.jsonl."""
+    (tmp_path / "wiki.jsonl").mkdir()
+    (tmp_path / "wiki.jsonl" / "part-00000.jsonl").write_text('{"text": "once"}\n')
+    (tmp_path / "empty.txt").mkdir()
+    assert [document.text for document in read(tmp_path)] == ["once"]
+    assert [record for _, record in data_sets.records(tmp_path)] == [{"text": "once"}]
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("one")
+    with pytest.raises(UserError, match=r"caf\\xe9.*rename"):
+        read(tmp_path)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).rename(tmp_path / "café.txt")
+    assert [document.text for document in read(tmp_path)] == ["one"]
 
 
 def test_unknown_specs_are_reported_at_once():

@@ -1,5 +1,7 @@
 """Plans of rows: those of placing piece after piece, by far fewer steps; shared by processes."""
 
+import os
+import signal
 import sys
 import time
 from multiprocessing import get_context
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from bessemer.data import plans, shards
 from bessemer.data.plans import best_fit, find_plan, plan_files
+from bessemer.runs.directory import outputs
 
 
 def piece_by_piece(lengths: list[int], row_length: int) -> list[list[tuple[int, int]]]:
@@ -143,3 +146,17 @@ def test_plans_of_a_killed_process_are_redone(corpus, tmp_path):
     assert process.exitcode == 9
     plan = find_plan(corpus, shards.read_meta(corpus), 64, tmp_path / "plans")
     assert len(list(plan.glob("*.rows.npy"))) == 12
+
+
+def test_what_a_kill_leaves_of_a_plan_is_no_output_of_the_stage(corpus, tmp_path):
+    def killed():
+        plans.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        find_plan(corpus, shards.read_meta(corpus), 64, stage)
+
+    stage = tmp_path / "stage"
+    process = get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    plan = find_plan(corpus, shards.read_meta(corpus), 64, stage)
+    assert len(outputs(stage)) == 24 and {path.parent for path in outputs(stage)} == {plan}

@@ -69,6 +69,14 @@ def test_thoughts_stand_before_the_answer(data, tmp_path):
         assert (answer.tokens, answer.finish_reason) == (7, "stop")
 
 
+def test_half_a_surrogate_pair_is_an_answer_like_any_other(data, tmp_path):
+    """As where an emoji was cut at the last token. JSON can hold it, and a file cannot."""
+    reply = json.dumps({"choices": [{"message": {"content": "\\boxed{200} \ud83d"}, "finish_reason": "length"}]})
+    with serving(lambda question: (200, reply, {})) as server:
+        assert evaluated(server, data, tmp_path)["rows"][0]["pass_at_1"] == 0.5
+    assert len((tmp_path / "aime-2024.jsonl").read_text("utf-8").splitlines()) == 7
+
+
 NO_COMPLETION = ("[]", "{}", '{"choices": []}', '{"choices": [{"message": {"content": 5}}]}', "x")
 
 

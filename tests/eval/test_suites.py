@@ -70,6 +70,21 @@ def test_the_rows_of_a_release_are_read_and_judged(data, name):
     assert not task.verify(problem, "").correct
 
 
+@pytest.mark.parametrize(("question", "gold", "answer"), [
+    ("What percent of the students like it?", "10", "10\\%"),
+    ("A triangle has sides of 3 cm, 4 cm and 5 cm. What is its area, in square centimeters?", "6", "6 \\text{ cm}^2"),
+    ("How many hours does the train need?", "3", "3\\text{ hours}"),
+    ("What is the sum?", "11,\\! 111,\\! 100", "11111100"),
+    ("一共需要多少小时？", "3", "3\\text{小时}"),
+])  # fmt: skip
+def test_the_unit_that_the_question_asks_for_may_be_written(tmp_path, question, gold, answer):
+    """The words of R1 after the question are no part of it."""
+    write_jsonl(tmp_path / "math-500.jsonl", [{"problem": question, "answer": gold}])
+    task, [problem] = loaded("math-500", tmp_path)
+    assert task.verify(problem, "<think>\n" + r1(f"\\boxed{{{answer}}}")).correct
+    assert not task.verify(problem, "<think>\n" + r1(f"\\boxed{{9{answer}}}")).correct
+
+
 def test_prompts_are_the_question_and_the_words_of_r1(data):
     prompt = loaded("aime-2024", data)[1][0].prompt
     assert prompt == "Find $1+1$.\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -88,6 +103,11 @@ def test_gpqa_choices_are_shuffled_with_their_answer(data):
         assert [task.verify(problem, "<think>\n" + r1(f"\\boxed{{{entry}}}")).correct for entry in "ABCD"] == [
             entry == letter for entry in "ABCD"
         ]
+
+
+def test_a_choice_keeps_its_gold_over_calls(data):
+    task, problems = loaded("gpqa-diamond", data)
+    assert [task.problem("test", n).meta["gold"] for n in range(len(problems))] == [p.meta["gold"] for p in problems]
 
 
 PROGRAM = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"

@@ -23,6 +23,7 @@ from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import runner
+from bessemer.pipeline.stage import find_kind
 
 MODEL = {
     "vocab_size": 390, "dim": 16, "n_layers": 1, "n_dense_layers": 1, "n_mtp": 0, "inter_dim": 16, "n_heads": 1,
@@ -159,6 +160,34 @@ def test_a_file_that_was_replaced_makes_its_stage_run_again(own, capsys, file, o
     text = capsys.readouterr().err
     assert said in text and "; the stage runs again; the old one is moved to" in text
     assert own.run() == []
+
+
+def test_a_file_that_changes_during_the_call_that_resumes_its_stage(own, capsys, monkeypatch):
+    """The stage would go on with its checkpoint, whose data it no longer has."""
+    kind, sft = find_kind("corpus"), next(own.out.glob("*-sft"))
+    work = kind.run
+
+    def run(self, config, ctx):
+        lines(own.folder / "chat.jsonl", *(talk(f"good night {n}") for n in range(8)))
+        return work(self, config, ctx)
+
+    monkeypatch.setattr(kind, "run", run)
+    (next(own.out.glob("*-corpus")) / "done.json").unlink()
+    (sft / "done.json").unlink()
+    assert list((sft / "state").iterdir())
+    assert own.run() == ["corpus", "sft", "eval"]
+    assert "sft: chat.jsonl changed since" in capsys.readouterr().err
+    assert list((sft.with_name(f"{sft.name}.stale-1") / "state").iterdir())
+    assert own.run() == []
+
+
+def test_a_folder_of_data_with_a_config_is_watched_below_its_top(own, capsys):
+    (own.folder / "data" / "notes" / "config.json").write_text("{}")
+    (own.folder / "data" / "notes" / "more").mkdir()
+    (own.folder / "data" / "notes" / "more" / "b.txt").write_text("one more")
+    assert own.run() == ["corpus"]
+    (own.folder / "data" / "notes" / "more" / "b.txt").write_text("one less")
+    assert own.run() == ["corpus"] and "notes/more/b.txt changed since" in capsys.readouterr().err
 
 
 def test_other_dates_unread_files_and_data_that_was_removed_change_nothing(own):

@@ -194,6 +194,16 @@ def test_a_directory_of_another_recipe_is_refused(toy):
         run(toy)
 
 
+def test_a_run_that_was_killed_in_its_first_write_begins_again(toy):
+    """Only then does a folder hold the temporary and no recipe."""
+    toy.out.mkdir()
+    (toy.out / ".lock").touch()
+    left = toy.out / f"recipe.toml.tmp-{os.getpid()}"
+    left.write_text("name =")
+    run(toy)
+    assert not left.exists()
+
+
 def test_missing_permission_is_reported(toy, tmp_path):
     toy.out = tmp_path / "closed" / "run"
     toy.out.parent.mkdir(mode=0o555)

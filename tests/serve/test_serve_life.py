@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from multiprocessing import connection as pipes
 from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
-from serving import error_of, in_thread, running
+from serving import error_of, in_thread, running, write_model
 
 from bessemer.addons.families.conversion import convert
 from bessemer.addons.families.named_models import model_dir
@@ -265,6 +266,35 @@ def test_a_failed_step_ends_only_the_requests_in_it(r1, steps, monkeypatch):
         assert answer.status_code == 500 and error_of(answer)["type"] == "server_error"
         assert server.chat(max_tokens=3).status_code == 200 and server.settles()
         assert figures.scheduler["failures"] >= 2
+
+
+def in_pieces(folder, config):
+    """A worker whose messages arrive in pieces, as long ones do on a busy machine."""
+    connection, thread = in_thread(folder, config)
+    served, relay = socket.socketpair()
+    worker = socket.socket(fileno=os.dup(connection.fileno()))
+    connection.close()
+
+    def forward(source, target, pause):
+        with suppress(OSError):
+            while data := source.recv(4096):
+                target.sendall(data)
+                time.sleep(pause)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+    for way in ((relay, worker, 0.0), (worker, relay, 0.002)):
+        threading.Thread(target=forward, args=way, daemon=True).start()
+    return pipes.Connection(served.detach()), thread
+
+
+def test_a_model_whose_long_message_arrives_in_pieces_is_kept(tmp_path):
+    """500 tokens with the five likeliest at each are more than 16 KiB."""
+    with running(write_model(tmp_path, "r1", context=512), launch=in_pieces) as server:
+        body = {"prompt": [5 + n % 200 for n in range(500)], "max_tokens": 1, "echo": True, "logprobs": 5}
+        answers = [server.post("/v1/completions", **body) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert len(answers[0].json()["choices"][0]["logprobs"]["top_logprobs"]) == 501
 
 
 def test_a_killed_model_is_replaced(server):

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bessemer.addons.study.figures import of_run
 from bessemer.addons.study.file import Study
 from bessemer.cli import app
 from bessemer.errors import UserError
+from bessemer.runs.metrics import Metrics
 
 MINI = Path(__file__).parents[2] / "bench" / "mini.toml"
 EVAL = """
@@ -121,6 +123,25 @@ def test_an_arm_that_cannot_run_is_named_before_any_run(folder, old, new, named)
     refused = CliRunner().invoke(app, ["study", str(folder / "study.toml"), "--out", str(folder / "out")])
     assert isinstance(refused.exception, UserError) and named in str(refused.exception)
     assert not (folder / "out").exists()
+
+
+def test_a_metric_that_is_not_finite_at_the_end_is_no_figure(folder):
+    """A run that diverged must not count with what it had before."""
+    run = folder / "run"
+    (run / "02-zero").mkdir(parents=True)
+    values, study = [float("nan"), 3.0, 5.0, float("inf")], Study.load(folder / "study.toml")
+    metrics = Metrics(run / "metrics.jsonl")
+    for step, value in enumerate(values[:3]):
+        metrics.write("zero", step, step, {"rl/length": value})
+    (run / "03-eval").mkdir()
+    (run / "03-eval" / "results.json").write_text(
+        '{"rows": [{"model": "zero", "task": "countdown", "pass_at_1": 0.5}]}'
+    )
+    assert of_run(study, "slow", run)["length"] == 4.0
+    metrics.write("zero", 3, 3, {"rl/length": values[3]})
+    metrics.close()
+    with pytest.raises(UserError, match=r"length of arm slow.*rl/length.*finite"):
+        of_run(study, "slow", run)
 
 
 def test_what_is_fixed_does_not_name_where_the_study_lies_and_follows_the_recipe(folder, tmp_path_factory):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,10 +66,20 @@ def is_text(name: str) -> bool:
     return name.lower().endswith(suffixes())
 
 
+def files_under(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    """The files under a folder whose names are `wanted`, in the order of their paths. UserError names one that is not
+    UTF-8, which no record could hold."""
+    files = sorted(file for file in folder.rglob("*") if wanted(file.name) and file.is_file())
+    for file in files:
+        if str(file).encode("utf-8", "replace").decode() != str(file):
+            raise UserError(f"the name {os.fsencode(file)!r} is not UTF-8; rename the file, for example with convmv")
+    return files
+
+
 def read_files(path: Path, domain: str) -> Iterator[Document]:
     """Documents of a file, or of all such files under a directory in the order of their names."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if is_text(file.name))
+        files = files_under(path, is_text)
         if not files:
             raise UserError(f"{path} contains no {', '.join(suffixes())} file")
         for file in files:

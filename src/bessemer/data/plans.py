@@ -79,7 +79,7 @@ def write_plan(folder: Path, target: Path, name: str, dtype: np.dtype, row_lengt
     pieces, rows = np.empty(len(packed.start_P), PIECE), np.empty(len(packed.end_R), ROW)
     pieces["start"], pieces["length"] = packed.start_P, packed.length_P
     rows["end"], rows["crc"] = packed.end_R, [_crc(tokens, row) for row in packed.rows()]
-    scratch = Path(tempfile.mkdtemp(dir=target, prefix=f".{name}-"))
+    scratch = Path(tempfile.mkdtemp(dir=target, prefix=f".tmp-{name}-"))
     for file, array in zip(plan_files(target, name), (pieces, rows), strict=True):
         np.save(scratch / file.name, array)
         os.replace(scratch / file.name, file)

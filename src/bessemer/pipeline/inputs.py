@@ -66,11 +66,10 @@ def _hashes(name: str) -> dict[str, str]:
     path = places.located(name)
     if path.is_file():
         return {"": fingerprints.sha256(path)}
-    if (path / "config.json").is_file():  # a model
-        files = [file for file in path.iterdir() if not file.name.startswith(".")]
-    else:
-        files = [file for file in path.rglob("*") if documents.is_text(file.name)]
-    files = sorted(file for file in files if file.is_file())
+    files = documents.files_under(path, documents.is_text)
+    if (path / "config.json").is_file():  # a model, or a folder of data that has such a file too
+        top = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
+        files = sorted({*files, *top})
     names = [str(file.relative_to(path)) for file in files]
     return dict(zip(names, fingerprints.sha256_of_all(files), strict=True))
 

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from bessemer.runs.directory import (
     write_done,
     write_stage_record,
 )
-from bessemer.runs.files import explained, read_json, write_atomic, write_json
+from bessemer.runs.files import explained, is_temporary, read_json, write_atomic, write_json
 from bessemer.runs.hooks import hooks
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress, shown
@@ -156,22 +156,21 @@ def _set_aside_stale(plan: list[Planned], rundir: RunDir, metrics: Metrics, prog
             aside = rundir.set_aside(folder, name, metrics)
             progress.say(f"{name}: the recipe no longer has this stage; moved to {aside}")
     for item in plan:
-        if not item.folder.exists() or all(_is_temporary(path) for path in item.folder.iterdir()):
+        if not item.folder.exists() or all(is_temporary(path) for path in item.folder.iterdir()):
             continue
-        if why := item.stale():
-            aside = rundir.set_aside(item.folder, item.name, metrics)
-            progress.say(f"{item.name}: {why}; the old one is moved to {aside}")
+        _set_aside_if_stale(item, rundir, metrics, progress)
 
 
-def _is_temporary(path: Path) -> bool:
-    """A file or folder that `write_atomic` or `reuse` left when killed; under the lock, nothing writes to a stage's."""
-    return ".tmp-" in path.name
+def _set_aside_if_stale(item: Planned, rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:
+    if why := item.stale():
+        aside = rundir.set_aside(item.folder, item.name, metrics)
+        progress.say(f"{item.name}: {why}; the old one is moved to {aside}")
 
 
 def _is_abandoned(path: Path) -> bool:
     """A temporary in the run's folder that no other process is writing, as trackers, `report` and `why` do there."""
     pid = path.name.rpartition(".tmp-")[2]
-    return _is_temporary(path) and not (pid.isdigit() and int(pid) != os.getpid() and alive(int(pid)))
+    return is_temporary(path) and not (pid.isdigit() and int(pid) != os.getpid() and alive(int(pid)))
 
 
 def _run_all(
@@ -201,6 +200,10 @@ def _run_all(
             how = "done"
             if stop:
                 raise Interrupted(_how_to_go_on(recipe, rundir.root, item.name, "before"))
+            # hashed again: a file may have changed since the run began, or while earlier stages ran
+            item = replace(item, files=outside.read_by(item.config))
+            if (item.folder / "state").exists():
+                _set_aside_if_stale(item, rundir, metrics, progress)
             source, report = folders.get(item.config.source or ""), progress.begin(item.name)
             ctx = StageContext(
                 name=item.name, dir=item.folder, inputs={name: folders[name] for name in item.sources},
@@ -277,11 +280,10 @@ def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: R
     root = rundir.root
     with explained(item.folder):
         ctx.dir.mkdir(exist_ok=True)
-        for leftover in [*filter(_is_temporary, ctx.dir.rglob("*")), *filter(_is_abandoned, root.iterdir())]:
+        for leftover in [*filter(is_temporary, ctx.dir.rglob("*")), *filter(_is_abandoned, root.iterdir())]:
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        # hashed again: a file may have changed since the run began, or while earlier stages ran
-        began, files = time.time(), outside.read_by(item.config)
-        write_stage_record(ctx.dir, item.identity, inputs, files, began)
+        began = time.time()
+        write_stage_record(ctx.dir, item.identity, inputs, item.files, began)
         before = read_json(ctx.dir / "wall.json") or {}
         ctx.spent, ctx.cpu_spent = before.get("seconds", 0.0), before.get("cpu_seconds", 0.0)
         if not (ctx.dir / "state").exists():
@@ -298,7 +300,7 @@ def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: R
                 raise Interrupted(_how_to_go_on(ctx.recipe, root, item.name, "in")) from None
         rundir.check()
         pinned = {name: commit for name, commit in outside.read_by(item.config).items() if name.startswith(places.HUB)}
-        write_stage_record(ctx.dir, item.identity, inputs, files | pinned, began)
+        write_stage_record(ctx.dir, item.identity, inputs, item.files | pinned, began)
         checkpoint.settle(ctx.dir / "state")
         record = read_json(ctx.dir / "stage.json")
         assert record is not None

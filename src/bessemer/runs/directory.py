@@ -24,7 +24,7 @@ from bessemer.config.builtin import FORMAT_LINE, RUN_FORMAT, check_run_format
 from bessemer.data.fetch import sha256_of
 from bessemer.data.fingerprints import sha256
 from bessemer.errors import UserError
-from bessemer.runs.files import BACK, explained, read_json, write_atomic, write_json
+from bessemer.runs.files import BACK, explained, is_temporary, read_json, write_atomic, write_json
 from bessemer.runs.metrics import Metrics
 from bessemer.system import claim, sync_folder
 
@@ -54,7 +54,9 @@ class RunDir:
                     f"cannot make the folder {root} ({error.strerror}); choose another one with --out"
                 ) from None
             if not (root / "recipe.toml").exists():
-                other_files = sorted(path.name for path in root.iterdir() if path.name != ".lock")
+                other_files = sorted(
+                    path.name for path in root.iterdir() if path.name != ".lock" and not is_temporary(path)
+                )
                 if other_files:
                     raise UserError(
                         f"{root} is not a run directory and not empty (it holds {', '.join(other_files[:3])}); "
@@ -284,7 +286,8 @@ def outputs(folder: Path) -> list[Path]:
     return sorted(
         path for path in folder.rglob("*")
         if path.is_file() and path.relative_to(folder).parts[0] != "state"
-        and not (path.parent == folder and path.name in _RECORDS) and ".tmp-" not in path.name
+        and not (path.parent == folder and path.name in _RECORDS)
+        and not any(map(is_temporary, (path, *path.relative_to(folder).parents)))
     )  # fmt: skip
 
 

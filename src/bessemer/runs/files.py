@@ -57,6 +57,11 @@ def write_atomic(path: Path, data: str | bytes | Iterator[str] | Iterator[bytes]
     sync_folder(path.parent)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether this is what `write_atomic`, `reuse` or a plan of shards left when killed, if nothing writes there."""
+    return ".tmp-" in path.name
+
+
 def explain(error: BaseException, path: Path) -> UserError | None:
     """The UserError for `error`, or None if it is a bug. The message names `path` if the error names no file."""
     # libraries that write from Rust or C++ (safetensors, torch) raise their own types, with the system's message

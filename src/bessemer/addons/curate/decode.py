@@ -108,7 +108,7 @@ class _Recoded:
         self._text = io.TextIOWrapper(file, "utf-16", newline="\n")
 
     def readline(self, most: int) -> bytes:
-        return self._text.readline(most).encode(UTF8, "surrogatepass")
+        return self._text.readline(most).encode(UTF8)
 
     def close(self) -> None:
         self._text.close()

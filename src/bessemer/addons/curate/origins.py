@@ -16,7 +16,7 @@ from bessemer.addons.curate.settings import Source
 from bessemer.addons.families import data_sets
 from bessemer.config import places
 from bessemer.config.places import located, matching
-from bessemer.data import sources
+from bessemer.data import documents, sources
 from bessemer.errors import UserError
 
 HTML = (".html", ".htm")
@@ -102,7 +102,7 @@ def _unit(source: Source, number: int, pieces: list[SourcePiece], size: int) -> 
 def _files(source: Source) -> tuple[list[Path], int]:
     path = located(source.spec)
     if path.is_dir():
-        every = sorted(file for file in path.rglob("*") if file.is_file())
+        every = documents.files_under(path, lambda _: True)
     elif path.exists():
         every = [path]
     elif any(mark in source.spec for mark in "*?["):

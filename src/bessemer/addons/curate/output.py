@@ -30,6 +30,7 @@ from bessemer.data.plans import plan_files, write_plan
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
+from bessemer.runs.files import is_temporary
 
 NAME = "documents.jsonl.zst"
 BLOCK_CHARS = 1 << 20
@@ -192,7 +193,8 @@ _ITS_OWN = {".lock", REVISIONS, f".{REVISIONS}.lock"}
 
 def check_folder(out: Path, parts: Sequence[str]) -> None:
     """Raises UserError if a build would remove what no build wrote: `publish` replaces folders of these names."""
-    if not out.is_dir() or not (inside := {path.name for path in out.iterdir()} - _ITS_OWN):
+    there = {path.name for path in out.iterdir() if not is_temporary(path)} if out.is_dir() else set()
+    if not (inside := there - _ITS_OWN):
         return
     previous = _previous_parts(out)
     if not previous and not (out / "work" / "read").is_dir():

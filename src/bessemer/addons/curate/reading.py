@@ -72,7 +72,7 @@ def _file(piece: SourcePiece, source: Source) -> Iterator[ReadResult]:
             yield from _txt(piece, source)
         else:
             yield from web.archive(path, source.longest)
-    except (OSError, EOFError, zlib.error, UserError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeError, UserError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # from the system, not from the content
         yield ReadError(BROKEN_FILE, piece.path, str(error))

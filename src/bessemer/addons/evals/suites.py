@@ -219,7 +219,8 @@ def load(evaluation: Evaluation, spec: str, problems: int | None = None) -> tupl
     for position in (n * len(ids) // count for n in range(count)):
         problem = task.problem("test", position)
         ask = _table()["prompt"][problem.language][evaluation.kind]
-        chosen.append(replace(problem, id=ids[position], prompt=f"{problem.prompt}\n\n{ask}".strip()))
+        meta = problem.meta | {"question": problem.prompt}  # which the unit of an answer is looked for in
+        chosen.append(replace(problem, id=ids[position], prompt=f"{problem.prompt}\n\n{ask}".strip(), meta=meta))
     return task, chosen
 
 

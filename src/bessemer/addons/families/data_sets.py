@@ -25,7 +25,16 @@ from bessemer.addons.families.pins import pin
 from bessemer.addons.families.prompts import completed
 from bessemer.config import places
 from bessemer.config.places import HUB
-from bessemer.data.documents import READERS, ByteFile, Document, document, file_errors, hub_address, json_lines
+from bessemer.data.documents import (
+    READERS,
+    ByteFile,
+    Document,
+    document,
+    file_errors,
+    files_under,
+    hub_address,
+    json_lines,
+)
 from bessemer.errors import UserError
 
 __all__ = ["SUFFIXES", "check_hub", "completed", "read", "read_hub"]
@@ -91,7 +100,7 @@ def records(spec: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     path = Path(spec)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if kind(file) in _TABLES)
+        files = files_under(path, lambda name: kind(Path(name)) in _TABLES)
         if not files:
             raise UserError(f"{path} contains no {', '.join(_TABLES)} file")
         for file in files:

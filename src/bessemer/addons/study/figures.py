@@ -67,10 +67,12 @@ def _from_stage(table: FigureTable, run: Path) -> float:
 
 def _of_metric(table: FigureTable, run: Path) -> float:
     lines = (line for line in read_lines(run / "metrics.jsonl") if line.get("stage") == table.stage)
-    values = [line["values"][table.metric] for line in lines if line["values"].get(table.metric) is not None]
+    values = [line["values"][table.metric] for line in lines if table.metric in line["values"]][-table.last :]
     if not values:
         raise UserError(f'stage "{table.stage}" has no metric {table.metric}')
-    return fmean(map(float, values[-table.last :]))
+    if None in values:  # how the metrics write what is not finite
+        raise UserError(f'{table.metric} of stage "{table.stage}" is not finite at its end')
+    return fmean(map(float, values))
 
 
 def _of_rows(table: FigureTable, folder: Path) -> float:

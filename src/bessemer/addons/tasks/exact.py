@@ -75,14 +75,15 @@ class MultipleChoice(FileTask):
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         problem = super().make(split, index, seed, language, phrasing)
-        choices, gold = problem.meta["choices"], problem.meta["gold"]
-        if problem.meta.pop("shuffle", self.shuffle):
+        meta = dict(problem.meta)  # the task keeps its own, for the next call
+        choices, gold = list(meta["choices"]), meta["gold"]
+        if meta.pop("shuffle", self.shuffle):
             right = choices[ascii_uppercase.index(gold)]
             stable_random("choices", problem.prompt).shuffle(choices)
             gold = ascii_uppercase[choices.index(right)]
         lettered = [f"{letter}) {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
         prompt = "\n".join([problem.prompt, "", *lettered, "", _ASK_LETTER[problem.language]])
-        return Problem(problem.id, prompt, problem.language, problem.meta | {"gold": gold})
+        return Problem(problem.id, prompt, problem.language, meta | {"choices": choices, "gold": gold})
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
         choices = dict(zip(ascii_uppercase, problem.meta["choices"], strict=False))

@@ -85,7 +85,7 @@ class Maths(CostlyTask, FileTask):
                     raise UserError(f"{where}: {fault}, or use puzzle:PATH if an answer is text")
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        gold, question = problem.meta["gold"], problem.prompt
+        gold, question = problem.meta["gold"], problem.meta.get("question", problem.prompt)
         if len(answer) > MAX_CHARS:
             return UNPARSABLE, None
         answer = peeled(answer, braces=True)

@@ -115,8 +115,8 @@ class Numeral:
 
 
 def _plainly(text: str) -> str:
-    """The text without the spaces and signs that LaTeX puts into numbers: 1{,}234 and 1,\\!234 are 1,234."""
-    text = text.replace("{,}", ",").replace("\\!", "").replace("\u2212", "-")
+    """The text without the spaces and signs that LaTeX puts into numbers: 1{,}234 and 1,\\! 234 are 1,234."""
+    text = re.sub(r"\\!\s*", "", text.replace("{,}", ",").replace("\u2212", "-"))
     text = re.sub(r"(?<=[0-9])(?:\\[, ]|~)(?=[0-9]{3})", ",", text)
     return text.replace(" ", ",") if re.fullmatch("[+-]?[0-9]{1,3}(?: [0-9]{3})+", text) else text
 

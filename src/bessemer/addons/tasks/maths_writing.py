@@ -34,7 +34,7 @@ _INDEXED = re.compile(r"([A-Za-z])(?:'+|\^-1|\^\\prime|_(?:[0-9]+|[A-Za-z](?![a-
 _PLAINER = tuple(
     (re.compile(old), new)
     for old, new in (
-        (r"\\(?:displaystyle|limits|mathstrut)(?![a-z])|\\[;!]|\\phantom ?\{[^{}]*\}", ""),
+        (r"\\(?:displaystyle|limits|mathstrut)(?![a-z])|\\;|\\!\s*|\\phantom ?\{[^{}]*\}", ""),
         (r"√ ?\(([^()]*)\)", r"\\sqrt{\1}"), (r"√ ?\{", r"\\sqrt{"), (r"√ ?([0-9]+|[a-z])", r"\\sqrt{\1}"),
         (r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"), (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
         ("≤|<=|⩽|\\\\leqslant(?![a-z])", r"\\le "), ("≥|>=|⩾|\\\\geqslant(?![a-z])", r"\\ge "), ("≠|!=", r"\\ne "),
