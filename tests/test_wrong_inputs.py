@@ -103,6 +103,9 @@ run tiny --set zero.lr=100 | key "lr" is 100: expected values of at most 1
 run sft.toml --set sft.lr=100 | key "lr" is 100
 run tiny --set zero.kl.weight=1e9 | key "kl.weight" is 1000000000.0 (a number), expected less than or equal to 100
 run tiny --set zero.temperature=1e9 | key "temperature"
+run tiny --set zero.kl.weight=nan | key "kl.weight" is NaN (a number), expected a finite number
+run tiny --set zero.weight_decay=inf | key "weight_decay" is Infinity (a number), expected a finite number
+run tiny --set model.rope_theta=inf | rope_theta: Input should be a finite number
 run tiny --set pretrain.gamma=5 | key "gamma" is 5
 run tiny --set pretrain.mtp_lambda=1e9 | key "mtp_lambda"
 run | 'RECIPE'; see bessemer run --help

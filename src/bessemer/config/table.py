@@ -58,7 +58,7 @@ class ConfigTable(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True,
-        protected_namespaces=(), validate_default=True,
+        protected_namespaces=(), validate_default=True, allow_inf_nan=False,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ CONTEXT = frozenset({"max_seq_len", "rope_factor", "original_seq_len"})
 class ModelConfig(BaseModel):
     """Sizes and routing rules of one network (V3 4.2). Defaults are DeepSeek-V3's rules, not its sizes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     vocab_size: int
     """Rows of the embedding and of the output head."""
