@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from bessemer.addons.study.figures import of_run
 from bessemer.addons.study.file import Study
 from bessemer.cli import app
+from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.runs.metrics import Metrics
 
@@ -117,28 +119,51 @@ def test_real_runs_share_a_base_and_go_on_after_a_stop(folder):
     ('["zero.lr=1e-4"]', '["base.tokens=30000"]', "base"), ('shared = "base"', 'shared = "bass"', "base"),
     ('stage = "eval"', 'stage = "evil"', "evil"), ('["zero.lr=1e-4"]', '["zero.lrr=1e-4"]', "lr"),
     ('["zero.lr=1e-4"]', '["zero.tasks=[\\"cuontdown\\"]"]', "countdown"),
+    ('task = "countdown"', 'task = "countdown:3"', "accuracy.*countdown:3.*its tasks: countdown"),
 ])  # fmt: skip
 def test_an_arm_that_cannot_run_is_named_before_any_run(folder, old, new, named):
     (folder / "study.toml").write_text(STUDY.replace(old, new, 1))
     refused = CliRunner().invoke(app, ["study", str(folder / "study.toml"), "--out", str(folder / "out")])
-    assert isinstance(refused.exception, UserError) and named in str(refused.exception)
+    assert isinstance(refused.exception, UserError) and re.search(named, str(refused.exception))
     assert not (folder / "out").exists()
+
+
+def test_a_task_of_ones_own_that_names_itself(folder):
+    """Its rows have its name, and the figure the recipe's FILE.py:CLASS."""
+    (folder / "own.py").write_text(
+        "from bessemer.tasks.countdown import Countdown\n\n\nclass Own(Countdown):\n"
+        "    def __init__(self, **settings):\n        super().__init__(**settings)\n        self.name = 'mine'\n"
+    )
+    recipe = folder / "recipe.toml"
+    recipe.write_text(
+        recipe.read_text().replace('tasks = ["countdown"]\nproblems = 4', 'tasks = ["own.py:Own"]\nproblems = 4')
+    )
+    (folder / "study.toml").write_text(STUDY.replace('task = "countdown"', 'task = "own.py:Own"'))
+    study, run = Study.load(folder / "study.toml"), folder / "run"
+    made_run(run, study.recipe("slow", 1), "mine")
+    assert of_run(study, "slow", run)["accuracy"] == 0.5
+
+
+def made_run(run: Path, recipe: Recipe, task: str) -> None:
+    """A run that has ended, as far as its figures are read: `task` is the name in the rows of its evaluation."""
+    for stage in ("02-zero", "03-eval"):
+        (run / stage).mkdir(parents=True)
+    (run / "recipe.toml").write_text(recipe.to_toml())
+    row = {"model": "zero", "task": task, "pass_at_1": 0.5}
+    (run / "03-eval" / "results.json").write_text(json.dumps({"rows": [row]}))
+    metrics = Metrics(run / "metrics.jsonl")
+    for step, length in enumerate((float("nan"), 3.0, 5.0)):
+        metrics.write("zero", step, step, {"rl/length": length})
+    metrics.close()
 
 
 def test_a_metric_that_is_not_finite_at_the_end_is_no_figure(folder):
     """A run that diverged must not count with what it had before."""
-    run = folder / "run"
-    (run / "02-zero").mkdir(parents=True)
-    values, study = [float("nan"), 3.0, 5.0, float("inf")], Study.load(folder / "study.toml")
-    metrics = Metrics(run / "metrics.jsonl")
-    for step, value in enumerate(values[:3]):
-        metrics.write("zero", step, step, {"rl/length": value})
-    (run / "03-eval").mkdir()
-    (run / "03-eval" / "results.json").write_text(
-        '{"rows": [{"model": "zero", "task": "countdown", "pass_at_1": 0.5}]}'
-    )
+    study, run = Study.load(folder / "study.toml"), folder / "run"
+    made_run(run, study.recipe("slow", 1), "countdown")
     assert of_run(study, "slow", run)["length"] == 4.0
-    metrics.write("zero", 3, 3, {"rl/length": values[3]})
+    metrics = Metrics(run / "metrics.jsonl")
+    metrics.write("zero", 3, 3, {"rl/length": float("inf")})
     metrics.close()
     with pytest.raises(UserError, match=r"length of arm slow.*rl/length.*finite"):
         of_run(study, "slow", run)

@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bessemer.addons.study.file import FIGURES, FigureTable, Study
+from bessemer.addons.study.file import FIGURES, FigureTable, Study, listed_as
+from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import read_json
@@ -62,7 +63,7 @@ def _from_stage(table: FigureTable, run: Path) -> float:
     folder = next((path for _, name, path in stage_folders(run) if name == table.stage), None)
     if folder is None:
         raise UserError(f'the run has no stage "{table.stage}"')
-    return _of_metric(table, run) if table.metric else _of_rows(table, folder)
+    return _of_metric(table, run) if table.metric else _of_rows(table, run, folder)
 
 
 def _of_metric(table: FigureTable, run: Path) -> float:
@@ -75,18 +76,21 @@ def _of_metric(table: FigureTable, run: Path) -> float:
     return fmean(map(float, values))
 
 
-def _of_rows(table: FigureTable, folder: Path) -> float:
+def _of_rows(table: FigureTable, run: Path, folder: Path) -> float:
     rows = (read_json(folder / "results.json") or {}).get("rows", [])
     wanted = {key: value for key in ("model", "task", "language") if (value := getattr(table, key)) is not None}
-    values = [row[table.value] for row in rows if _matches(row, wanted) and row.get(table.value) is not None]
+    allowed = {key: {value} for key, value in wanted.items()}
+    if table.task is not None and table.stage is not None:
+        allowed["task"] = listed_as(Recipe.load(run / "recipe.toml"), table.stage, table.task)
+    values = [row[table.value] for row in rows if _matches(row, allowed) and row.get(table.value) is not None]
     if not values:
         there = ", ".join(sorted({f"{row.get('model')} on {row.get('task')}" for row in rows})) or "nothing"
         raise UserError(f'stage "{table.stage}" has no {table.value} of {wanted}; it evaluated {there}')
     return fmean(values)
 
 
-def _matches(row: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
-    return all(row.get(key) == value or str(row.get(key)).endswith(f"/{value}") for key, value in wanted.items())
+def _matches(row: Mapping[str, Any], allowed: Mapping[str, set[str]]) -> bool:
+    return all(row.get(key) in values for key, values in allowed.items())
 
 
 def differences(

@@ -30,6 +30,7 @@ from bessemer.config.table import ConfigTable, Seed, StageConfig, nearest, valid
 from bessemer.errors import UserError
 from bessemer.pipeline import inputs
 from bessemer.runs.directory import digest
+from bessemer.tasks import get
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 FIGURES = "figures.json"
@@ -261,9 +262,14 @@ class Study:
                         "stage as shared, or leave shared out"
                     )
             for asked in {side.figure for rule in self.comparisons for side in self.sides(rule) if side.arm == name}:
+                figure = table.figure[asked]
                 if not self._has(asked, recipe.names()):
-                    stage = table.figure[asked].stage
-                    raise UserError(f'{self.path}: figure {asked}: arm {name} has no stage "{stage}"')
+                    raise UserError(f'{self.path}: figure {asked}: arm {name} has no stage "{figure.stage}"')
+                if figure.stage and figure.task and not listed_as(recipe, figure.stage, figure.task):
+                    raise UserError(
+                        f'{self.path}: figure {asked}: stage "{figure.stage}" of arm {name} does not evaluate on '
+                        f"{figure.task}; its tasks: {', '.join(_tasks(recipe, figure.stage)) or 'none'}"
+                    )
 
     def _check_figure(self, name: str, figure: FigureTable) -> None:
         others = list(self.table.figure)
@@ -285,3 +291,19 @@ class Study:
                 f'{self.path}: rule "{rule.name}": expected = {rule.expected:g} would not satisfy {rule.side} '
                 f"{rule.by:g}; state the difference that the rule is there to show"
             )
+
+
+def listed_as(recipe: Recipe, stage: str, task: str) -> set[str]:
+    """The names under which an evaluation lists the task of a figure. One of the user's own may name itself, so that
+    its rows have another name than the recipe's FILE.py:CLASS."""
+    with places.of_recipe(recipe.folder):
+        named = {name: {name, get(name).name} for name in _tasks(recipe, stage)}
+    return {name for names in named.values() for name in names if any(_is(task, other) for other in names)}
+
+
+def _tasks(recipe: Recipe, stage: str) -> list[str]:
+    return getattr(recipe.stage(stage), "tasks", [])
+
+
+def _is(asked: str, name: str) -> bool:
+    return name == asked or name.endswith(f"/{asked}")
