@@ -106,6 +106,13 @@ def test_bad_values_are_named(server, path, body, param, code):
     assert (error["param"], error["code"]) == (param, code), error
 
 
+def test_a_schema_that_no_finite_value_fits_is_refused(server):
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"$ref": "#"}}}
+    answer = server.post(CHAT, messages=USER, response_format=form)
+    assert answer.status_code == 400 and "cannot be enforced" in error_of(answer)["message"]
+    assert server.post(CHAT, messages=USER, max_tokens=2).status_code == 200
+
+
 def test_unsupported_fields_at_their_defaults_are_no_error(server):
     defaults = {"functions": [], "function_call": "none", "modalities": ["text"], "audio": None}
     assert server.chat(max_tokens=1, **defaults).status_code == 200

@@ -102,8 +102,11 @@ class Grammars:
             self._vocabulary = guidance.LLTokenizer(wrapped, eos_token=list(self.tokenizer.stop_ids) or None)
             self._closers = _closers(self.tokenizer)
         matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0)
-        if matcher.is_error():
-            raise UserError(f"the grammar cannot be used: {_short(matcher.get_error())}")
+        first = matcher.deep_copy()
+        if not matcher.is_error():  # a schema that no finite value fits fails only at a token
+            first.compute_bitmask()
+        if first.is_error():
+            raise UserError(f"the grammar of the answer cannot be enforced: {_short(first.get_error())}")
         return matcher
 
 
