@@ -109,14 +109,18 @@ def shown(found: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="the study's folder, with at least three finished seeds")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="where to put it; seeds that are there and have no run here stay")
     given = parser.parse_args()
     runs = {
         int(path.parent.name.rpartition("-")[2]): path.parent / "run" for path in given.study.glob("all-*/result.json")
     }
-    if len(runs) < 3:
-        parser.error(f"{given.study} has {len(runs)} finished seeds; run the study first")
-    rows = table([facts_of(runs[seed]) for seed in sorted(runs)])
+    measured = json.loads(given.json.read_text())["seeds"] if given.json and given.json.is_file() else {}
+    for seed, run in runs.items():
+        scores, seconds = facts_of(run)
+        measured[str(seed)] = {"machine": processor(), "pass_at_1": scores, "cpu_seconds": seconds}
+    if len(measured) < 3:
+        parser.error(f"{given.study} has {len(measured)} finished seeds; run the study first")
+    rows = table([(seed["pass_at_1"], seed["cpu_seconds"]) for seed in measured.values()])
     for row in rows:
         print(
             f"{row['task']}, {row['answers']:,} answers: base {row['base']:.1%}, GRPO {row['grpo']:.1%}, "
@@ -125,7 +129,7 @@ def main() -> None:
             f"{row['seconds_ratio']:.2f} of GRPO's {row['grpo_seconds']:.0f} s)"
         )
     if given.json:
-        report = {"machine": processor(), "seeds": sorted(runs), "table": rows}
+        report = {"table": rows, "seeds": {str(seed): measured[str(seed)] for seed in sorted(map(int, measured))}}
         given.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
