@@ -144,6 +144,54 @@ def test_the_measure():
     assert gaps("MLP", a, a * float("nan")).tolist() == [float("inf")] * 2
 
 
+@pytest.mark.parametrize("first", ["faulty", "healthy"])
+def test_what_is_not_finite_never_agrees(models, tmp_path, first):
+    """Whichever side has it: the floor of a faulty reference is not finite either."""
+    faulty = changed(models / "v3", tmp_path / "faulty", {r"layers\.1\.self_attn\.o_proj": one_nan})
+    pair = [("trainer", faulty), ("transformers", models / "v3")]
+    result = drift_run.drift(*(pair if first == "faulty" else pair[::-1]), IDS, "float32")
+    assert result.first is not None and result.first.point == LayerPart(1, "attention")
+    assert result.first.not_finite == len(IDS) and "not finite" in result.sentence()
+    json.dumps(result.facts(), allow_nan=False)
+
+
+def one_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor[0, 0] = float("nan")
+    return tensor
+
+
+def test_a_token_that_is_not_finite_is_counted_alone(models, tmp_path):
+    def broken(tensor):
+        tensor = tensor.clone()
+        tensor[IDS[40]] = float("nan")
+        return tensor
+
+    faulty = changed(models / "v3", tmp_path / "faulty", {"embed_tokens": broken})
+    result = drift_run.drift(("trainer", faulty), ("trainer", models / "v3"), IDS, "float32")
+    assert result.table[0].not_finite == IDS.count(IDS[40]) and result.table[0].at == IDS.index(IDS[40])
+    assert result.table[0].beyond
+
+
+def other_gains(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor + torch.linspace(0, 0.5, len(tensor))
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "gemma3"])
+def test_a_norm_behind_attention_is_part_of_the_residual_stream(tmp_path, kind):
+    """OLMo 2 and Gemma 3 normalise what attention gives, and call that norm what Llama calls another."""
+    made(kind).save_pretrained(tmp_path / "healthy")
+    faulty = changed(tmp_path / "healthy", tmp_path / "faulty", {r"layers\.1\.post_attention_layernorm": other_gains})
+    result = drift_run.drift(("trainer", tmp_path / "healthy"), ("trainer", faulty), IDS[:16], "float32")
+    assert result.first is not None and result.first.point == LayerPart(1, "after attention")
+
+
+def test_parallel_layers_have_no_stream_after_attention(tmp_path):
+    made("gpt-neox").save_pretrained(tmp_path / "model")
+    result = drift_run.drift(("trainer", tmp_path / "model"), ("engine", tmp_path / "model"), IDS, "float32")
+    assert result.first is None and "after attention" not in {line.point.part for line in result.table}
+
+
 def of(*values: float) -> Gaps:
     return Gaps(torch.arange(len(values)), torch.tensor(values, dtype=torch.float64))
 

@@ -22,6 +22,8 @@ KINDS = {
     "gpt2": ("GPT2", GPT2),
     "mixtral": ("Mixtral", {**SHAPE, "num_local_experts": 4}),
     "gemma3": ("Gemma3", GEMMA3),
+    "olmo2": ("Olmo2", SHAPE),
+    "gpt-neox": ("GPTNeoX", {key: value for key, value in SHAPE.items() if key != "num_key_value_heads"}),
     "qwen3-moe": ("Qwen3Moe", {**SHAPE, "head_dim": 32, **EXPERTS}),
 }  # fmt: skip
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}

@@ -71,7 +71,8 @@ class Gaps(NamedTuple):
 
 
 def gaps(part: str, a_ND: Tensor, b_ND: Tensor) -> Tensor:
-    """The gap of every row, [N], float64; NaN counts as infinite. Log-probabilities are [N, 1], experts [N, K]."""
+    """The gap of every row, [N], float64; infinite where a side is not finite. Log-probabilities are [N, 1], experts
+    [N, K]."""
     if part == "router":
         return (a_ND.sort(-1).values != b_ND.sort(-1).values).any(-1).double()
     measured = []
@@ -83,7 +84,8 @@ def gaps(part: str, a_ND: Tensor, b_ND: Tensor) -> Tensor:
         if part in STREAMS:
             a, b = (rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-300) for rows in (a, b))
         length_N = a.norm(dim=-1)
-        measured.append((a - b).norm(dim=-1) / length_N.clamp_min(TINY * length_N.mean()).clamp_min(1e-300))
+        usual = length_N[length_N.isfinite()].mean().nan_to_num()
+        measured.append((a - b).norm(dim=-1) / length_N.clamp_min(TINY * usual).clamp_min(1e-300))
     return torch.cat(measured).nan_to_num(nan=float("inf"))
 
 
@@ -207,10 +209,12 @@ class Row(NamedTuple):
 
     point: LayerPart
     positions: int
+    not_finite: int
+    """Positions at which a side computed NaN or an infinity. `mean` and `most` are those of the others."""
     mean: float
     most: float
     at: int
-    """The position of `most`."""
+    """The position of `most`, or the first that is not finite."""
     floor: float
     """The reference's own gap between the format and the wider one: `QUANTILE` over the positions, at least the
     format's unit; of a router the share of tokens whose experts change."""
@@ -219,22 +223,29 @@ class Row(NamedTuple):
     expected: float
     """The same share of the reference against itself."""
     beyond: bool
-    """Whether rounding does not explain it."""
+    """Whether rounding does not explain it, as it explains nothing that is not finite."""
 
 
 def row(point: LayerPart, seen: Gaps, floor: Gaps, dtype: torch.dtype, moved: int = 0) -> Row:
     """moved: tokens that went to other experts on the way to this point, of a router in earlier layers."""
     n, routed = len(seen.gap_N), point.part == "router"
-    size = float(floor.gap_N.mean()) if routed else max(float(floor.gap_N.quantile(QUANTILE)), UNIT[dtype])
+    finite_N = seen.gap_N.isfinite()
+    rounded_M, known_K = floor.gap_N[floor.gap_N.isfinite()], seen.gap_N[finite_N]
+    if routed:
+        size = float(rounded_M.mean())
+    else:
+        size = max(float(rounded_M.quantile(QUANTILE)) if len(rounded_M) else 0.0, UNIT[dtype])
     bound = 0.5 if routed else FACTOR * size
-    differing, expected = (float((gap_N > bound).double().mean()) for gap_N in (seen.gap_N, floor.gap_N))
+    differing = float((seen.gap_N > bound).double().mean())
+    expected = float((rounded_M > bound).double().mean()) if len(rounded_M) else 0.0
     allowed = FACTOR * expected * n + max(FEW[dtype], SHARE * n) if n > 1 else 0.0
     if moved:
         allowed = allowed + moved if routed else max(allowed, MOVED * n)
-    worst = int(seen.gap_N.argmax())
+    mean, most = (float(known_K.mean()), float(known_K.max())) if len(known_K) else (0.0, 0.0)
+    not_finite, worst = n - len(known_K), int(seen.gap_N.argmax())
     return Row(
-        point, n, float(seen.gap_N.mean()), float(seen.gap_N[worst]), int(seen.position_N[worst]), size, differing,
-        expected, differing * n > allowed,
+        point, n, not_finite, mean, most, int(seen.position_N[worst]), size, differing, expected,
+        not_finite > 0 or differing * n > allowed,
     )  # fmt: skip
 
 

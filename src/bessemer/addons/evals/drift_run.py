@@ -96,10 +96,14 @@ class Drift(NamedTuple):
         a, b = self.between
         last = next((row for row in reversed(self.table) if row.point.part == "log-probs"), None)
         ends = "" if last is None else f"; log-probs differ by up to {last.most:.2g} nats (token {last.at})"
+        if last is not None and last.not_finite:
+            ends = f"; {last.not_finite} of {last.positions} log-probs are not finite"
         if self.first is None:
             return f"{a} and {b} agree: no layer differs by more than rounding in {self.dtype} explains{ends}"
         row = self.first
-        if row.point.part == "router":
+        if row.not_finite:
+            what = f"not finite at {row.not_finite} of {row.positions} positions, in one of the two or both"
+        elif row.point.part == "router":
             what = f"{row.differing:.1%} of the tokens go to other experts, {row.expected:.1%} by rounding"
         else:
             unit = " nats" if row.point.part == "log-probs" else ""
@@ -126,7 +130,8 @@ class Drift(NamedTuple):
         table = Table(title=f"{a} and {b}, {self.ids} ids, {self.dtype}")
         for name in ("layer", "part"):
             table.add_column(name)
-        for name in ("mean", "most", "at", "rounding", "differing", "by rounding"):
+        broken = any(row.not_finite for row in self.table)
+        for name in ("mean", "most", "at", "rounding", "differing", "by rounding", *["not finite"] * broken):
             table.add_column(name, justify="right")
         table.add_column("")
         for row in self._printed(every):
@@ -137,6 +142,7 @@ class Drift(NamedTuple):
             table.add_row(
                 str(row.point.layer) if inside else "", row.point.part, f"{row.mean:.1e}", f"{row.most:.1e}",
                 str(row.at), f"{row.floor:.1e}", f"{row.differing:.1%}", f"{row.expected:.1%}",
+                *[str(row.not_finite or "")] * broken,
                 ("first" if row is self.first else "beyond") if row.beyond else "",
             )  # fmt: skip
         yield table

@@ -40,8 +40,7 @@ Take = Callable[[LayerPart, int, Tensor], None]
 ATTENTION, FEED_FORWARD = ("self_attn", "attn", "attention", "self_attention"), ("mlp", "feed_forward", "moe", "ffn")
 """Names of a decoder layer's two halves in transformers and vLLM."""
 SECOND_NORM = ("post_attention_layernorm", "ln_2")
-"""Names of the norm that reads the residual stream after attention. Where there is a `pre_feedforward_layernorm`, the
-first of these stands before the residual instead."""
+"""Names of the norm that reads the residual stream after attention, in a layer without norms of the MLP's own."""
 
 
 class Side(Protocol):
@@ -162,8 +161,8 @@ def foreign_probes(i: int, layer: nn.Module) -> list[PointProbe]:
         shows(LayerPart(i, "MLP"), child(layer, FEED_FORWARD)),
         shows(LayerPart(i, "residual stream"), layer),
     ]
-    if (norm := second_norm(layer)) is not None:
-        probes.append(reads(LayerPart(i, "after attention"), norm))
+    if (reader := second_reader(layer)) is not None:
+        probes.append(reads(LayerPart(i, "after attention"), reader))
     if (experts := routed_experts(layer)) is not None:
         probes.append(reads(LayerPart(i, "router"), experts, 1))
     return probes
@@ -186,8 +185,15 @@ def decoder_layers(network: nn.Module, n_layers: int) -> list[nn.Module]:
     )
 
 
-def second_norm(layer: nn.Module) -> nn.Module | None:
-    return child(layer, ["pre_feedforward_layernorm", *SECOND_NORM])
+def second_reader(layer: nn.Module) -> nn.Module | None:
+    """The module that reads the residual stream after attention; None where attention and MLP read the same."""
+    if getattr(layer, "use_parallel_residual", False):
+        return None
+    if (norm := child(layer, ["pre_feedforward_layernorm"])) is not None:
+        return norm
+    if child(layer, ["post_feedforward_layernorm"]) is not None:  # OLMo 2: both norms stand before the residual
+        return child(layer, FEED_FORWARD)
+    return child(layer, SECOND_NORM)
 
 
 def routed_experts(layer: nn.Module) -> nn.Module | None:

@@ -30,7 +30,7 @@ from bessemer.addons.evals.drift_sides import (
     decoder_layers,
     points_of,
     routed_experts,
-    second_norm,
+    second_reader,
     shows,
     watching,
 )
@@ -72,7 +72,8 @@ class VLLM:
                 shows(LayerPart(i, "MLP"), child(layer, FEED_FORWARD)),
                 PointProbe(LayerPart(i, "residual stream"), layer, lambda _, output: output[0] + output[1]),
             ]
-            if (norm := second_norm(layer)) is not None:
+            norm = second_reader(layer)
+            if norm is not None and norm is not child(layer, FEED_FORWARD):
                 self.probes.append(PointProbe(LayerPart(i, "after attention"), norm, lambda _, output: output[1]))
         self.probes.append(shows(LayerPart(len(self.layers), "final norm"), self.body.norm))
         routers = ((i, self._router(layer)) for i, layer in enumerate(self.layers))
