@@ -271,6 +271,106 @@ def test_values_that_are_not_finite_are_findings_and_do_no_harm(tmp_path):
         assert all(math.isfinite(value) for _, value in run.findings[0].curves["loss"])
 
 
+def trl_records(path, **changed):
+    """A healthy run of TRL, pretty-printed; `changed`: the log's name -> its value at a step."""
+    log = []
+    for step in range(1, STEPS + 1):
+        healthy = {"reward": 0.3, "reward_std": 0.4, "entropy": 0.6, "kl": 0.01, "grad_norm": 0.3, "loss": 0.01,
+                   "completions/mean_length": 200.0, "step": step}  # fmt: skip
+        log.append(healthy | {name.replace("__", "/"): made(step) for name, made in changed.items()})
+    path.write_text(json.dumps({"global_step": STEPS, "log_history": log}, indent=2))
+
+
+def test_what_was_never_finite_is_a_finding(tmp_path):
+    trl_records(tmp_path / "a.json", grad_norm=lambda step: math.nan, kl=lambda step: math.nan)
+    run = only_run(tmp_path / "a.json")
+    assert [(finding.code, finding.since) for finding in run.findings] == [("not-finite", 3)]
+
+
+def test_nan_weights_explain_answers_without_an_end(tmp_path):
+    broken = {name: (lambda step: math.nan if step >= 50 else 0.3) for name in ("grad_norm", "loss", "entropy")}
+    trl_records(tmp_path / "a.json", **broken, completions__clipped_ratio=lambda step: 1.0 if step >= 51 else 0.2)
+    first, second = only_run(tmp_path / "a.json").findings
+    assert (first.code, second.code) == ("not-finite", "never-ending") and second.follows_from == ["not-finite"]
+
+
+@pytest.mark.parametrize(("pays", "share"), [(1.0, True), (2.0, False)])
+def test_a_reward_of_two_for_a_right_answer_is_no_accuracy(tmp_path, pays, share):
+    right = 0.45
+    trl_records(
+        tmp_path / "a.json",
+        rewards__correctness_reward_func__mean=lambda step: pays * right,
+        rewards__correctness_reward_func__std=lambda step: pays * math.sqrt(right * (1 - right)),
+    )
+    named = only_run(tmp_path / "a.json").named
+    assert ("accuracy" in named.called) is share and ("accuracy" in named.refused) is not share
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_w_and_b_s_own_step_counts_calls_and_not_steps(tmp_path, resumed):
+    """transformers gives W&B no step, so `_step` goes on where a resumed run goes back."""
+    steps = [*range(1, 51), *range(31, 81)] if resumed else [*range(1, 61)]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["_step", "train/reward_std", "train/kl", "train/loss", "train/global_step"])
+        for call, step in enumerate(steps):
+            far = 3.0 if step >= (60 if resumed else 40) or 40 <= call <= 49 else 0.01
+            out.writerow([2 * call, 0.4, far, 0.01, step])
+            out.writerow([2 * call + 1, "", "", 0.01, ""])  # of a call without a step
+    run = only_run(tmp_path / "a.csv")
+    assert run.run.columns.steps == [*range(1, max(steps) + 1)]
+    assert [(finding.code, finding.since) for finding in run.findings] == [("kl-runaway", 62 if resumed else 42)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 4])
+def test_two_processes_write_into_one_log_and_one_is_ahead(tmp_path, ahead):
+    """prime-rl's orchestrator samples for later steps than the trainer trains on."""
+    prime_console(tmp_path / "a.log")
+    lines = (tmp_path / "a.log").read_text().replace("Truncation 2.0%", "Truncation 80.0%").splitlines()
+    orchestrator, trainer = lines[::2], lines[1::2]
+    mixed = orchestrator[:ahead]
+    for n, line in enumerate(trainer):
+        mixed += [*orchestrator[n + ahead : n + ahead + 1], line]
+    (tmp_path / "a.log").write_text("\n".join(mixed))
+    run = only_run(tmp_path / "a.log")
+    assert run.run.columns.steps == [*range(1, STEPS + 1)] and not run.run.notes
+    assert {"never-ending", "entropy-collapse"} <= {finding.code for finding in run.findings}
+
+
+@pytest.mark.parametrize("kind", ["gzip", "cut gzip", "BOM", "UTF-16", "NULs"])
+def test_a_trainer_state_in_other_clothes(tmp_path, kind):
+    trainer_state(tmp_path / "a")
+    text = (tmp_path / "a").read_text()
+    packed = gzip.compress(text.encode())
+    made = {"gzip": packed, "cut gzip": packed[: len(packed) * 4 // 5], "BOM": text.encode("utf-8-sig"),
+            "UTF-16": text.encode("utf-16"), "NULs": text.encode()[:-9] + bytes(9)}  # fmt: skip
+    (tmp_path / "a.json").write_bytes(made[kind])
+    run = only_run(tmp_path / "a.json")
+    assert [finding.code for finding in run.findings] == ["entropy-collapse"]
+    assert run.records == STEPS or kind == "cut gzip"
+
+
+def test_a_table_with_a_byte_order_mark(tmp_path):
+    wandb_panel(tmp_path / "a.csv")
+    text = (tmp_path / "a.csv").read_text()
+    (tmp_path / "a.csv").write_text(text.replace("my run", "grpo - lr 1e-6"), encoding="utf-8-sig")
+    run = only_run(tmp_path / "a.csv")
+    assert [finding.code for finding in run.findings] == ["entropy-collapse"] and not run.run.by_order
+
+
+def test_two_runs_of_one_name_in_trackio(tmp_path):
+    """Logged at the same time, they are told apart by their ids."""
+    with sqlite3.connect(tmp_path / "a.db") as database:
+        database.execute("CREATE TABLE metrics (id INTEGER PRIMARY KEY, run_id TEXT, run_name TEXT, step INT, metrics)")
+        for step in range(1, 61):
+            for key, kl in (("x", 0.01), ("y", 2.0)):
+                values = json.dumps({"kl": kl, "reward": 0.3, "reward_std": 0.4})
+                database.execute("INSERT INTO metrics VALUES (NULL, ?, 'grpo', ?, ?)", (key, step, values))
+    first, second = diagnose(tmp_path / "a.db").runs
+    assert first.records == second.records == 60 and first.run.name != second.run.name
+    assert not first.findings and [finding.code for finding in second.findings] == ["kl-runaway"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
@@ -303,11 +403,23 @@ def test_folders(tmp_path, capsys):
         trainer_state(tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json")
     capsys.readouterr()
     assert main([str(tmp_path / "run")]) == 1 and "checkpoint-100" in capsys.readouterr().out
+    trainer_state(tmp_path / "run" / "trainer_state.json")  # an older run's, of 60 steps
+    assert main([str(tmp_path / "run")]) == 1 and "checkpoint-100" in capsys.readouterr().out
     (tmp_path / "logs").mkdir()
+    for step in range(20):  # as verl saves models beside its log
+        (tmp_path / "logs" / f"global_step_{step}").mkdir()
+        for name in ("config.json", "tokenizer.json", "trainer.json"):
+            (tmp_path / "logs" / f"global_step_{step}" / name).write_text('{"a": 1}')
     verl_console(tmp_path / "logs" / "train.log")
     (tmp_path / "logs" / "notes.txt").write_text("buy milk\n")
     assert main([str(tmp_path / "logs"), "--json"]) == 1
     assert [log["log"].endswith("train.log") for log in json.loads(capsys.readouterr().out)["logs"]] == [True]
+
+
+def test_a_metric_s_name_that_no_log_has_is_said(tmp_path, capsys):
+    trainer_state(tmp_path / "a.json")
+    assert main([str(tmp_path / "a.json"), "--metric", "accuracy=rewards/typo/mean"]) == 2
+    assert "rewards/typo/mean" in capsys.readouterr().err
 
 
 def test_hostile_text_is_neither_run_nor_shown_raw(tmp_path, capsys):

@@ -67,6 +67,9 @@ def run(logs: Sequence[Path], metrics: Sequence[str] = (), as_json: bool = False
                 unread.append(str(error))
         if len(unread) == len(files):
             failures += unread
+    for metric, name in own.items():
+        if made and not any(name in run.run.columns.values for log in made for run in log.runs):
+            failures.append(f"--metric {metric}={name}: no log has a metric of that name")
     if as_json:
         print(json.dumps({"logs": [log.facts() for log in made], "unread": failures}, indent=1, allow_nan=False))
     else:

@@ -3,6 +3,7 @@ could not be judged for want of which metric."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,7 @@ def _finding(code: str, held: Stretch, follows: Sequence[str], named: Named) -> 
     curves: dict[str, list[tuple[int, float]]] = {each: [] for each in dict.fromkeys(needed) if each in named.called}
     for step, values in named.rows():
         for metric, points in curves.items():
-            if (value := values.get(metric)) is not None:
+            if (value := values.get(metric)) is not None and math.isfinite(value):
                 points.append((step, value))
     return Finding(
         code, held.step, held.alarm.message, held.alarm.cause, advice, list(follows),

@@ -9,12 +9,14 @@ A line that is cut, or not understood although it looks like a record, is counte
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
 import math
 import re
 import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +29,20 @@ LONGEST_LINE = 1 << 22
 FILES = 40
 """Files of a folder that are read at most."""
 TEXT = (".jsonl", ".json", ".csv", ".log", ".txt", ".out", ".err", ".md", ".gz")
+SELDOM = (".json", ".txt", ".md")
+"""Of TEXT, those that are rarely logs."""
+OF_MODELS = re.compile(
+    r".*config\.json|.*\.index\.json|(added_|special_)?tokens?(izer|s_map)?\.json|vocab\.(json|txt)|merges\.txt"
+)
+"""Files of a model's folder."""
 DATABASE = (".db", ".sqlite", ".sqlite3")
 CONSOLE = "console/"
 """Before the names in prime-rl's console lines, which have spaces."""
 INSTEAD = {
     ".wandb": "this is W&B's binary run file; export the run's history: wandb.Api().run(PATH).history().to_csv(FILE), "
     "or the panel's menu, Export CSV",
-    "tfevents": "this is TensorBoard's binary file; export the scalars as CSV or JSON from its page",
+    "tfevents": "this is TensorBoard's binary file; export all of its scalars as one table with tbparse: "
+    "tbparse.SummaryReader(FOLDER, pivot=True).scalars.to_csv(FILE, index=False)",
     ".bin": "this is a pickle, which is never opened; trainer_state.json beside it has the log",
     ".pt": "this holds tensors, not a log",
     ".safetensors": "this holds tensors, not a log",
@@ -78,37 +87,43 @@ def sources(path: Path) -> list[Path]:
         raise Unreadable(f"{path}: no such file or folder")
     if state := _trainer_state(path):
         return [state]
-    found = [*_files(path)]
+    found = _files(path)
     if metrics := [file for file in found if file.name == "metrics.jsonl"]:
-        return metrics
+        return metrics[:FILES]
     if not found:
         raise Unreadable(
             f"{path}: no log in this folder (looked for trainer_state.json and files ending in "
             f"{', '.join(TEXT + DATABASE)})"
         )
-    return found
+    return found[:FILES]
 
 
 def _trainer_state(folder: Path) -> Path | None:
-    """The newest trainer_state.json: the folder's own, or that of its latest checkpoint."""
-    if (folder / "trainer_state.json").is_file():
-        return folder / "trainer_state.json"
+    """The newest trainer_state.json: that of the latest checkpoint, or the folder's own if that is as far."""
     numbered = [
         (int(found[1]), path)
         for path in folder.glob("checkpoint-*/trainer_state.json")
         if (found := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
     ]
-    return max(numbered)[1] if numbered else None
+    own = folder / "trainer_state.json"
+    if own.is_file():
+        with own.open("rb") as file:
+            step = re.search(rb'"global_step":\s*(\d{1,15})', file.read(LARGEST_JSON))
+        numbered.append((int(step[1]) if step else -1, own))
+    return max(numbered, key=lambda each: (each[0], each[1] == own))[1] if numbered else None
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    count = 0
-    for path in sorted(folder.rglob("*")):
-        if len(path.relative_to(folder).parts) <= 4 and path.suffix in TEXT + DATABASE and path.is_file():
-            count += 1
-            if count > FILES:
-                return
-            yield path
+def _files(folder: Path) -> list[Path]:
+    """The files that may be logs, the likeliest first: a checkpoint is full of other JSON."""
+    found = [
+        path
+        for path in folder.rglob("*")
+        if len(path.relative_to(folder).parts) <= 4
+        and path.suffix in TEXT + DATABASE
+        and not OF_MODELS.fullmatch(path.name)
+        and path.is_file()
+    ]
+    return sorted(found, key=lambda path: (path.suffix in SELDOM, len(path.parts), path))
 
 
 def read(path: Path, tally: ReadTally) -> Iterator[LogRecord]:
@@ -124,21 +139,45 @@ def read(path: Path, tally: ReadTally) -> Iterator[LogRecord]:
         yield from _trackio(path, tally)
         return
     packed = head.startswith(b"\x1f\x8b")
+    if packed:
+        head, cut = _unpacked(path, 1 << 16)
+        if not head:
+            raise Unreadable(f"{path}: cannot be unpacked or read ({cut or 'the file is empty'})")
+    encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    head = head.decode(encoding, "ignore").rstrip("\0").encode()  # a crash can leave NULs at the end
     for mark, advice in INSTEAD.items():
-        if not packed and (path.suffix == mark or mark in path.name) and _is_binary(head):
+        if (path.suffix == mark or mark in path.name) and _is_binary(head):
             raise Unreadable(f"{path}: {advice}")
-    if not packed and _is_binary(head):
+    if _is_binary(head):
         raise Unreadable(f"{path}: this is a binary file, no log that can be read; give the log as text, JSON or CSV")
-    if not packed and JSON.match(head) and not _is_lines(head) and path.stat().st_size <= LARGEST_JSON:
-        yield from _whole(path, tally)
-        return
+    if JSON.match(head) and not _is_lines(head):
+        data, cut = _unpacked(path, LARGEST_JSON + 1) if packed else (b"", "")
+        if not packed and path.stat().st_size <= LARGEST_JSON:
+            data = path.read_bytes()
+        if data and len(data) <= LARGEST_JSON:
+            tally.notes += [f"the file ends in the middle ({cut})"] * bool(cut)
+            yield from _whole(path, data.decode(encoding, "replace"), tally)
+            return
     try:
-        with (gzip.open if packed else open)(path, "rt", encoding="utf-8", errors="replace", newline=None) as text:
+        with (gzip.open if packed else open)(path, "rt", encoding=encoding, errors="replace", newline=None) as text:
             yield from _text(text, tally)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         if not tally.records:
             raise Unreadable(f"{path}: cannot be unpacked or read ({error})") from None
         tally.notes.append(f"the file ends in the middle ({error})")
+
+
+def _unpacked(path: Path, most: int) -> tuple[bytes, str]:
+    """The first bytes of a gzipped file, and what is wrong with it, if they end before `most`."""
+    parts: list[bytes] = []
+    try:
+        with gzip.open(path) as file:
+            while most > 0 and (part := file.read1(min(most, 1 << 20))):
+                parts.append(part)
+                most -= len(part)
+    except (OSError, EOFError, zlib.error) as error:
+        return b"".join(parts), str(error)
+    return b"".join(parts), ""
 
 
 JSON = re.compile(rb"\s*[{\[]\s*[\"\[{}\]\d-]")
@@ -191,7 +230,8 @@ def _numbers(table: dict[Any, Any]) -> dict[str, float | None]:
     return flat
 
 
-STEPS = ("step", "_step", "global_step", "train/global_step", "trainer/global_step", "training/global_step", "Step")
+STEPS = ("step", "global_step", "train/global_step", "trainer/global_step", "training/global_step", "_step", "Step")
+"""Names of the training step. W&B's `_step` counts calls where the trainer does not set it, as transformers' does."""
 
 
 def _step(table: dict[Any, Any]) -> int | None:
@@ -219,8 +259,7 @@ def of_table(table: dict[Any, Any], run: str = "") -> LogRecord | None:
 # --- whole JSON files -------------------------------------------------------------------------------------------------
 
 
-def _whole(path: Path, tally: ReadTally) -> Iterator[LogRecord]:
-    text = path.read_text("utf-8", errors="replace")
+def _whole(path: Path, text: str, tally: ReadTally) -> Iterator[LogRecord]:
     tally.lines = text.count("\n") + 1
     value = _object(text)
     if value is None:
@@ -367,23 +406,25 @@ def _csv(first: str, file: IO[str], tally: ReadTally) -> Iterator[LogRecord]:
     names = [name.strip() for name in next(csv.reader([first]))]
     at = next((names.index(step) for step in STEPS if step in names), None)
     kept = [
-        (n, *(name.split(" - ", 1) if " - " in name else ("", name)))
+        (n, *(name.rsplit(" - ", 1) if " - " in name else ("", name)))
         for n, name in enumerate(names)
         if n != at and not name.endswith(("__MIN", "__MAX"))
     ]
+    step: float | None = None
     try:
         for row in csv.reader(file):
             tally.lines += 1
             if len(row) != len(names):
                 tally.damaged()
-            step = number(row[at]) if at is not None and at < len(row) else None
+            if at is not None and at < len(row) and (given := number(row[at])) is not None and math.isfinite(given):
+                step = given  # a row without one belongs to the step before
             by_run: dict[str, dict[str, float | None]] = {}
             for n, run, name in kept:
                 if n < len(row) and (value := number(row[n])) is not None:
                     by_run.setdefault(run, {})[name] = value
             for run, values in by_run.items():
                 tally.records += 1
-                yield LogRecord(run, None if step is None or not math.isfinite(step) else int(step), values)
+                yield LogRecord(run, None if step is None else int(step), values)
     except csv.Error as error:
         tally.damaged()
         tally.notes.append(f"the CSV cannot be read beyond line {tally.lines} ({error})")
@@ -395,8 +436,13 @@ def _trackio(path: Path, tally: ReadTally) -> Iterator[LogRecord]:
     try:
         database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         try:
-            rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY run_name, id")
-            for run, step, metrics in rows:
+            columns = [row[1] for row in database.execute("PRAGMA table_info(metrics)")]
+            of_run = "run_name, run_id" if "run_id" in columns else "run_name, run_name"
+            rows = database.execute(f"SELECT {of_run}, step, metrics FROM metrics ORDER BY {of_run}, id")
+            names: dict[tuple[str, str], str] = {}
+            for run, key, step, metrics in rows:
+                same = sum(name == run for name, _ in names)
+                run = names.setdefault((run, key), f"{run} ({same + 1})" if same else str(run))
                 tally.lines += 1
                 table = (
                     _object(metrics) if isinstance(metrics, str | bytes) else None

@@ -4,7 +4,7 @@ A pattern is a metric's name in a log; `*` stands for any part of it, `|` separa
 pattern of a row that occurs in a run is used. A row says what else is true of it:
 
 - `not`: the values are 1 minus what the rule reads (a share of groups *with* contrast).
-- `share`: values outside [0, 1] are no share, so the metric is not used.
+- `share`: values outside [0, 1], or that vary more than values inside can, are no share: the metric is not used.
 - `with NAME`: only in records that also have NAME; verl 0.7 writes a KL of 0 where none is computed.
 - `moves`: only from the first value that is not 0; OpenRLHF writes a KL of 0 where there is no reference.
 
@@ -254,7 +254,13 @@ def every_name(own: dict[str, str]) -> list[re.Pattern[str]]:
     for trainer in TRAINERS.values():
         listed = patterns(trainer, own)
         beside = [_regex(pattern.beside) for pattern in listed if pattern.beside]
-        for regex in [pattern.regex for pattern in listed] + beside + [_regex(name) for name in trainer.known]:
+        spreads = [
+            re.compile(pattern.regex.pattern.removesuffix("/mean") + "/std")
+            for pattern in listed
+            if pattern.share and pattern.regex.pattern.endswith("/mean")
+        ]
+        known = [_regex(name) for name in trainer.known]
+        for regex in [pattern.regex for pattern in listed] + beside + spreads + known:
             made[regex.pattern] = regex
     return [*made.values()]
 

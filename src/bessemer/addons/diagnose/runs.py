@@ -1,13 +1,16 @@
 """Records to runs: which runs a log holds, which trainer wrote it, and the values under the rules' own names.
 
-Consecutive records of a step are one (trainers write a step in several). Where steps go back, the run was resumed, and
-the later values replace the earlier ones; where they go back to the beginning, another run begins.
+Records of a step are one (trainers write a step in several, and some in several processes, of which one is ahead).
+Where a metric's steps go back, the run was resumed, and the later values replace the earlier ones; where they go back
+to the beginning, another run begins.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,26 +22,39 @@ AGAIN = 3
 
 
 class Columns:
-    """A run's values by the trainer's names: float64 columns, NaN for what is missing (`seen` tells apart)."""
+    """A run's values by the trainer's names: float64 columns, NaN for what is missing or null (`null` tells apart), and
+    infinity for what was written and is not finite. A column ends with the last row in which its metric stands."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.values: dict[str, array[float]] = {}
-        self.seen: dict[str, set[int]] = {}
-        """Rows in which a metric stands with a value that is not finite."""
+        self.null: dict[str, set[int]] = {}
+        """Rows in which a metric stands as null."""
 
-    def row(self, step: int) -> None:
-        self.steps.append(step)
+    def row(self, step: int) -> int:
+        """The number of the row of `step`, which is made if there is none."""
+        at = bisect_left(self.steps, step)
+        if at == len(self.steps) or self.steps[at] != step:
+            self.steps.insert(at, step)
+            for column in self.values.values():
+                if at < len(column):
+                    column.insert(at, math.nan)
+            for name, rows in self.null.items():
+                self.null[name] = {row + (row >= at) for row in rows}
+        return at
 
-    def put(self, name: str, value: float | None) -> None:
-        at, column = len(self.steps) - 1, self.values.setdefault(name, array("d"))
-        column.extend([math.nan] * (at - len(column)))
-        if len(column) == at:
-            column.append(math.nan)
-        if value is None or not math.isfinite(value):
-            self.seen.setdefault(name, set()).add(at)
+    def put(self, name: str, at: int, value: float | None) -> None:
+        column = self.values.setdefault(name, array("d"))
+        column.extend([math.nan] * (at + 1 - len(column)))
+        if value is None:
+            self.null.setdefault(name, set()).add(at)
         else:
-            column[at] = value
+            column[at] = value if math.isfinite(value) else math.inf
+
+    def last(self, name: str) -> float:
+        """The last step in which a metric stands; minus infinity for none."""
+        column = self.values.get(name)
+        return self.steps[len(column) - 1] if column else -math.inf
 
     def drop_from(self, step: int) -> int:
         """Forgets the rows at `step` and later; returns how many."""
@@ -47,15 +63,17 @@ class Columns:
         del self.steps[kept:]
         for column in self.values.values():
             del column[kept:]
-        for name, rows in self.seen.items():
-            self.seen[name] = {row for row in rows if row < kept}
+        for name, rows in self.null.items():
+            self.null[name] = {row for row in rows if row < kept}
         return dropped
 
-    def at(self, name: str, row: int) -> tuple[bool, float]:
-        """(whether the metric stands in this row, its value or NaN)."""
+    def at(self, name: str, row: int) -> tuple[bool, float | None]:
+        """(whether the metric stands in this row, its value: infinity if it is not finite, None for null)."""
         column = self.values[name]
         value = column[row] if row < len(column) else math.nan
-        return not math.isnan(value) or row in self.seen.get(name, ()), value
+        if not math.isnan(value):
+            return True, value
+        return row in self.null.get(name, ()), None
 
 
 @dataclass
@@ -89,21 +107,19 @@ def collect(records: Iterable[LogRecord], own: dict[str, str] | None = None) -> 
         step = record.step
         if step is None:
             run.by_order, step = True, steps[-1] + 1 if steps else 1
-        if steps and step < steps[-1]:
+        if any(step < run.columns.last(name) for name in kept):
             if step <= steps[0] + AGAIN and steps[-1] > steps[0] + 2 * AGAIN:
                 run = open_runs[record.run] = LoggedRun(record.run)
                 done.append(run)
             else:
                 dropped = run.columns.drop_from(step)
                 run.notes.append(f"resumed at step {step}: {dropped} earlier records of the same steps are left out")
-        if not run.columns.steps or step != run.columns.steps[-1]:
-            run.columns.row(step)
+        at = run.columns.row(step)
         for name, value in kept.items():
-            run.columns.put(name, value)
-    several = len(done) > 1
+            run.columns.put(name, at, value)
+    several, same = len(done) > 1, Counter(run.name for run in done)
     for number, run in enumerate(done, 1):
-        same = sum(other.name == run.name for other in done)
-        if several and (not run.name or same > 1):
+        if several and (not run.name or same[run.name] > 1):
             run.name = f"{run.name} run {number}".strip()
     return done
 
@@ -141,7 +157,7 @@ class Named:
         return TRAINERS.get(self.key or "")
 
     def rows(self) -> Iterator[tuple[int, dict[str, float | None]]]:
-        """(step, values) of every record; None where a value stands that is no finite number."""
+        """(step, values) of every record; NaN where a value is not finite, None where it is null."""
         columns = self.run.columns
         moved: set[str] = set()
         for row, step in enumerate(columns.steps):
@@ -157,13 +173,31 @@ class Named:
                     if not value:
                         continue
                     moved.add(metric)
-                values[metric] = None if math.isnan(value) else 1 - value if pattern.inverted else value
+                if value is not None:
+                    value = math.nan if math.isinf(value) else 1 - value if pattern.inverted else value
+                values[metric] = value
             if values:
                 yield step, values
 
     def _beside(self, name: str, row: int) -> bool:
         columns = self.run.columns
         return any(each in columns.values and columns.at(each, row)[0] for each in (name, PREFIX + name))
+
+
+WIDE = 1.25
+"""Of values from 0 to 1 with the mean m, the standard deviation is at most sqrt(m (1 - m)), or 1.15 times that as it is
+estimated from four. If a right answer pays 2 it is sqrt(m (2 - m)), at least 1.41 times as large."""
+
+
+def no_share(columns: Columns, name: str) -> str:
+    """Why a metric's values are no shares; empty if they can be."""
+    means = columns.values[name]
+    if any(math.isfinite(value) and not 0 <= value <= 1 for value in means):
+        return "leaves 0 to 1"
+    spreads = columns.values.get(f"{name.removesuffix('/mean')}/std", ())
+    known = [(mean, std) for mean, std in zip(means, spreads, strict=False) if math.isfinite(mean + std) and std > 0]
+    wide = sum(std > WIDE * math.sqrt(mean * (1 - mean)) + 1e-3 for mean, std in known)
+    return "varies more than values from 0 to 1 can" if 2 * wide > len(known) else ""
 
 
 def name(run: LoggedRun, own: dict[str, str] | None = None) -> Named:
@@ -178,9 +212,8 @@ def name(run: LoggedRun, own: dict[str, str] | None = None) -> Named:
             continue
         if len(fits) > 1:
             run.notes.append(f"{pattern.metric}: {fits[0]} is read; {', '.join(fits[1:3])} would fit as well")
-        column = run.columns.values[fits[0]]
-        if pattern.share and any(value < 0 or value > 1 for value in column):
-            named.refused[pattern.metric] = f"{fits[0]} leaves 0 to 1, so it is no share of answers"
+        if pattern.share and (why := no_share(run.columns, fits[0])):
+            named.refused[pattern.metric] = f"{fits[0]} {why}, so it is no share of answers"
             continue
         named.used[pattern.metric], named.called[pattern.metric] = pattern, fits[0]
     if key:
