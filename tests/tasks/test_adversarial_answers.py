@@ -252,6 +252,12 @@ def maths(tmp_path_factory):
     return task
 
 
+@pytest.mark.parametrize("blank", "\t ")
+def test_a_statement_with_nothing_but_blanks(blank):
+    text = f"<think>x</think>\n\nThe answer is \\[{blank * 3900}x"
+    here(get("arithmetic"), Problem("p", "...", "en", {"value": 7}), text, None)
+
+
 @pytest.mark.parametrize("answer", LOGIC, ids=short)
 def test_logic(answer):
     here(get("logic"), LOGIC_PROBLEM, think(answer), LOGIC[answer])

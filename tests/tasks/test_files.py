@@ -232,7 +232,12 @@ def test_lines_of_gpqa_are_always_shuffled(file):
         (24, "twenty-four", "unparsable"),
         (1.5, "9" * 400, "wrong-value"),
         (True, "true", "correct"),
+        (True, "True", "correct"),
         (True, "1", "wrong-value"),
+        (1024, "1,024", "correct"),
+        (1024, "10,24", "unparsable"),
+        ({"a": 1}, "```json" + "\n" * 20_000 + "{}", "unparsable"),  # a cubic pattern would take hours
+        ({"a": 1}, '```\n{"a": 1}\n\n```', "correct"),
         ([1, "b"], '```json\n[1, "b"]\n```', "correct"),
         ([1, "b"], '["b", 1]', "wrong-value"),
         ({"a": 1, "b": [2]}, '{"b": [2], "a": 1}', "correct"),

@@ -1,5 +1,6 @@
 """reasoning-gym as tasks: right answers pay, partial ones and those of other problems do not, splits are disjoint."""
 
+import json
 import os
 import re
 import subprocess
@@ -145,6 +146,23 @@ def test_parts_do_not_pay(name, part):
     answer = part(problem.meta["answer"])
     assert answer != problem.meta["answer"]
     assert reason(task, problem, answer) in ("wrong-value", "unparsable")
+
+
+def test_what_the_library_rounds_or_adds_up_does_not_pay():
+    """puzzle24 cuts 24.1 down to 24, spell_backward's ninths add up to more than 1, and game_of_life compares the cells
+    that both grids have."""
+    twenty_four = {"answer": "8*9/(3*1)", "metadata": {"numbers": [8, 9, 3, 1]}}
+    assert not allows("puzzle24", "8 * 3 + 1 / 9", twenty_four) and allows("puzzle24", "8*9/(3*1)", twenty_four)
+    spelling, life = get("gym:spell_backward"), get("gym:game_of_life")
+    for n in range(40):
+        problem = spelling.problem("train", n)
+        assert reason(spelling, problem, f"{problem.meta['answer']}zq") == "wrong-value"
+    problem = life.problem("train", 0)
+    grid = json.loads(problem.meta["answer"])
+    wider = [[*row, 0] for row in grid]
+    for other in (wider, [*wider, wider[0]]):
+        assert reason(life, problem, json.dumps(other)) == "wrong-value"
+    assert reason(life, problem, json.dumps(grid)) == "correct"
 
 
 @pytest.mark.parametrize(("gold", "answer"), [("50 days", "{} banana"), ("50 days", "50 hours"), ("00:47", "-{}")])

@@ -378,6 +378,23 @@ def test_values_of_every_kind_there_and_back():
     assert judge("def f(*x): return x", "f", [([1, [2]], [1, [2]])], seconds=5).correct
 
 
+def test_long_values_there_and_back():
+    """As contests have them: a hundred thousand numbers to give back, as many edges to read, in the usual memory."""
+    count = 100_000
+    assert judge("def f(n): return list(range(n))", "f", [([count], list(range(count)))], seconds=9).correct
+    edges = [[i, i + 1] for i in range(count)]
+    assert judge("def f(a, *rest): return [len(a), *rest]", "f", [([edges, 1.5], [count, 1.5])], seconds=9).correct
+    assert judge("def f(a): return len(a)", "f", [([[edges[0]] * count, (1,)][:1], count)], seconds=9).correct
+    talk = "def f(n):\n    print('x' * 2000)\n    return n"
+    assert judge(talk, "f", [([n], n) for n in range(100)], seconds=9).correct  # 2 KB a test
+
+
+def test_integer_keys_are_the_text_that_json_makes_of_them():
+    count = "def f(a):\n    return {n: a.count(n) for n in a}"
+    assert judge(count, "f", [([[1, 1, 2]], {"1": 2, "2": 1})], seconds=5).correct
+    assert judge("def f(): return {True: 1}", "f", [([], {"True": 1})], seconds=5).reason == "error"
+
+
 @pytest.mark.parametrize(
     ("expected", "actual", "equal"),
     [(1, 1, True), (1, 1.0, True), (1, True, False), (True, 1, False), (0, False, False), (None, None, True),

@@ -26,7 +26,8 @@ MAX_CHARS = 4000
 SHUFFLE = "@shuffle"
 _ASK_LETTER = {"en": "Answer with the letter of one choice.", "zh": "请用一个选项的字母作答。"}
 _ASK_JSON = {"en": "Give the answer as JSON.", "zh": "请以JSON格式作答。"}
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?(.*)```", re.DOTALL)
+_WITH_COMMAS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 
 
 class MultipleChoice(FileTask):
@@ -115,13 +116,18 @@ class Puzzle(FileTask):
         return Problem(problem.id, prompt, problem.language, problem.meta)
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        gold, fence = problem.meta["gold"], _FENCE.fullmatch(answer.strip())
-        text = fence[1] if fence else peeled(answer)
+        gold, answer = problem.meta["gold"], answer.strip()
+        fence = _FENCE.fullmatch(answer) if len(answer) <= 2 * MAX_CHARS else None
+        text = fence[1].strip() if fence else peeled(answer)
         if not text or len(text) > MAX_CHARS:
             return UNPARSABLE, None
         if isinstance(gold, str):
             text = " ".join(text.split())
             return CORRECT if text == " ".join(peeled(gold).split()) else WRONG_VALUE, text
+        if isinstance(gold, bool):
+            text = text.lower()
+        elif isinstance(gold, int | float) and _WITH_COMMAS.fullmatch(text):
+            text = text.replace(",", "")
         try:
             value = json.loads(text)
             return CORRECT if same(gold, value) else WRONG_VALUE, json.dumps(value, sort_keys=True)

@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from bessemer.addons.tasks.referee import TIMEOUT, RefereeFault, ask, guard_sympy
+from bessemer.addons.tasks.tools import calculate
 from bessemer.addons.tasks.verifiers import CostlyTask
 from bessemer.errors import UserError
 from bessemer.tasks.base import (
@@ -258,8 +259,21 @@ def _item(dataset: str, level: int, configured: str, seed: int) -> tuple[dict[st
 
 
 def _own_numbers(answer: str, item: dict[str, Any]) -> bool:
-    """puzzle24 takes any four numbers that make 24."""
-    return Counter(map(int, re.findall("[0-9]{1,6}", answer))) == Counter(item["metadata"]["numbers"])
+    """puzzle24 takes any four numbers, and what they make is cut down to 24."""
+    if Counter(map(int, re.findall("[0-9]{1,6}", answer))) != Counter(item["metadata"]["numbers"]):
+        return False
+    try:
+        return calculate(answer) == "24"
+    except ValueError:
+        return False
+
+
+def _same_grid(answer: str, item: dict[str, Any]) -> bool:
+    """game_of_life compares the cells that both grids have."""
+    try:
+        return bool(json.loads(answer) == json.loads(item["answer"]))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _near(answer: str, item: dict[str, Any]) -> bool:
@@ -284,11 +298,13 @@ def _only(pattern: str) -> ScoreRule:
 
 RULES: dict[str, ScoreRule] = {
     "coin_flip": _near,
+    "game_of_life": _same_grid,
     "game_of_life_halting": lambda answer, item: answer.lower() == item["answer"].lower(),  # it takes any answer
     "gsm_symbolic": _only(r"-?\$?[0-9][0-9,]{0,15}(?:\.[0-9]{1,15})?"),
     "kakurasu": _only("[01 \n]{1,500}"),
     "number_sorting": _same_numbers,
     "puzzle24": _own_numbers,
+    "spell_backward": lambda answer, item: answer.strip().lower() == item["answer"].lower(),  # it takes a longer word
     "sokoban": _only("[UDLRudlr \n]{1,500}"),
     "survo": _only("[0-9 \n]{1,500}"),
 }

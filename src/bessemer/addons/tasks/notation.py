@@ -47,7 +47,7 @@ _LATEX = frozenset(_COMMAND_NAMES.split())
 _QUOTED = re.compile(r"'[^'\n]{0,30}'|\"[^\"\n]{0,30}\"")
 _KEYWORDS = frozenset(["and", "else", "for", "if", "in", "is", "lambda", "not", "or"])
 _HAN_OR_WORD = re.compile("[A-Za-z]{2,}|[\u3400-\u4dbf\u4e00-\u9fff]")
-_FOUR_WORDS = re.compile("(?:[A-Za-z]{2,}[,.]? +){3,}[A-Za-z]{2,}")
+_FOUR_WORDS = re.compile("(?<![A-Za-z])(?:[A-Za-z]{2,}+[,.]? ++){3,}[A-Za-z]{2,}+")
 
 
 def without_notation(text: str) -> str:

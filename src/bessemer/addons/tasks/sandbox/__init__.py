@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -31,6 +32,8 @@ ELSEWHERE = (
 SOURCE_LIMIT = 100_000
 INPUT_LIMIT = 1 << 25
 """Maximum characters of a test's input."""
+LONG_LINE = 4096
+"""Characters of arguments above which they are sent as JSON."""
 TOTAL_SECONDS = 60.0
 """Time limit of a program over all its tests, if that is more than ten times the limit of one test."""
 OK, ERROR, TIMEOUT, MEMORY, OUTPUT = "ok", "error", "timeout", "memory", "output"
@@ -114,6 +117,7 @@ def judge(
         raise ValueError("judging takes the name of a function and at least one test")
     start = time.monotonic()
     bounds = _bounds(seconds, memory_mb, 64, per_test)
+    bounds = replace(bounds, output=bounds.output + 2 * max(len(repr(expected)) for _, expected in tests))
     with opened(resolve_level(isolation), bounds, "once", imports) as process:
         data, passed = _bytes(source), 0
         process.send(b"call %s %d\n" % (function.encode(), len(data)) + data)
@@ -123,9 +127,11 @@ def judge(
                 if reason != CORRECT:
                     break
                 process.restart_clock()
-                process.send(repr(tuple(arguments)).encode() + b"\n")
+                process.send(_literal(arguments) + b"\n")
                 reason, detail = _read_verdict(process, expected)
-                passed += reason == CORRECT
+                if reason == CORRECT:
+                    process.take_output()  # what it prints is bounded test by test
+                    passed += 1
         except LimitExceeded as exceeded:
             reason, detail = str(exceeded), ""
     return Judgement(reason, passed, detail, time.monotonic() - start)
@@ -164,6 +170,18 @@ def judge_program(
         except LimitExceeded as exceeded:
             reason, detail = str(exceeded), ""
     return Judgement(reason, passed, detail, time.monotonic() - start)
+
+
+def _literal(arguments: Sequence[Any]) -> bytes:
+    """A line of arguments: a Python literal, or JSON if it is long and says the same, since Python's parser takes a
+    hundred times the memory."""
+    text = repr(tuple(arguments))
+    if len(text) > LONG_LINE:
+        with suppress(TypeError, ValueError):
+            line = json.dumps(arguments := list(arguments))
+            if repr(json.loads(line)) == repr(arguments):
+                return b"json " + line.encode()
+    return text.encode()
 
 
 def _run_test(process: SandboxProcess, stdin: bytes, expected: str, tolerance: float) -> tuple[str, str]:

@@ -2,8 +2,9 @@
 
 The trusted side sends `run LENGTH` or `call NAME LENGTH` on a line, then that many bytes of source. `run`
 executes a script: its exit status and output are the result. `call` answers every line of arguments (a Python literal,
-from the trusted side) with one line of JSON: {"value": ...} or {"error": name, "text": ...}. Whatever the program does
-to this process, it can only send lines; the trusted side, which knows the expected values, judges them.
+or "json " and a list, from the trusted side) with one line of JSON: {"value": ...} or {"error": name, "text": ...}.
+Whatever the program does to this process, it can only send lines; the trusted side, which knows the expected values,
+judges them.
 
 In mode `each` the trusted side sends the length of the source, the source, and then for every test the length of its
 input and the input. Process 1 runs each test in a fork of itself that has given up its rights, and passes on what it
@@ -259,11 +260,19 @@ def _call(source: str, name: str, names: dict[str, object], questions, reply: in
     for line in questions:
         try:
             # Looked up for every call, as the program may rebind it; what cannot be called is an error like any other.
-            answer = '{"value": ' + encode(space[name](*eval(line)), 0) + "}"
+            answer = '{"value": ' + encode(space[name](*_arguments(line)), 0) + "}"
         except BaseException as error:
             answer = _error(error)
         _send(reply, answer)
     os._exit(0)
+
+
+def _arguments(line: bytes) -> object:
+    if not line.startswith(b"json "):
+        return eval(line)
+    import json  # late, and only for a long line
+
+    return json.loads(line[5:])
 
 
 def _send(reply: int, text: str) -> None:
@@ -286,7 +295,8 @@ def _error(error: BaseException) -> str:
 
 
 def encode(value: object, depth: int) -> str:
-    """JSON of comparable values: None, bool, int, float, str, lists and tuples alike, dicts with str keys."""
+    """JSON of comparable values: None, bool, int, float, str, lists and tuples alike, dicts whose keys are str, or int,
+    which become str as in JSON."""
     if depth > 50:
         raise ValueError("the answer is nested too deeply")
     if value is None or value is True or value is False:
@@ -299,6 +309,6 @@ def encode(value: object, depth: int) -> str:
         return encode_basestring_ascii(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join([encode(one, depth + 1) for one in value]) + "]"
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return "{" + ", ".join([f"{encode(key, 0)}: {encode(one, depth + 1)}" for key, one in value.items()]) + "}"
+    if isinstance(value, dict) and all(isinstance(key, str) or type(key) is int for key in value):
+        return "{" + ", ".join([f"{encode(str(key), 0)}: {encode(one, depth + 1)}" for key, one in value.items()]) + "}"
     raise TypeError(f"an answer of type {type(value).__name__} cannot be compared")
