@@ -20,6 +20,7 @@ from bessemer.addons.tasks.readable import (
     repeated_lines,
     words,
 )
+from bessemer.tasks.language import consistency
 
 FINE = "<think>I add 2 and 3.\nThat is 5, and 5 is wanted.</think>\nThe answer is <answer>2+3</answer>."
 SENTENCE = "we take the next pair of numbers and see what comes of it now, "
@@ -138,4 +139,5 @@ def test_paragraphs_and_code():
 def test_hostile_text_is_judged_in_linear_time(text):
     began = time.perf_counter()
     readable("<think>" + text, "en")
+    consistency("<think>" + text, "en")
     assert time.perf_counter() - began < 3
