@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.config.recipe import Recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("*", "docs/*", "examples/*", "claims/*", "diagnose/*", "vectors/*", ".github/*", "tests/data/golden/*")
 PAGES = sorted(page for place in PLACES for page in ROOT.glob(f"{place}.md"))
@@ -60,6 +62,18 @@ def test_rl_on_your_model_takes_at_most_six_commands():
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/your-model.md").read_text("utf-8"), re.M | re.S)
     commands = [line for block in blocks for line in block.splitlines()]
     assert commands.index("bessemer run mine.toml") < 6
+
+
+def test_recipes_in_the_pages_are_whole(tmp_path):
+    """Those that a page shows as a file, `# NAME.toml`."""
+    pages = [page for page in PAGES if page.suffix == ".md"]
+    shown = re.compile(r"^```toml\n(# \w+\.toml.*?)^```", re.M | re.S)
+    blocks = [block for page in pages for block in shown.findall(page.read_text("utf-8"))]
+    assert len(blocks) >= 3
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(block, encoding="utf-8")
+        Recipe.load(path)
 
 
 def test_the_readme_is_short_and_both_languages_say_the_same():

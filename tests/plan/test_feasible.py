@@ -52,6 +52,22 @@ def test_local_processes_share_memory(call, tmp_path, monkeypatch):
     assert status == 2 and "for all of them together" in out and "in all about" in out
 
 
+def test_times_and_memory_of_a_dry_run_are_those_of_the_plan(call):
+    """Of a model of another family, and of one GPU, where gradients have no sum over ranks beside them."""
+    _, dry, _ = call("run", "qwen2.5-1.5b-grpo", "--dry-run", "--device", "H100", "--json")
+    _, plan, _ = call("plan", "qwen2.5-1.5b-grpo", "--cluster", "1xH100", "--json")
+    planned = json.loads(plan)
+    seconds = {stage["stage"]: stage["seconds"] * planned["interval"]["likely"] for stage in planned["stages"]}
+    shown = {stage["name"]: stage["seconds"] for stage in json.loads(dry)["stages"] if stage["name"] in seconds}
+    assert shown == pytest.approx(seconds) and seconds["grpo"] < 3600
+    _, dry, _ = call("run", "one-gpu", "--dry-run", "--device", "H100", "--json")
+    _, plan, _ = call("plan", "one-gpu", "--cluster", "1xH100", "--json")
+    (rank,) = json.loads(plan)["memory_gib_per_rank"]
+    assert json.loads(dry)["memory_gib_per_rank"]["0"]["gradients"] == pytest.approx(rank["gradients"])
+    need = stage_memory.of_stages(Recipe.load("one-gpu"), 1, device("H100"))["base"]
+    assert need.bytes["gradients"] / GIB == pytest.approx(rank["gradients"])
+
+
 def test_stage_that_would_take_years_is_a_fault(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = call("run", "tiny", "--set", "pretrain.tokens=1e15", "--dry-run", "--json")

@@ -39,7 +39,9 @@ from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.hf.deepseek import write_config
 from bessemer.model import accounting
+from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import preset
+from bessemer.pipeline.stage import find_kind
 
 V3 = preset("v3")
 SHAPE = ModelShape.of(V3)
@@ -233,7 +235,7 @@ def test_values_are_padded_for_packed_rows_and_without_cudnn():
     cfg = preset("v2-lite")
 
     def kept(cluster, *options):
-        config = plan_config.parse(["precision=bf16 layout.ep=1 layout.pp=1", *options])
+        config = plan_config.parse([f"precision=bf16 layout.ep=1 layout.pp=1 seq={cfg.max_seq_len}", *options])
         planned = plan_config.setup(config, cfg, parse_cluster(cluster))
         assert planned.rows * planned.length == cfg.max_seq_len
         return setup_memory(cfg, planned, schedule("1f1b", 1, 1))[0]["activations"]
@@ -324,12 +326,33 @@ def test_every_stage_of_the_recipes_for_gpus_has_its_hours(call):
     node = json.loads(call(ROOT / "recipes/node.toml", "--cluster", "8xH200", "--json").out)
     assert node["fits"] and node["precision"] == "bf16" and node["sequence_length"] == 4096
     assert not json.loads(call(ROOT / "recipes/node.toml", "--cluster", "8xRTX4090", "--json").out)["fits"]
-    paper = call(ROOT / "recipes/r1-paper.toml", "--cluster", "512xH800").out
+    paper = call(ROOT / "recipes/r1-paper.toml", "--cluster", "2048xH200").out
     assert "not counted: there is no file or directory data/aime_2024.jsonl" in paper and "as if its model" in paper
     student = json.loads(call(ROOT / "recipes/r1-tiny.toml", "--cluster", "1xH100", "--json").out)["stages"]
     hours = {stage["stage"]: stage["gpu_hours"] / 1e6 for stage in student}
     assert hours["student"] / 2 < 0.8 * hours["base"] / 5.6, "a smaller network trains faster"
     assert hours["student-rl"] < 0.8 * hours["dev2"]
+
+
+def test_a_model_is_planned_on_the_rows_of_its_pre_training(call):
+    """V2-Lite's published context is that of its extension, which no eight devices hold at once."""
+    facts = json.loads(call("v2-lite", "--cluster", "8xH100", "--set", "tokens=1T", "--json").out)
+    assert facts["sequence_length"] == 4096 and facts["fits"]
+
+
+def test_long_rows_cost_what_their_flops_are_to_those_of_the_plan(call):
+    facts = json.loads(call(ROOT / "recipes/v3.toml", "--cluster", "2048xH800", "--json").out)
+    hours = {stage["stage"]: stage["gpu_hours"] for stage in facts["stages"]}
+    recipe = Recipe.load(ROOT / "recipes/v3.toml")
+    for name, length in (("extend-32k", 32_768), ("extend-128k", 131_072)):
+        trained = sum(work.trained for work in find_kind(recipe.stage(name).kind)().work(recipe.stage(name), recipe))
+        ratio = flops_per_token(preset("v3"), length).training / flops_per_token(preset("v3"), 4096).training
+        tokens = hours[name] * 3600 * facts["tokens_per_second_per_gpu"]
+        assert tokens == pytest.approx(trained * ratio, rel=0.02), name
+
+
+def test_devices_that_only_sample_are_named(call):
+    assert "4 more devices sample" in call("qwen3-30b-a3b-grpo", "--cluster", "4xH200").out
 
 
 def test_an_imported_network_has_its_own_size(call, tmp_path):
@@ -414,6 +437,8 @@ def test_critic_adds_updates_and_a_value_pass():
         (("v3", "--cluster", "8xH100", "--pp", "4"), "use --set layout.pp=4"),
         (("v3", "--cluster", "8xH100", "--costs", "1,1,1"), "--costs has no effect on a model or recipe"),
         (("v3", "--cluster", "2048xH800", "--set", "batch=64"), "raise batch to at least 128"),
+        (("v3", "--cluster", "2048xH800", "--set", "batch=128"), "raise batch to at least 4,096"),
+        (("r1-paper", "--cluster", "512xH800"), "no layout of 512 H800 can hold this run"),
         (("recipes/none.toml", "--cluster", "8xH100"), "no recipe"),
     ],
 )

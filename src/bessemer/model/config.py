@@ -120,10 +120,15 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "v_head_dim", "qk_nope_head_dim"):
+        sizes = ("vocab_size", "dim", "n_layers", "n_heads", "v_head_dim", "qk_nope_head_dim", "max_seq_len")
+        inner = (
+            ("inter_dim", self.n_dense_layers),
+            ("moe_inter_dim", self.n_layers - self.n_dense_layers + self.n_mtp),
+        )
+        for name in (*sizes, "rope_theta", "norm_eps", *(name for name, layers in inner if layers > 0)):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("kv_lora_rank", "n_kv_heads", "shared_inter_dim"):
+        for name in ("kv_lora_rank", "q_lora_rank", "n_kv_heads", "n_shared_experts", "shared_inter_dim", "init_std"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.n_kv_heads and self.kv_lora_rank:

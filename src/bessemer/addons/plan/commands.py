@@ -145,7 +145,8 @@ def _cost(
     rl_only = recipe is not None and config.tokens is None and any(stage.kind == "rl" for stage in recipe.stages)
     tokens = 0.0 if rl_only else plan_config.tokens_of(config, name)
     result = None
-    if search or (not options.has_layout and devices.size % config.ranks):  # or the layout is for another cluster
+    search = search or bool(not options.has_layout and devices.size % config.ranks)  # the layout is for another cluster
+    if search:
         config = config.for_search(options)
     if search or (not config.has_layout and devices.size > 1):
         result = best_layouts(cfg, config, devices)

@@ -136,10 +136,11 @@ def setup_memory(cfg: ModelConfig, setup: Setup, table: Table) -> list[dict[str,
     """Bytes by kind of every pipeline rank of a run with this schedule."""
     padded = setup.packed or not setup.device.cudnn
     numbers = NumberFormats(moments=setup.moments, fp8=setup.fp8, muon=setup.muon, padded=padded)
-    return memory.per_rank(
+    ranks = memory.per_rank(
         cfg, setup.layout, table, setup.rows, setup.length, numbers, setup.recompute, setup.mtp,
         cuts(setup, table.stages), setup.device.room,
     )  # fmt: skip
+    return [memory.of_process(kinds, setup.layout) for kinds in ranks]
 
 
 def _ramp_hours(setup: Setup, tokens: float, batch: Callable[[float], float]) -> float:

@@ -105,7 +105,7 @@ def dry_run(
     ranks = {}
     for pp in sorted({0, layout.pp // 2, layout.pp - 1}):
         rank = layout.rank(pp, 0, 0)
-        ranks[rank] = computed[pp] | measure(cfg, layout, table, rank, numbers)
+        ranks[rank] = memory.of_process(computed[pp] | measure(cfg, layout, table, rank, numbers), layout)
     return ranks
 
 

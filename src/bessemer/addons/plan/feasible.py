@@ -16,6 +16,7 @@ from bessemer.addons.plan import dry_run, plan_config, stage_memory
 from bessemer.addons.plan.cost import plan_run
 from bessemer.addons.plan.hardware import ClusterSpec, Device
 from bessemer.addons.plan.hardware import device as device_called
+from bessemer.addons.plan.other_plan import plan_other
 from bessemer.addons.plan.pace import Pace
 from bessemer.addons.plan.stage_costs import stage_costs
 from bessemer.cli.common import print_json
@@ -120,6 +121,12 @@ def _measured(recipe: Recipe, stages: list[Examined], ranks: int, say: Callable[
 
 def _planned(recipe: Recipe, stages: list[Examined], cluster: ClusterSpec) -> None:
     """Times on a cluster, as `bessemer plan` has them."""
+    if (model := plan_config.other_model_of(recipe)) is not None:
+        other = plan_other(recipe, model, cluster)
+        times = {time.name: other.interval.middle * time.seconds for time in other.times}
+        for stage in stages:
+            stage.seconds = times.get(stage.name)
+        return
     try:
         settings, cfg, length = plan_config.pretraining(recipe)
         config = plan_config.of_recipe(recipe, settings, length)

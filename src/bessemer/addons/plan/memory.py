@@ -77,6 +77,11 @@ def per_rank(
     return ranks
 
 
+def of_process(kinds: dict[str, int], layout: Layout) -> dict[str, int]:
+    """The bytes of a rank as training has them: a process alone uses no ZeRO, so it keeps no share of a sum."""
+    return kinds | {"gradients": kinds["gradients"] // 2} if layout.world == 1 else kinds
+
+
 def scorer_bytes(cfg: ModelConfig, layout: Layout, number: int) -> list[int]:
     """Bytes of a frozen reward model by pipeline rank: its layers and experts, with a score in place of the head and no
     MTP modules. `number`: bytes of the compute dtype."""

@@ -6,7 +6,7 @@ All ranks are data-parallel, and FSDP2 shards the model over them (on one, nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from bessemer.addons.distributed.mesh import Layout
 from bessemer.addons.plan import record, stage_memory
 from bessemer.addons.plan.cost import amount
-from bessemer.addons.plan.hardware import ClusterSpec
+from bessemer.addons.plan.hardware import GIB, ClusterSpec
 from bessemer.addons.plan.inference import RolloutTime, rollout_time
 from bessemer.addons.plan.other_models import OtherModel, shape_of
 from bessemer.addons.plan.record import TimeFactors
@@ -104,11 +104,17 @@ class OtherPlan:
         return "\n".join(lines)
 
 
-def describe_memory(needs: Iterable[StageMemory], cluster: ClusterSpec) -> list[str]:
+def describe_memory(needs: Collection[StageMemory], cluster: ClusterSpec) -> list[str]:
     """Memory of the stages, as lines of text."""
     room = f"{cluster.device.room / 2**30:.1f} of {cluster.device.memory:.1f} GiB can be filled"
     head = f"memory of the fullest of {cluster.size:,} {cluster.device.name}, GiB; {room}"
-    return [head, *(f"  {line}" for line in stage_memory.table(needs))]
+    sampling: dict[str, list[str]] = {}
+    for need in needs:
+        if need.workers:
+            each = f"{need.workers:,} more devices sample, each with {sum(need.worker_bytes.values()) / GIB:.1f} GiB"
+            sampling.setdefault(each, []).append(need.stage)
+    beside = [f"{', '.join(names)}: {each}; the {cluster.size:,} here train" for each, names in sampling.items()]
+    return [head, *(f"  {line}" for line in stage_memory.table(needs)), *beside]
 
 
 def plan_other(recipe: Recipe, model: OtherModel, cluster: ClusterSpec, run: Path | None = None) -> OtherPlan:

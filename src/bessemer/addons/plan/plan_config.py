@@ -224,7 +224,7 @@ def setup(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec) -> Setup:
 
 def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layout: Layout) -> Setup:
     """The setup of the run in a valid layout; UserError if the batch is too small for it."""
-    length = config.seq or cfg.max_seq_len
+    length = config.seq or (cfg.max_seq_len if cfg.rope_factor == 1.0 else cfg.original_seq_len)
     if layout.cp > 1 and length % (2 * layout.cp):
         raise UserError(split_refusal(length, layout.cp))
     rows, pipelines = config.micro_rows or 1, layout.dp * layout.ep
@@ -236,6 +236,11 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
         )
     rows = min(rows, batch // pipelines)  # as the trainer cuts a step
     name, micro = micro_batches(config.schedule or "auto", layout.pp, batch // (pipelines * rows))
+    if micro < (least := schedules.least(name, layout.pp)) or batch < least * pipelines:
+        raise UserError(
+            f"{name} on {layout.pp} pipeline ranks needs {least} micro-batches or more of each of {pipelines} "
+            f"data-parallel ranks; raise batch to at least {least * pipelines:,}, or set schedule=1f1b"
+        )
     busiest = 1.0
     if config.routing not in (None, "balanced"):
         busiest = imbalance(Path(config.routing), layout.ep, cfg.n_routed_experts)
@@ -276,13 +281,18 @@ def other_model(name: str, options: PlanConfig) -> tuple[Recipe, OtherModel] | N
     if name in PRESETS or options.model or (Path(name).suffix != ".toml" and not _is_recipe(name)):
         return None
     recipe = Recipe.load(name)
+    model = other_model_of(recipe)
+    return None if model is None else (recipe, model)
+
+
+def other_model_of(recipe: Recipe) -> OtherModel | None:
+    """The shape of the model of another family that a recipe imports, if it is known."""
     with places.of_recipe(recipe.folder):
         base, default = _imported(recipe), Recipe.model_fields["model"].get_default(call_default_factory=True)
         if base is None or next(begun(recipe), None) is not None or recipe.model != default:
             return None
         config = lineage.imported_config(recipe, base.name)
-        model = known_model(base.model) if config is None else from_config(config)
-    return None if model is None else (recipe, model)
+        return known_model(base.model) if config is None else from_config(config)
 
 
 def _is_recipe(name: str) -> bool:

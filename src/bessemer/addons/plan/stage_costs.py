@@ -93,11 +93,12 @@ def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None
         return StageCost(stage.name, stage.kind, hours, work)
     # the stage's work, turned from this machine's seconds into tokens of the plan's network
     first = planned(recipe)
-    per_token = estimate_seconds(recipe, first.name, 1.0) if first else training_seconds(recipe, 1.0)
+    length = plan.setup.length
+    per_token = estimate_seconds(recipe, first.name, 1.0, length) if first else training_seconds(recipe, 1.0, length)
     counted = find_kind(stage.kind)().work(stage, recipe)
     tokens = sum(guessed(recipe, replace(work, seconds=0.0, bytes=0)) for work in counted) / per_token
     work = f"as much as {amount(tokens)} tokens of pre-training" if tokens else "not counted: its files are not here"
-    if tokens and training_flops(recipe, stage.name, plan.setup.length) is None:
+    if tokens and training_flops(recipe, stage.name, length) is None:
         work += AS_IF
     waiting = 1.0  # GPUs for one that computes
     if isinstance(stage, OptimizerConfig) and network_of(recipe, stage)[1] is not None:

@@ -332,9 +332,8 @@ def _training(
     ranks = memory.per_rank(cfg, layout, table, rows, length, numbers, recipe.layout.recompute, room=room)
     ranks = [kinds | {"judges": size} for kinds, size in zip(ranks, judges, strict=True)]
     by_kind = ranks[rank] if rank is not None else max(ranks, key=lambda kinds: sum(kinds.values()))
+    by_kind = memory.of_process(by_kind, layout)
     workers = 1 if on_gpu or layout.world > 1 else setup.workers().n
-    if layout.world == 1:  # no share of a sum over ranks beside them
-        by_kind = by_kind | {"gradients": by_kind["gradients"] // 2}
     if (lora := getattr(stage, "lora", None)) is not None:
         adapters, adapted = own_lora.sizes(cfg, lora, stage.name)
         by_kind = by_kind | {

@@ -267,12 +267,12 @@ def _call(source: str, name: str, names: dict[str, object], questions, reply: in
     os._exit(0)
 
 
-def _arguments(line: bytes) -> object:
+def _arguments(line: bytes) -> tuple[object, ...]:
     if not line.startswith(b"json "):
-        return eval(line)
+        return tuple(eval(line))
     import json  # late, and only for a long line
 
-    return json.loads(line[5:])
+    return tuple(json.loads(line[5:]))
 
 
 def _send(reply: int, text: str) -> None:
