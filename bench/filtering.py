@@ -87,8 +87,8 @@ def table(seeds: Sequence[tuple[dict[str, dict[str, float]], dict[str, float]]])
                     ours, theirs = scores[task][grpo], scores[task][stages[rounds - 1][1]]
                     same.append(ours - theirs)
                     timed.append(ours - float(np.interp(seconds[grpo], times, known)))
-                    beyond += seconds[grpo] > times[-1]
-                    ratios.append(times[MEASURED.index(rounds) + 1] / seconds[grpo])
+                    beyond += int(seconds[grpo] > times[-1])
+                    ratios.append(float(times[MEASURED.index(rounds) + 1] / seconds[grpo]))
                 rows.append({
                     "task": place, "answers": answers, "against": way,
                     "base": statistics.fmean(scores[task]["pretrain"] for scores, _ in seeds),
