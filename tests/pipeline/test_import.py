@@ -26,6 +26,7 @@ from bessemer.data.fetch import Package
 from bessemer.errors import UserError
 from bessemer.pipeline import runner
 from bessemer.runs.context import Interrupted
+from bessemer.runs.files import is_temporary
 from bessemer.runs.metrics import StageMetrics
 from bessemer.tasks import get
 from bessemer.train import setup
@@ -239,7 +240,7 @@ def test_what_a_killed_import_leaves_is_deleted_by_the_next_run(tmp_path, monkey
     ctx = SimpleNamespace(state=tmp_path, rewind=lambda step: None)
     with pytest.raises(SystemExit) as at:
         import_model.Import().run(None, ctx)
-    assert at.value.code.parent == tmp_path and runner._is_temporary(at.value.code)
+    assert at.value.code.parent == tmp_path and is_temporary(at.value.code)
 
 
 def test_killed_in_the_middle_of_grpo_it_ends_with_the_same_bits(done, tmp_path):

@@ -43,4 +43,4 @@ def test_the_lists_are_complete():
     graded = (base.CORRECT, base.WRONG_VALUE, base.WRONG_NUMBERS, base.UNPARSABLE, UNFINISHED, ECHO)
     for code in (*graded, TIMEOUT, NO_ANSWER, BAD_TAGS, NO_THINK):
         assert f"| `{code}` |" in PAGE, code
-    assert len(RULES) == 8 and "Eight scorers" in PAGE
+    assert len(RULES) == 10 and "Ten scorers" in PAGE

@@ -29,6 +29,7 @@ from bessemer.errors import UserError
 
 MAX_LAYERS, MAX_EXPERTS = 4096, 65536
 """Upper limits, above any network of the family: larger counts would only exhaust memory with per-item lists."""
+POSITIVE = "vocab_size dim n_layers n_heads v_head_dim qk_nope_head_dim max_seq_len rope_theta norm_eps".split()
 LATER = frozenset({"n_kv_heads", "kv_norm", "shared_inter_dim"})
 """Fields added after version 0.1.0; 0 reproduces its behaviour."""
 CONTEXT = frozenset({"max_seq_len", "rope_factor", "original_seq_len"})
@@ -120,12 +121,7 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        sizes = ("vocab_size", "dim", "n_layers", "n_heads", "v_head_dim", "qk_nope_head_dim", "max_seq_len")
-        inner = (
-            ("inter_dim", self.n_dense_layers),
-            ("moe_inter_dim", self.n_layers - self.n_dense_layers + self.n_mtp),
-        )
-        for name in (*sizes, "rope_theta", "norm_eps", *(name for name, layers in inner if layers > 0)):
+        for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("kv_lora_rank", "q_lora_rank", "n_kv_heads", "n_shared_experts", "shared_inter_dim", "init_std"):
@@ -144,12 +140,16 @@ class ModelConfig(BaseModel):
         for name, most in (("n_layers", MAX_LAYERS), ("n_mtp", MAX_LAYERS), ("n_routed_experts", MAX_EXPERTS)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be between 0 and {most}, not {getattr(self, name)}")
+        if self.inter_dim <= 0 < self.n_dense_layers:
+            raise ValueError(f"inter_dim must be positive, not {self.inter_dim}, with n_dense_layers")
         if not 0 <= self.n_dense_layers <= self.n_layers:
             raise ValueError(f"n_dense_layers {self.n_dense_layers} is not between 0 and n_layers {self.n_layers}")
         if self.rope_factor < 1.0:
             raise ValueError(f"rope_factor must be at least 1, not {self.rope_factor}")
         if self.n_dense_layers == self.n_layers and not self.n_mtp:
             return self
+        if self.moe_inter_dim <= 0:
+            raise ValueError(f"moe_inter_dim must be positive, not {self.moe_inter_dim}")
         experts, groups, limit = self.n_routed_experts, self.n_expert_groups, self.n_limited_groups
         if groups < 1 or experts % groups:
             raise ValueError(f"n_routed_experts {experts} is not a multiple of n_expert_groups {groups}")
