@@ -18,6 +18,10 @@ from typing import Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -29,7 +33,6 @@ from bessemer.errors import UserError
 
 MAX_LAYERS, MAX_EXPERTS = 4096, 65536
 """Upper limits, above any network of the family: larger counts would only exhaust memory with per-item lists."""
-POSITIVE = "vocab_size dim n_layers n_heads v_head_dim qk_nope_head_dim max_seq_len rope_theta norm_eps".split()
 LATER = frozenset({"n_kv_heads", "kv_norm", "shared_inter_dim"})
 """Fields added after version 0.1.0; 0 reproduces its behaviour."""
 CONTEXT = frozenset({"max_seq_len", "rope_factor", "original_seq_len"})
@@ -49,14 +52,14 @@ class ModelConfig(BaseModel):
     """Transformer layers, MTP modules not counted."""
     n_dense_layers: int = 1
     """Leading layers with a dense FFN instead of experts."""
-    inter_dim: int
+    inter_dim: PositiveInt
     """Inner width of a dense FFN."""
-    moe_inter_dim: int
+    moe_inter_dim: PositiveInt
     """Inner width of one expert."""
 
     n_heads: int
     """Attention heads n_h."""
-    q_lora_rank: int = 0
+    q_lora_rank: NonNegativeInt = 0
     """Rank of the query latent d_c'; 0 = no query compression (V2-Lite, Moonlight)."""
     kv_lora_rank: int
     """Rank of the key-value latent d_c; 0 = none: keys and values come from the hidden state itself, for comparison."""
@@ -73,7 +76,7 @@ class ModelConfig(BaseModel):
 
     n_routed_experts: int
     """Routed experts N_r per MoE layer."""
-    n_shared_experts: int = 1
+    n_shared_experts: NonNegativeInt = 1
     """Shared experts N_s, always active, ungated."""
     shared_inter_dim: int = 0
     """Inner width of all shared experts together; 0 = n_shared_experts * moe_inter_dim."""
@@ -95,9 +98,9 @@ class ModelConfig(BaseModel):
     n_mtp: int = 0
     """Multi-token prediction modules D."""
 
-    rope_theta: float = 10000.0
+    rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
-    max_seq_len: int = 4096
+    max_seq_len: PositiveInt = 4096
     """Longest sequence in tokens."""
     rope_factor: float = 1.0
     """YaRN factor s; 1 = plain RoPE, as in the whole short-context stage (V3 4.3)."""
@@ -112,19 +115,19 @@ class ModelConfig(BaseModel):
     mscale_all_dim: float = 1.0
     """YaRN mscale for the softmax scale; 0 = none."""
 
-    norm_eps: float = 1e-6
+    norm_eps: PositiveFloat = 1e-6
     """Epsilon of every RMSNorm."""
-    init_std: float = 0.006
+    init_std: NonNegativeFloat = 0.006
     """Standard deviation of the initial weights (V3 4.2)."""
     tie_embeddings: bool = False
     """Share the embedding and the output head."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        for name in POSITIVE:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "v_head_dim", "qk_nope_head_dim"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("kv_lora_rank", "q_lora_rank", "n_kv_heads", "n_shared_experts", "shared_inter_dim", "init_std"):
+        for name in ("kv_lora_rank", "n_kv_heads", "shared_inter_dim"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.n_kv_heads and self.kv_lora_rank:
@@ -140,16 +143,12 @@ class ModelConfig(BaseModel):
         for name, most in (("n_layers", MAX_LAYERS), ("n_mtp", MAX_LAYERS), ("n_routed_experts", MAX_EXPERTS)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be between 0 and {most}, not {getattr(self, name)}")
-        if self.inter_dim <= 0 < self.n_dense_layers:
-            raise ValueError(f"inter_dim must be positive, not {self.inter_dim}, with n_dense_layers")
         if not 0 <= self.n_dense_layers <= self.n_layers:
             raise ValueError(f"n_dense_layers {self.n_dense_layers} is not between 0 and n_layers {self.n_layers}")
         if self.rope_factor < 1.0:
             raise ValueError(f"rope_factor must be at least 1, not {self.rope_factor}")
         if self.n_dense_layers == self.n_layers and not self.n_mtp:
             return self
-        if self.moe_inter_dim <= 0:
-            raise ValueError(f"moe_inter_dim must be positive, not {self.moe_inter_dim}")
         experts, groups, limit = self.n_routed_experts, self.n_expert_groups, self.n_limited_groups
         if groups < 1 or experts % groups:
             raise ValueError(f"n_routed_experts {experts} is not a multiple of n_expert_groups {groups}")
