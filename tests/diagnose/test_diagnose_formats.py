@@ -338,7 +338,7 @@ def test_two_processes_write_into_one_log_and_one_is_ahead(tmp_path, ahead):
 
 
 @pytest.mark.parametrize("kind", ["gzip", "cut gzip", "BOM", "UTF-16", "NULs"])
-def test_a_trainer_state_in_other_clothes(tmp_path, kind):
+def test_a_trainer_state_in_other_encodings(tmp_path, kind):
     trainer_state(tmp_path / "a")
     text = (tmp_path / "a").read_text()
     packed = gzip.compress(text.encode())
