@@ -168,13 +168,15 @@ _GIVEN = re.compile(
     rf"(?:{_CLOSE}[ \t]*[.):：、．，,]?)*{_CLOSE})\s*(?P<rest>.*)",
     re.DOTALL,
 )
-_REASON = re.compile(r"(?:because|since|as|for|is|which|due|—|-|–|\()")
+_REASON = re.compile(
+    r"(?:because|since|as|for|is(?!n['’]t|(?: \w+ly)? (?:not|incorrect|wrong|false))|which|due|—|-|–|\()"
+)
 _ANOTHER = re.compile(rf"(?:,|or|and|/|&|或|和|与|、|\s)*{_OPEN}[A-Z]{_CLOSE}\s*(?:[.,、，/&]|or\b|and\b|或|和|与|$)")
 
 
 def letter_of(answer: str, texts: dict[str, str]) -> str | None:
     """The letter of an answer that is one: alone, with its choice, or in a sentence. `texts`: the choices by letter."""
-    match = _GIVEN.fullmatch(answer)
+    match = _GIVEN.fullmatch(answer.strip("`"))
     if match is None or (match["letter"].islower() and not match["close"].strip() and match["rest"]):
         stated = {statement[0] for statement in letters(answer)}
         return stated.pop() if len(stated) == 1 else None
