@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import brotli
 import hub_server
 import pyarrow
 import pyarrow.parquet
@@ -55,11 +56,12 @@ def _read(spec: Path, unit: int = 1 << 20, **more) -> tuple[list[str], Counter]:
     )
 
 
-def _warc(path: Path, pages: list[bytes], gzipped: bool) -> Path:
+def _warc(path: Path, pages: list[bytes], gzipped: bool, **headers_more: str) -> Path:
+    more = [(name.replace("_", "-"), value) for name, value in headers_more.items()]
     with path.open("wb") as file:
         writer = WARCWriter(file, gzip=gzipped)
         for number, body in enumerate(pages):
-            headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.1")
+            headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html"), *more], protocol="HTTP/1.1")
             writer.write_record(
                 writer.create_warc_record(
                     f"http://example.org/{number}", "response", payload=io.BytesIO(body), http_headers=headers
@@ -251,6 +253,18 @@ def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
         _read(tmp_path)
 
 
+@pytest.mark.parametrize("text", [
+    "Die Straße führt über die Brücke, und die Bäume blühen schön. ", "Le café près de la forêt est fermé à Noël. ",
+    "El niño pequeño corrió detrás de la cigüeña. ", "狮子断然拒绝了。", "Лиса и ворон жили в одном лесу. ",
+])  # fmt: skip
+def test_utf8_with_a_broken_byte_is_not_guessed_to_be_another_encoding(text):
+    """Katakana and Polish letters came out of French and German pages."""
+    data = (text * 20).encode()
+    cut = next(place for place, byte in enumerate(data) if byte >= 0xC0)
+    assert decode(data[: cut + 1] + b"..." + data) is None
+    assert decode(b'<meta charset="utf-8">' + data[: cut + 1] + b"..." + data, declared=True) is None
+
+
 def test_wrong_charset_declaration_is_ignored():
     page = b'<meta charset="undefined">caf\xe9'  # that codec refuses everything, even bytes of ASCII
     assert decode(page, declared=True) == decode(page)
@@ -288,6 +302,17 @@ def test_truncated_or_altered_files_keep_earlier_documents(tmp_path, name):
     assert sum(faults.values()) or len(actual) < len(complete) or actual != complete
 
 
+def test_a_parquet_file_of_an_unknown_type_is_a_broken_file(tmp_path):
+    """One damaged byte can make a type that nobody has, which pyarrow does not implement."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["One."], "n": pyarrow.array([7], pyarrow.int8())}), path)
+    data, reasons = path.read_bytes(), Counter()
+    for place in range(4, len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 3]) + data[place + 1 :])
+        reasons += _read(path)[1]
+    assert reasons["broken-file"] > 10
+
+
 def test_pages_give_their_main_text(tmp_path):
     text = prose(4, 12)
     _warc(tmp_path / "a.warc.gz", [_page(text).encode(), b"", b"<html></html>", b"x" * 40_000], True)
@@ -299,6 +324,32 @@ def test_pages_give_their_main_text(tmp_path):
     declared = _page("Le café est fermé à cause de la grève. " * 8).replace("<head>", '<head><meta charset="latin-1">')
     (tmp_path / "b.html").write_bytes(declared.encode("latin-1"))
     assert "Le café est fermé" in _read(tmp_path / "b.html")[0][0]
+
+
+def test_pages_are_read_in_the_encoding_of_their_transfer(tmp_path):
+    body = _page(prose(4, 12)).encode()
+    (plain,), _ = _read(_warc(tmp_path / "plain.warc.gz", [body], True))
+    for name, compress in (("gzip", gzip.compress), ("br", brotli.compress)):
+        path = _warc(tmp_path / f"{name}.warc.gz", [compress(body)], True, Content_Encoding=name)
+        assert _read(path) == ([plain], Counter()), name
+    bomb = brotli.compress(bytes(1 << 30), quality=1)
+    path = _warc(tmp_path / "bomb.warc.gz", [bomb, brotli.compress(body)], True, Content_Encoding="br")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert _read(path) == ([plain], {"encoding": 1})
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_an_archive_cut_at_any_byte_keeps_the_pages_before(tmp_path, gzipped):
+    """Also in the middle of a header, which then has no address."""
+    whole = _warc(tmp_path / "whole.warc", [_page(prose(number, 1)).encode() for number in range(2)], gzipped)
+    complete, _ = _read(whole)
+    data = whole.read_bytes()
+    for end in range(len(data) * 2 // 5, len(data), 3):
+        path = tmp_path / "cut.warc"
+        path.write_bytes(data[:end])
+        found, faults = _read(path)
+        assert found == complete[: len(found)] and faults in ({}, {"broken-file": 1}), end
 
 
 def test_plain_texts_of_an_archive_are_complete_or_dropped(tmp_path):

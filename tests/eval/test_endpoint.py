@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -98,6 +99,33 @@ def test_what_was_answered_before_a_failure_is_kept(data, tmp_path, monkeypatch)
         assert len(server.requests) == asked + 3
 
 
+def test_a_refused_question_loses_no_answer_beside_it(data, tmp_path):
+    """Such as one that is too long, or that a filter of the provider refuses."""
+    with serving(lambda question: (400, "too long", {}) if "20" in question else "\\boxed{2}") as server:
+        with pytest.raises(UserError, match="status 400, too long"):
+            evaluated(server, data, tmp_path)
+        assert len((tmp_path / "aime-2024.jsonl").read_text().splitlines()) == 1 + 3
+        assert len(server.requests) == 6, "a refused request is not sent again"
+
+
+def test_a_server_that_is_busy_is_asked_again(data, tmp_path, monkeypatch):
+    """It answers two requests at a time, and six are sent."""
+    monkeypatch.setattr(json_server, "PAUSE", 0.01)
+    under_way, lock = [0], threading.Lock()
+
+    def reply(question):
+        with lock:
+            under_way[0] += 1
+        time.sleep(0.02)
+        with lock:
+            under_way[0] -= 1
+            return "\\boxed{2}" if under_way[0] < 2 else (429, "slow down", {"Retry-After": "0"})
+
+    with serving(reply) as server:
+        assert evaluated(server, data, tmp_path)["rows"][0]["n"] == 2
+        assert len(server.asked) == 6 < len(server.requests)
+
+
 def test_the_server_and_its_model_are_found_before_anything_is_asked(monkeypatch):
     monkeypatch.setattr(json_server, "PAUSE", 0.01)
     with serving(str, models=("one", "two")) as server:
@@ -164,5 +192,7 @@ def test_requests_are_bounded(monkeypatch):
     monkeypatch.setattr(endpoint, "AT_ONCE", 3)
     with serving(lambda question: "x") as server:
         server.delay = 0.02
-        Endpoint(server.url).answers([(f"q{n}", n) for n in range(20)], temperature=1.0, top_p=1.0, max_new_tokens=9)
+        asked = [(f"q{n}", n) for n in range(20)]
+        answers = Endpoint(server.url).answers(asked, temperature=1.0, top_p=1.0, max_new_tokens=9)
+        assert sorted(place for place, _ in answers) == list(range(20))
         assert 1 < server.most <= 3 and len(server.requests) == 20

@@ -1,6 +1,7 @@
 """From bytes to text, and what reading a source yields: texts, and read errors with one of a few reasons.
 
-Decoding tries a byte-order mark, UTF-8, the encoding that a page declares, and then a guess.
+Decoding tries a byte-order mark, UTF-8, the encoding that a page declares, and then a guess, but none for UTF-8 with
+broken bytes, which would be valid in others.
 """
 
 import codecs
@@ -35,12 +36,21 @@ def decode(data: bytes, declared: bool = False) -> tuple[str, str] | None:
         return text
     if declared and (match := _DECLARED.search(data[:4096])) and (text := _checked(data, match[1].decode())):
         return text
+    if _broken_utf8(data[:GUESSED]):
+        return None
     try:
         from charset_normalizer import from_bytes  # slow to import, and rarely needed
     except ImportError:
         raise UserError("text that is not UTF-8 needs charset-normalizer: pip install 'bessemer[data]'") from None
     best = from_bytes(data[:GUESSED], cp_isolation=list(GUESSES)).best()
     return _checked(data, best.encoding) if best else None
+
+
+def _broken_utf8(data: bytes) -> bool:
+    """Whether most of what is not ASCII is valid UTF-8, as text in other encodings hardly ever is."""
+    text = data.decode(UTF8, "replace")
+    broken = text.count("\ufffd")
+    return sum(not char.isascii() for char in text) > 5 * broken
 
 
 def _checked(data: bytes, encoding: str) -> tuple[str, str] | None:

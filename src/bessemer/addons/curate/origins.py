@@ -146,7 +146,11 @@ def _row_groups(
     try:
         facts = pq.ParquetFile(file).metadata
         weights = [facts.row_group(group).total_byte_size for group in range(facts.num_row_groups)]
-    except (OSError, ValueError):  # corrupt: reading reports it, according to the source's `bad` key
+    except (
+        OSError,
+        ValueError,
+        NotImplementedError,
+    ):  # corrupt: reading reports it, according to the source's `bad` key
         yield SourcePiece(str(file), ".parquet", 0, 0, size, changed), max(size, SMALLEST_FILE)
         return
     start = weight = 0

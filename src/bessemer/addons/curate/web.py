@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ from bessemer.errors import UserError
 if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord
 
+MOST_EXPANDED = 1 << 26
+"""Bytes that one block of a compressed body may become."""
 _HTML = re.compile(r"text/html|application/xhtml", re.IGNORECASE)
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([A-Za-z0-9_.:-]+)", re.IGNORECASE)
 
@@ -44,8 +47,10 @@ def archive(path: Path, longest: int) -> Iterator[ReadResult]:
     """The pages of a WARC file, compressed record by record or whole, and the plain texts of a WET file."""
     _require_libraries()
     from warcio.archiveiterator import ArchiveIterator
+    from warcio.bufferedreaders import BufferedReader
     from warcio.exceptions import ArchiveLoadFailed
 
+    BufferedReader.DECOMPRESSORS["br"] = _Brotli  # warcio's own sets an attribute that brotli 1.2 forbids
     # warcio handles gzip itself and must see it record by record; other compressions are undone here
     with path.open("rb") if compression(path) in ("", ".gz") else opened(path) as file:
         records: Iterator[ArcWarcRecord] = iter(ArchiveIterator(file))
@@ -66,7 +71,8 @@ def archive(path: Path, longest: int) -> Iterator[ReadResult]:
                     raise EOFError(
                         f"the record is truncated{f', {remaining:,} bytes are missing' if remaining else ''}"
                     )
-            except (ArchiveLoadFailed, EOFError, ValueError, io.UnsupportedOperation) as error:
+            # AttributeError: a header cut before its URI
+            except (ArchiveLoadFailed, EOFError, ValueError, AttributeError, io.UnsupportedOperation) as error:
                 yield ReadError(BROKEN_FILE, where, str(error))
                 return
             address = record.rec_headers.get_header("WARC-Target-URI")
@@ -80,6 +86,21 @@ def archive(path: Path, longest: int) -> Iterator[ReadResult]:
                 yield _page(body, where, longest, declared[1] if declared else None, address)
         if not number:
             yield ReadError(BROKEN_FILE, str(path), "holds no WARC record")
+
+
+class _Brotli:
+    """The body of a page in brotli, for warcio, which leaves a body as it is if this fails at its beginning."""
+
+    unused_data = b""
+
+    def __init__(self) -> None:
+        self._body = import_module("brotli").Decompressor()
+
+    def decompress(self, data: bytes) -> bytes:
+        text: bytes = self._body.process(data, output_buffer_limit=MOST_EXPANDED)
+        if not self._body.can_accept_more_data():
+            raise ValueError("a few kilobytes expand to a bomb")
+        return text
 
 
 def _is_page(record: ArcWarcRecord) -> bool:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,8 +22,13 @@ from bessemer.errors import UserError
 
 TIMEOUT = 3600.0
 """Seconds for a reply; a long answer behind a full queue takes minutes."""
-RETRIES, PAUSE = 3, 1.0
-"""Further attempts after a lost connection, and seconds before the first; each pause is twice the last."""
+RETRIES, BUSY_RETRIES, PAUSE = 3, 6, 1.0
+"""Further attempts after a lost connection, and after a status that passes; seconds before the first. Each pause is
+twice the last."""
+PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+"""Statuses of a server that is busy or fails for the moment."""
+LONGEST_ASKED = 300.0
+"""The longest Retry-After that is obeyed, in seconds."""
 LARGEST_REPLY = 1 << 28
 
 
@@ -49,13 +56,14 @@ class JSONServer:
         return os.environ.get(self.key_in, "") if self.key_in else ""
 
     def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON of a reply; None if it is empty. A request whose connection is lost is sent again, so it must have
-        the same answer. UserError for everything else."""
+        """The JSON of a reply; None if it is empty. A request whose connection is lost, or that a busy server refuses,
+        is sent again, so it must have the same answer. UserError for everything else."""
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
-        for attempt in range(RETRIES + 1):
+        for attempt in count():
+            pause = PAUSE * 2**attempt
             try:
                 request = urllib.request.Request(self.url + path, data, headers)
                 with _OPENER.open(request, timeout=TIMEOUT) as reply:
@@ -66,16 +74,20 @@ class JSONServer:
                     )
                 return json.loads(text) if text else None
             except urllib.error.HTTPError as error:
-                raise Refused(self._refusal(path, error), error.code) from None
+                if error.code not in PASSING or attempt >= BUSY_RETRIES:
+                    raise Refused(self._refusal(path, error), error.code) from None
+                asked = error.headers.get("Retry-After", "")
+                pause = max(pause, min(float(asked), LONGEST_ASKED) if asked.isdecimal() else 0.0)
+                error.close()
             except (OSError, http.client.HTTPException) as error:
-                if attempt == RETRIES:
+                if attempt >= RETRIES:
                     reason = getattr(error, "reason", None) or error
                     raise LostServer(
                         f"{self.name} does not answer ({reason}); start it again, and {self.resumes}"
                     ) from None
-                time.sleep(PAUSE * 2**attempt)
             except (ValueError, RecursionError):
                 raise UserError(f"{self.name} does not reply to {path} in JSON; it is no such server") from None
+            time.sleep(pause * random.uniform(1.0, 1.5))  # so that threads do not all come back at once
         raise AssertionError
 
     def models(self) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ is written down is never asked for again.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from bessemer.addons.distributed.json_server import JSONServer, checked_url
@@ -38,10 +39,18 @@ class Endpoint:
         """What stands for the model in files of answers."""
         return {"endpoint": self.http.url, "served_model": self.model}
 
-    def answers(self, asked: list[tuple[str, int]], **sampling: Any) -> list[Answer]:
-        """An answer to each (question, seed)."""
+    def answers(self, asked: list[tuple[str, int]], **sampling: Any) -> Iterator[tuple[int, Answer]]:
+        """(place, answer) of each (question, seed), as they come. The first UserError is raised after the others."""
+        failure = None
         with ThreadPoolExecutor(min(AT_ONCE, len(asked))) as pool:
-            return list(pool.map(lambda pair: self.answer(*pair, **sampling), asked))
+            places = {pool.submit(self.answer, *pair, **sampling): place for place, pair in enumerate(asked)}
+            for future in as_completed(places):
+                try:
+                    yield places[future], future.result()
+                except UserError as error:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
 
     def answer(self, question: str, seed: int, *, temperature: float, top_p: float, max_new_tokens: int) -> Answer:
         reply = self.http.call(

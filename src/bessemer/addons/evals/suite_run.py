@@ -296,10 +296,12 @@ def _ask(endpoint: Endpoint, evaluation: Ready, sampling: Sampling, samples: int
                 (problem.prompt, stable_hash("eval", sampling.seed, evaluation.name, problem.id, number) & SEED_BITS)
                 for problem, number in batch
             ]
-            for (problem, number), answer in zip(batch, endpoint.answers(asked, **options), strict=True):
-                _write(written, problem, number, answer)
-            written.flush()
-            os.fsync(written.fileno())
+            try:
+                for place, answer in endpoint.answers(asked, **options):
+                    _write(written, *batch[place], answer)
+            finally:
+                written.flush()
+                os.fsync(written.fileno())
 
 
 def _write(written: TextIO, problem: Problem, number: int, answer: scoring.Answer) -> None:

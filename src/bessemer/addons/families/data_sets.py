@@ -138,7 +138,7 @@ def parquet_records(
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", record
-    except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, its I/O error an OSError
+    except (OSError, NotImplementedError) as error:  # as pyarrow's errors are; its ArrowInvalid is a ValueError
         raise UserError(f"{path} is not a readable parquet file ({error})") from error
     except ValueError as error:
         if isinstance(error, UserError):
