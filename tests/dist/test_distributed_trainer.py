@@ -1,7 +1,8 @@
 """Training steps parallel over pipeline, experts, data and optimizer state, against the trainer on one process."""
 
 import math
-from itertools import pairwise
+from dataclasses import replace
+from itertools import cycle, pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.rl.losses import GRPO
 from bessemer.train.flat_parameters import ALIGN, NORM_BLOCK, placed
 from bessemer.train.muon import Run
-from bessemer.train.objective import next_token
+from bessemer.train.objective import NextToken, next_token
 from bessemer.train.trainer import Trainer
 
 STEPS, CLIP, LR, GAMMA = 4, 0.05, 3e-3, 0.01
@@ -344,6 +345,26 @@ def test_nonfinite_step_on_one_rank_is_skipped_on_all():
     for message, warnings, untouched in actual:
         assert message == {"train/skipped": 1} and untouched
         assert all(words in warnings[0] for words in ("micro-batch 0 on rank 1", "not finite", "step 1, rows 0 to 3"))
+
+
+class BothInfinities(NextToken):
+    signs = cycle((1, -1))
+
+    def of(self, *arguments, **terms):
+        loss = super().of(*arguments, **terms)
+        return replace(loss, total=loss.total * math.inf * next(self.signs))
+
+
+def infinite(rank, layout):
+    training, warnings = across(layout, "gpipe"), []
+    training.warn = warnings.append
+    training.objective = BothInfinities()
+    return update(training, 0, 2), warnings
+
+
+def test_losses_of_both_infinities_skip_the_step():
+    for message, warnings in on_ranks(2, infinite, Layout(1, 2, 1)):
+        assert message == {"train/skipped": 1} and "not finite" in warnings[0]
 
 
 def with_muon(rank, name, layout, micro):

@@ -1,6 +1,9 @@
 """Models of other families under FSDP2 on gloo ranks, against one process: losses, gradients, bytes, checkpoints that
 any number of ranks resumes from, exports, LoRA and recomputation."""
 
+import math
+import resource
+import signal
 from functools import partial
 
 import pytest
@@ -115,6 +118,44 @@ def test_losses_gradients_and_bytes(bases, kind):
         for name, gradient in expected.items():
             assert (grads[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
         assert abs(weights / (4 * parameters) - 0.5) < 0.01 and moments == 2 * weights
+
+
+def norm_of_a_large_gradient(rank, base):
+    run = trainer(runtime := runtime_of_rank(2), network(runtime, base))
+    parameter = next(iter(run.optimizer.weights.values()))
+    large = torch.rand(20_000_000, generator=torch.Generator().manual_seed(rank))
+    run.optimizer.weights = {"embedding": torch.nn.Parameter(torch.zeros_like(large))}
+    run.optimizer.weights["embedding"].grad = large
+    assert hasattr(parameter, "to_local"), "the weights of a run are sharded"
+    return run.optimizer.grad_norm().item(), large.double().square().sum().item()
+
+
+def test_the_norm_of_a_large_embedding_is_exact(bases):
+    """One float32 sum over 20M elements is off by a thousandth."""
+    found, squares = zip(*on_ranks(2, norm_of_a_large_gradient, bases / "qwen2"), strict=True)
+    assert found == pytest.approx([math.sqrt(sum(squares))] * 2, rel=1e-6)
+
+
+def with_a_full_disk(rank, base, folder):
+    """Rank 1 alone cannot write the second checkpoint: (error, what is left)."""
+    run = trainer(runtime := runtime_of_rank(2), network(runtime, base), folder, save_steps=1)
+
+    def limited(trainer):
+        if trainer.step == 2 and rank == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    run.on_step = [limited]
+    with pytest.raises(UserError) as failed:
+        run.run()
+    dist.barrier()
+    return str(failed.value), sorted(path.name for path in folder.iterdir())
+
+
+def test_a_full_disk_of_one_rank_is_named_and_leaves_nothing_behind(bases, tmp_path):
+    for error, left in on_ranks(2, with_a_full_disk, bases / "qwen2", tmp_path):
+        assert "rank 1 cannot write" in error and "File too large" in error
+        assert left and not any(name.startswith(".tmp") for name in left)
 
 
 def test_a_step_of_two_rows_on_four_ranks(bases, tmp_path):

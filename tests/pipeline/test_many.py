@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import rl_stage
 import torch
+import whole_runs
 from forks import Fork
 from stages_run import copy_without, run, write_recipe
 
@@ -372,3 +373,17 @@ def test_all_ranks_refuse_and_one_says_why(base, out, overrides, words):
     assert [status for status, _ in ended] == [2, 2]
     output = "".join(output for _, output in ended)
     assert output.count("error: ") == 1 and words in output, output
+
+
+def test_ranks_wait_while_one_samples_for_longer_than_the_timeout(tmp_path):
+    """A timeout is the time without progress, and continuing 1,200 texts makes some all the time."""
+    prompts = [f"User: Compute {n}+5*6.\nAssistant:" for n in range(1200)]
+    (tmp_path / "recipe.toml").write_text(
+        f'name = "s"\n[model]\npreset = "tiny"\ndim = 32\nn_layers = 2\nn_dense_layers = 1\n[layout]\ndp = 2\n'
+        'timeout = "2s"\n[[stage]]\nkind = "corpus"\nrow_length = 64\nparts = { arithmetic = "task:arithmetic" }\n'
+        'limits = { arithmetic = "60K" }\n[[stage]]\nkind = "pretrain"\ntokens = "3K"\nfirst_sample = "1K"\n'
+        f"prompts = {json.dumps(prompts)}\nlr = 1e-3\nbatch_rows = 8\nmicro_rows = 4\n"
+        'mixture = { arithmetic = 1.0 }\nprecision = "float32"\n'
+    )
+    status, output = whole_runs.run(tmp_path / "recipe.toml", tmp_path / "run")
+    assert status == 0 and "waited" not in output, output[-3000:]

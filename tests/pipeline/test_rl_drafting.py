@@ -1,13 +1,19 @@
 """What becomes of the MTP modules in RL and SFT, and what is measured of them and of the experts' loads."""
 
+from types import SimpleNamespace
+
 import pytest
 import rl_stage
 import torch
+from train_config import train_config
 
+from bessemer.data.batch import Batch
 from bessemer.hf import deepseek
 from bessemer.model.transformer import Transformer
 from bessemer.rl import drafting
 from bessemer.train import setup
+from bessemer.train.objective import next_token
+from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 DECAYING = (rl_stage.COIN, "weight_decay=0.5", "clip_norm=1000000.0", "kl.weight=0.0", "rollouts=2")
@@ -73,6 +79,14 @@ def test_every_depth_is_measured(base, tmp_path, monkeypatch, kind):
     stage = rl_stage.Stage(with_modules(base, tmp_path / "four", 4), tmp_path / "run", "rollouts=1", f"mtp={kind}")
     stage.run()
     assert all(len(stage.values(f"rl/mtp_{k}")) == 1 for k in range(1, 5))
+
+
+def test_a_rank_whose_first_batch_is_a_filler_measures_the_next(base):
+    run = Trainer(deepseek.load(base / "model"), next_token, None, *train_config(tokens=1, lr=0.1))
+    batch = Batch(torch.arange(5, 29).view(2, 12), (torch.arange(12) > 0).float().expand(2, -1))
+    drafts = drafting.Drafts(SimpleNamespace(trainer=run))
+    alone = drafts.before_updates([batch])
+    assert alone["rl/mtp_1"] > 1 and drafts.before_updates([batch.as_filler(), batch]) == alone
 
 
 def test_training_modules_that_do_not_exist_is_reported(base, tmp_path):

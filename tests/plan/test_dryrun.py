@@ -53,6 +53,7 @@ def test_v3_recipe_matches_the_paper():
         (["layout.ep=3"], None, ["256 experts cannot be divided evenly among 3 ranks", "these fit"]),
         (["layout.dp=auto"], 2000, ["it makes 1024 ranks"]),
         (["layout.schedule=dualpipe"], None, ["a step of 3072 rows is too small", "4096 rows in all"]),
+        (["layout.cp=2", 'pretrain.lengths=[["0",1024]]', "corpus.row_length=4098"], None, ["rows of 4098 tokens"]),
         (["layout.cp=3"], None, ["rows of 4096 tokens cannot be split into 6 equal chunks", "4098"]),
     ],
 )

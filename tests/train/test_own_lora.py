@@ -7,6 +7,7 @@ from ranks import on_ranks
 from rl_parts import reference_logprobs
 from test_lora import grpo_batch, rows, trainer
 
+from bessemer.addons.distributed import distributed
 from bessemer.addons.families import own_lora
 from bessemer.addons.plan import stage_memory
 from bessemer.addons.plan.hardware import device
@@ -202,6 +203,10 @@ def test_a_stage_that_cannot_have_adapters_is_refused_before_anything_runs():
     lineage.check_lora(sft, Recipe.parse(RECIPE))
     with pytest.raises(UserError, match=r'stage "sft": lora .* in one process; leave \[layout\] out'):
         lineage.check_lora(sft, Recipe.parse(RECIPE + "[layout]\ndp = 2\n"))
+    started = Recipe.parse(RECIPE + RL)  # by torchrun, so the recipe does not say how many
+    distributed.check(started, "rl", [], n=1)
+    with pytest.raises(UserError, match=r'stage "rl": lora .* in one process; run it with --processes 1'):
+        distributed.check(started, "rl", [], n=2)
     recipe = Recipe.parse(RECIPE + RL + 'rollout = { engine = "vllm" }\n')
     with pytest.raises(UserError, match=r'set rollout\.engine = "local"'):
         lineage.check_lora(recipe.stage("rl"), recipe)

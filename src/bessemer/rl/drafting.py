@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -49,8 +50,9 @@ class Drafts(Component):
     def before_updates(self, batches: list[Batch]) -> dict[str, float]:
         if not self.depths:
             return {}
-        nats_K2 = self.collective.sums(batches[0], nats_of, 2 * self.depths).view(-1, 2).tolist()
-        return {f"rl/mtp_{k}": total / max(weight, 1e-9) for k, (total, weight) in enumerate(nats_K2, start=1)}
+        # not a filler, which weighs nothing
+        nats_K2 = self.collective.sums(min(batches, key=attrgetter("filler")), nats_of, 2 * self.depths).view(-1, 2)
+        return {f"rl/mtp_{k}": nats / max(weight, 1e-9) for k, (nats, weight) in enumerate(nats_K2.tolist(), start=1)}
 
 
 def nats_of(out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Tensor:

@@ -56,7 +56,7 @@ def check_lora(config: FineTuningConfig, recipe: Recipe) -> None:
         rollout = getattr(config, "rollout", None)
         elsewhere = rollout is not None and rollout.engine != "local"
         if elsewhere or recipe.layout.fewest > 1:
-            fix = 'set rollout.engine = "local"' if elsewhere else "leave [layout] out"
+            fix = 'set rollout.engine = "local"' if elsewhere else "leave [layout] out and run it with --processes 1"
             what = "lora on a model of the DeepSeek V3 family trains and samples in one process"
             raise UserError(f'stage "{config.name}": {what}; {fix}')
     for key, value, only in (("fp8", config.fp8, "off"), ("optimizer", config.optimizer, "adamw")):

@@ -25,7 +25,7 @@ from bessemer.addons.distributed import model_shard, schedules, watchdog
 from bessemer.addons.distributed.executor import Executor, Work
 from bessemer.addons.distributed.model_shard import ModelShard, dealt, forward, heldout_nats, of_step, rows_of
 from bessemer.addons.distributed.rank_store import RankStore, parameter_prefix
-from bessemer.addons.distributed.rank_sums import RankSums
+from bessemer.addons.distributed.rank_sums import RankSums, added
 from bessemer.addons.distributed.zero1 import Zero1
 from bessemer.model.gate import Gate
 from bessemer.model.protocol import LanguageModel, TrainOutputs
@@ -186,9 +186,9 @@ class RankCollective(RankSums):
     def _sums_of(self, batches: Sequence[Batch], losses: list[float], terms: dict[str, float]) -> Sums:
         """Sums over all ranks: last stages know the loss and its tokens, first stages count rows and tokens, and all
         others add their balance terms."""
-        last = {name: math.fsum(float(loss.metrics.get(name, 0.0)) for loss in self._losses) for name in self._sums}
+        last = {name: added(float(loss.metrics.get(name, 0.0)) for loss in self._losses) for name in self._sums}
         alpha = self.objective.balance_alpha(**terms)
-        other_stages = math.fsum(losses) - math.fsum(float(loss.total) for loss in self._losses)
+        other_stages = added(losses) - added(float(loss.total) for loss in self._losses)
         if "total" in last:
             last["total"] += other_stages
         if "balance" in last and alpha:
@@ -196,8 +196,8 @@ class RankCollective(RankSums):
         rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
         counts = self.mesh.pp == self.mesh.cp == 0  # one rank of every pipeline counts
         own: list[float] = [
-            math.fsum(losses), math.fsum(float(loss.tokens) for loss in self._losses),
-            math.fsum(float(loss.tokens if loss.weight is None else loss.weight) for loss in self._losses),
+            added(losses), added(float(loss.tokens) for loss in self._losses),
+            added(float(loss.tokens if loss.weight is None else loss.weight) for loss in self._losses),
             tokens * counts, rows * counts, self.trainer.asked_to_stop(), self.me == 0 and self.trainer.due_by_time(),
             *last.values(),
         ]  # fmt: skip

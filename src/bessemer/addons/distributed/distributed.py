@@ -32,6 +32,10 @@ def check(
     if cfg is None and lineage.imported_folder(recipe, source) and lineage.config_of(recipe, source) is None:
         check_foreign(recipe, stage)
         return
+    if getattr(recipe.stage(stage), "lora", None) is not None and lineage.config_of(recipe, source) is not None:
+        raise UserError(
+            f'stage "{stage}": lora trains a model of the DeepSeek V3 family in one process; run it with --processes 1'
+        )
     layout, schedule, slices = layout_of(layout_config, n, split_rows)
     if cfg is not None:
         mesh.check(layout, cfg, n, slices)
@@ -94,12 +98,12 @@ def _check_split(recipe: Recipe, stage: str, cp: int) -> None:
 
 def _lengths(settings: Any, recipe: Recipe) -> list[int]:
     """The row lengths of a training stage, as far as the recipe says."""
-    if lengths := getattr(settings, "lengths", None):
-        return [int(length) for length in lengths.values]
+    scheduled = getattr(settings, "lengths", None)
     name = getattr(settings, "corpus", None) or settings.source
     corpus = recipe.stage(name) if name else settings
     own = getattr(settings, "length", None) or getattr(settings, "row_length", None)
-    return [length for length in (own or getattr(corpus, "row_length", None),) if length is not None]
+    whole = own or getattr(corpus, "row_length", None)  # validation reads these where the rows of steps are shorter
+    return [*map(int, scheduled.values if scheduled else []), *([] if whole is None else [whole])]
 
 
 def schedule_text(schedule: str, pp: int) -> str:

@@ -70,7 +70,7 @@ class FSDPStore(CheckpointStore):
     def write(self, trainer: Checkpointed) -> Path:
         """Returns as soon as the shards are copied."""
         self.finish()
-        step, temporary = trainer.step, self.folder / f".tmp-step-{trainer.step:08d}"
+        step, temporary = trainer.step, self._together.temporary(trainer.step)
         random_tensors, random_values = guard.capture_rng(trainer.generators)
         counters = checkpoint.as_json(trainer.counters() | {"rng": random_values, "extras": trainer.extras})
         tensors = _named(trainer)
@@ -83,11 +83,14 @@ class FSDPStore(CheckpointStore):
         )
 
         def write() -> None:
+            failure = ""
             try:
                 pending.result()
-                failure = ""
-            except (Exception, CheckpointException) as error:  # the latter is not an Exception
-                failure = str(error).strip().splitlines()[-1]
+            except CheckpointException as error:  # raised on all ranks, with what failed on each
+                own, _ = error.failures.get(dist.get_rank(), (None, None))
+                failure = "" if own is None else _last_line(own)
+            except Exception as error:
+                failure = _last_line(error)
             mine = f"rank-{dist.get_rank():05d}-*{SUFFIX}"
             sums = self._together(lambda: _sums(temporary.glob(mine), failure), step)
             finish = partial(_seal, temporary, trainer.model_config, step, counters, sums, trainer.plan.keep)
@@ -137,6 +140,10 @@ def _begin(temporary: Path) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(temporary.parent)
     temporary.mkdir()
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _sums(files: Iterator[Path], failure: str) -> dict[str, str]:

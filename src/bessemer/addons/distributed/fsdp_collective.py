@@ -15,7 +15,7 @@ from bessemer.addons.distributed.fsdp import ShardedModel
 from bessemer.addons.distributed.fsdp_checkpoint import FSDPStore
 from bessemer.addons.distributed.fsdp_optimizer import ShardedAdamW
 from bessemer.addons.distributed.model_shard import rows_of
-from bessemer.addons.distributed.rank_sums import RankSums
+from bessemer.addons.distributed.rank_sums import RankSums, added
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
 from bessemer.train.checkpointed import Checkpointed, CheckpointStore
@@ -76,14 +76,14 @@ class FSDPCollective(RankSums):
         rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
 
         def summed(of: Callable[[Loss], Tensor]) -> float:
-            return math.fsum(float(of(loss)) for loss in losses)
+            return added(float(of(loss)) for loss in losses)
 
         total, divisor, weight, all_tokens, all_rows, stop, due, *metrics = self._reduced(
             [
                 summed(lambda loss: loss.total), summed(lambda loss: loss.tokens),
                 summed(lambda loss: loss.tokens if loss.weight is None else loss.weight), tokens, rows,
                 self.trainer.asked_to_stop(), self.me == 0 and self.trainer.due_by_time(),
-                *(math.fsum(float(loss.metrics[name]) for loss in losses) for name in names),
+                *(added(float(loss.metrics[name]) for loss in losses) for name in names),
             ],
             dist.ReduceOp.SUM,
         )  # fmt: skip

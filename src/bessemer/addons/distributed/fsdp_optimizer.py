@@ -14,6 +14,7 @@ from bessemer.addons.distributed import watchdog
 from bessemer.addons.distributed.fsdp import ShardedModel, local
 from bessemer.model.ops import weight_cache
 from bessemer.probe import double
+from bessemer.train.flat_parameters import NORM_BLOCK
 from bessemer.train.optimizer import Optimizer
 from bessemer.train.update_rules import adamw_
 
@@ -52,7 +53,7 @@ class ShardedAdamW(Optimizer):
 
     def grad_norm(self) -> Tensor:
         """2-norm of the gradients of all ranks. Collective."""
-        squares = [double(torch.linalg.vector_norm(grad)).square() for _, grad in self._gradients()]
+        squares = [_squared(grad.reshape(-1)) for _, grad in self._gradients()]
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
         total = total.to(self.sharded.device)
         with watchdog.waiting("the norm of the gradients", range(dist.get_world_size())):
@@ -111,3 +112,10 @@ class ShardedAdamW(Optimizer):
         """Bytes of moments, moving average and gradients on this rank."""
         tensors = [*self.state_dict().values(), *(p.grad for p in self.weights.values() if p.grad is not None)]
         return sum(local(tensor).nbytes for tensor in tensors)
+
+
+def _squared(vector: Tensor) -> Tensor:
+    """Sum of the squares of a vector, float64, per block: one long float32 sum is 2 % too small at 150M elements."""
+    whole = vector.numel() // NORM_BLOCK * NORM_BLOCK
+    norms = torch.linalg.vector_norm(vector[:whole].view(-1, NORM_BLOCK), dim=1)
+    return double(norms).square().sum() + double(torch.linalg.vector_norm(vector[whole:])).square()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,12 @@ from torch import Tensor
 from bessemer.addons.distributed import watchdog
 from bessemer.train.collective import Collective
 from bessemer.train.objective import Sums
+
+
+def added(values: Iterable[float]) -> float:
+    """Their sum, to the last bit; NaN if one is not finite, since infinities of both signs have none."""
+    values = [*values]
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
 
 
 class RankSums(Collective):

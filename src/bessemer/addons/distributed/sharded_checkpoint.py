@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -44,9 +45,13 @@ class AllOrNone:
         process_groups.make([GroupSpec("files", everyone)], torch.device("cpu"))
         self.group = process_groups.get("files", everyone)
 
+    def temporary(self, step: int) -> Path:
+        """Where the files of a checkpoint are written before it is complete."""
+        return self.folder / f".tmp-step-{step:08d}"
+
     def __call__(self, work: Callable[[], Any] | None, step: int) -> list[Any]:
         """Every rank's result of `work` (None: nothing to do), or on all of them the UserError of the first that
-        failed."""
+        failed, and the files written so far are removed."""
         result, failure = None, ""
         try:
             result = work() if work is not None else None
@@ -55,6 +60,8 @@ class AllOrNone:
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, (result, failure), group=self.group)
         if failures := [failure for _, failure in outcomes if failure]:
+            if dist.get_rank() == 0:  # all have come here, so nobody writes any more
+                shutil.rmtree(self.temporary(step), ignore_errors=True)
             raise UserError(
                 f"cannot save step {step} in {self.folder}: {failures[0]}. Earlier checkpoints are intact; free some "
                 "space or choose a run directory that all ranks can write to, then run again"
@@ -91,7 +98,7 @@ class Saver:
         self.background.finish()
 
     def _write(self, step: int, tensors: dict[str, Tensor], counters: bytes) -> None:
-        me, temporary = dist.get_rank(), self.state_dir / f".tmp-step-{step:08d}"
+        me, temporary = dist.get_rank(), self._together.temporary(step)
 
         def begin() -> None:
             self.state_dir.mkdir(parents=True, exist_ok=True)

@@ -368,8 +368,10 @@ class _Monitor(StepLog):
         if not self.config.prompts:
             return
         model = self.ctx.runtime.gather(trainer)
-        if model is None:
-            return
+        self.ctx.once(lambda: self._continue(model, trainer))  # ranks wait while rank 0 samples
+
+    def _continue(self, model: LanguageModel | None, trainer: Trainer) -> None:
+        assert model is not None, "rank 0 has it"
         engine = Engine(model, self.tokenizer)
         answers = engine.generate(
             self.config.prompts, max_new_tokens=80, temperature=0.8, top_p=0.95, seed=self.ctx.seed

@@ -179,16 +179,16 @@ class _Monitor(StepLog):
         self.config, self.tokenizer, self.epoch = config, tokenizer, epoch
 
     def __call__(self, trainer: Trainer) -> None:
-        prompts = self.config.prompts if self.has_passed(self.epoch) else []
-        if not prompts:
-            return
-        model = self.ctx.runtime.gather(trainer)
-        if model is None:
-            return
-        encoded = [question_ids(self.tokenizer, text) for text in prompts]
+        if self.config.prompts and self.has_passed(self.epoch):
+            model = self.ctx.runtime.gather(trainer)
+            self.ctx.once(lambda: self._answer(model, trainer))  # ranks wait while rank 0 samples
+
+    def _answer(self, model: LanguageModel | None, trainer: Trainer) -> None:
+        assert model is not None, "rank 0 has it"
+        encoded = [question_ids(self.tokenizer, text) for text in self.config.prompts]
         prefix = self.tokenizer.opening
         answers = Engine(model, self.tokenizer).generate(
             encoded, max_new_tokens=200, temperature=0.6, seed=self.ctx.seed
         )
-        for text, (answer,) in zip(prompts, answers, strict=True):
+        for text, (answer,) in zip(self.config.prompts, answers, strict=True):
             self.ctx.sample(trainer.step, trainer.tokens, f"{text}\n\n{prefix}{answer.text}")
