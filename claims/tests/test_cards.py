@@ -247,3 +247,20 @@ def test_cards_of_r1_zero_show_what_the_long_recipe_gave(all_cards):
     assert table["n"] == len(seeds)
     shown = {name for name, card in all_cards.items() if card.longer}
     assert shown == {"Z2", "Z3", "Z6"} and "54" in all_cards["Z2"].longer[0]
+
+
+def test_z3_and_the_first_screen_show_what_filtering_gave(all_cards):
+    """The figures are those of the committed result of bench/filtering.py, to the last digit."""
+    table = json.loads((ROOT / "bench" / "results" / "filtering.json").read_text())
+    [row] = [
+        row for row in table["table"]
+        if (row["task"], row["answers"], row["against"]) == ("in distribution", 6144, "rounds")
+    ]  # fmt: skip
+    shown = cards.filtering()
+    assert shown["n"] == len(table["seeds"]) == len(row["equal samples"]["values"])
+    for name, value in {
+        "base": row["base"], "grpo": row["grpo"], "rounds": row["filtering"],
+        "lead": row["equal samples"]["mean"], "low": row["equal samples"]["low"], "high": row["equal samples"]["high"],
+    }.items():  # fmt: skip
+        assert shown[name] == pytest.approx(100 * value), name
+    assert f"{shown['lead']:+.1f} points ahead" in all_cards["Z3"].longer[0]

@@ -9,25 +9,24 @@ from typing import Any
 from bessemer.addons.watch import page
 from bessemer.addons.watch.page import Html
 from bessemer_claims import exact, phrases, planned
-from bessemer_claims.cards import Card
+from bessemer_claims.cards import Card, filtering
 from bessemer_claims.phrases import SPACE, word, words
 from bessemer_claims.registry import sources
 from bessemer_claims.verdict import Documented
 
-SAME_ANSWERS = "pass@1, right - fine-tuned on the same answers, points"
-"""The measurement on Z3's card that the third correction quotes."""
-
 
 def values() -> dict[str, Any]:
-    """The computed numbers of the first screen. Dollars in millions, `_wan` in ten thousands, shares in percent."""
+    """The computed numbers of the first screen. Dollars in millions, `_wan` in ten thousands, shares in percent, the
+    lead of reinforcement learning over filtering in points."""
     one = planned.independent()
     bill, meta = exact.COMPUTED["K2"]()["bill"], exact.COMPUTED["K5"]()
-    smaller = exact.shared()["smaller"]
+    smaller, study = exact.shared()["smaller"], filtering()
     return {
         "bill": bill, "bill_wan": 100 * bill, "speed": one["nvidia_share"],
         "own": one["own_usd"], "own_wan": 100 * one["own_usd"],
         "again": one["nvidia_usd"], "again_wan": 100 * one["nvidia_usd"],
         "work": meta["work"], "use": meta["use"],
+        **{name: study[name] for name in ("share", "lead", "low", "high")},
         "smaller": smaller, "smaller_wan": smaller / 1e4,
     }  # fmt: skip
 
@@ -36,31 +35,14 @@ def answer(cards: Sequence[Card]) -> Html:
     """The question, its answer, and what has to be corrected."""
     wrong = sum(card.documented is Documented.NO for card in cards)
     numbers = values()
-    corrections = {
-        "cost": word("correct_cost", **numbers), "meta": word("correct_meta", **numbers), "alone": _alone(cards),
-    }  # fmt: skip
     listed = "".join(
-        f"<li><b>{word(f'said_{name}', **numbers)}</b>{SPACE}{correction}</li>"
-        for name, correction in corrections.items()
+        f"<li><b>{word(f'said_{name}', **numbers)}</b>{SPACE}{word(f'correct_{name}', **numbers)}</li>"
+        for name in ("cost", "meta", "alone")
     )
     return Html(
         f'<h1><span class="question">{word("title")}</span> {word("answer")}</h1>'
         f'{page.paragraph(word("answer_lead", wrong=wrong), "sub")}<ol class="corrections">{listed}</ol>'
     )
-
-
-def _alone(cards: Sequence[Card]) -> Html:
-    """The third correction, as far as there are runs for it."""
-    beside = (finding for card in cards if card.name == "Z3" for finding in card.beside)
-    same = next((finding for finding in beside if finding.label == SAME_ANSWERS), None)
-    if same is None or same.interval is None or not same.interval.low <= 0 <= same.interval.high:
-        return word("correct_alone_open")
-    gap, low, high = (_points(end) for end in same.interval)
-    return word("correct_alone", gap=gap, low=low, high=high)
-
-
-def _points(value: float) -> str:
-    return f"{value:.1f}".replace("-", "−")
 
 
 def known(cards: Sequence[Card], made: datetime.date) -> Html:
