@@ -263,4 +263,4 @@ def test_z3_and_the_first_screen_show_what_filtering_gave(all_cards):
         "lead": row["equal samples"]["mean"], "low": row["equal samples"]["low"], "high": row["equal samples"]["high"],
     }.items():  # fmt: skip
         assert shown[name] == pytest.approx(100 * value), name
-    assert f"{shown['lead']:+.1f} points ahead" in all_cards["Z3"].longer[0]
+    assert f"{shown['lead']:.1f} points ahead" in all_cards["Z3"].longer[0]
