@@ -15,15 +15,15 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any, NoReturn, Protocol
 
 from bessemer import heartbeat
-from bessemer.addons.distributed.json_server import LONGEST_ASKED, PASSING
 from bessemer.addons.r1.judge_config import AnyJudgeConfig
 from bessemer.errors import UserError
 from bessemer.train.runtime import Runtime
 
+RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 REFUSED = frozenset({400, 413, 422})
 """Statuses that refuse one request; the API may still serve others."""
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-"""Seconds: pause before the second try, longest pause."""
+FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ASKED = 1.0, 60.0, 300.0
+"""Seconds: pause before the second try, longest pause, longest Retry-After that is obeyed."""
 LARGEST_REPLY = 8_000_000
 """Bytes."""
 LISTING, RECENT = 10.0, 60.0
@@ -171,7 +171,7 @@ class JudgeAPI:
                 why = f"status {error.code}, {self._said(error)}"
                 if error.code in REFUSED:
                     raise _Refused(why) from None
-                if error.code not in PASSING:
+                if error.code not in RETRIED:
                     raise UserError(f"the judge at {self.config.url}: {why}; {self._advice(error.code)}") from None
                 delay = error.headers.get("Retry-After", "")
             except (OSError, http.client.HTTPException) as error:
