@@ -228,6 +228,7 @@ def _run_to_the_end(source: str, names: dict[str, object]) -> None:
         if type(one) is io.TextIOWrapper:
             with suppress(BaseException):
                 one.flush()
+    del one  # it would keep its cycle
     gc.collect()
     os._exit(status if _flush() and flushed else LOST_OUTPUT)
 
