@@ -231,7 +231,12 @@ def test_a_refused_run_starts_no_process_and_writes_why(call, tmp_path, monkeypa
     kept = "pretrain extend-32k extend-128k pp ep dp xH800 cpu bessemer plan"  # and the planner's errors, quoted
     assert (
         untranslated(
-            html, kept, torch.__version__, *facts["reasons"], facts["recipe"], *(str(value)[:12] for value in facts["hashes"].values())
+            html,
+            kept,
+            torch.__version__,
+            *facts["reasons"],
+            facts["recipe"],
+            *(str(value)[:12] for value in facts["hashes"].values()),
         )
         == []
     )
