@@ -119,6 +119,25 @@ def test_thoughts_are_free_and_drafts_keep_the_form(model, prompts, tokenizer):
         jsonschema.validate(json.loads(tokenizer.decode(ids[ids.index(end) + 1 :])), SCHEMAS[1])
 
 
+def test_a_thought_before_a_form_does_not_end_the_answer(engine, prompts, tokenizer):
+    """With a bias that makes the end of the answer certain wherever it is allowed."""
+    end, think = tokenizer.think_end_id, tokenizer.think_id
+    bias = PenaltyParams(bias=tuple((token, 100.0) for token in tokenizer.stop_ids))
+    stops = tuple(tokenizer.stop_ids)
+    for schema, calls_follow in ((SCHEMAS[1], False), ({}, True)):
+        grammar = "start: /(.|\\n)*/" if calls_follow else json_grammar(schema)
+        rules = TokenRules(bias, thinking_budget=9, grammar=grammar, grammar_waits=True, ends=stops)
+        request = Request((*prompts[3], think), 7, 80, stop_ids=stops, control=rules)
+        tokens, finished = alone(engine, request)
+        ids = [token.token for token in tokens]
+        assert finished.reason == "stop"
+        if calls_follow:  # no content is what this grammar allows, too
+            assert len(ids) == 1 and ids[0] in stops
+        else:
+            assert ids.index(end) == 9
+            jsonschema.validate(json.loads(tokenizer.decode(ids[10:])), schema)
+
+
 def test_a_bias_is_added_to_the_logits(engine, prompts, tokenizer):
     """A large bias forces or bans a token; a small one changes probabilities as defined."""
     free = Request(tuple(prompts[4]), 1, 6, SamplingParams(0.0))

@@ -9,6 +9,7 @@ from openai_types import check_event, check_reply
 from serving import running
 
 from bessemer.addons.serve import ServeConfig
+from bessemer.data.tokenizer import Tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -19,7 +20,7 @@ SCHEMA = {
 FORMAT = {"type": "json_schema", "json_schema": {"name": "found", "schema": SCHEMA, "strict": True}}
 
 
-def test_content_obeys_a_schema_behind_free_thoughts(server, zero_server):
+def test_content_obeys_a_schema_behind_free_thoughts(server, zero_server, zero):
     for n in range(4):
         choice = server.chat("the fox", response_format=FORMAT, thinking_budget=12, seed=n).json()["choices"][0]
         assert choice["finish_reason"] == "stop" and choice["message"]["reasoning_content"]
@@ -30,9 +31,10 @@ def test_content_obeys_a_schema_behind_free_thoughts(server, zero_server):
     choices = zero_server.chat("the fox", response_format=FORMAT, n=2, temperature=0.8).json()["choices"]
     for choice in choices:  # this model opens its thoughts itself, so these have none
         jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
-    options = dict(response_format=FORMAT, thinking=True, thinking_budget=12, temperature=0.8)
-    message = zero_server.chat("the fox", **options).json()["choices"][0]["message"]
-    assert message["reasoning_content"] and jsonschema.validate(json.loads(message["content"]), SCHEMA) is None
+    options = dict(response_format=FORMAT, thinking=True, thinking_budget=12, temperature=0.8, seed=5)
+    for bias in ({}, {str(token): 100 for token in Tokenizer.load(zero).stop_ids}):  # not even an answer that would end
+        message = zero_server.chat("the fox", logit_bias=bias, **options).json()["choices"][0]["message"]
+        assert message["reasoning_content"] and jsonschema.validate(json.loads(message["content"]), SCHEMA) is None
     plain = server.chat("x", response_format={"type": "json_object"}, thinking=False, seed=4).json()["choices"][0]
     assert plain["message"]["content"].startswith("{")
     if plain["finish_reason"] == "stop":

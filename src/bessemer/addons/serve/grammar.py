@@ -121,7 +121,9 @@ class GrammarState:
         self.cut = False
         """Something was closed because they are."""
         self.waits = waits
-        """Every token is allowed until </think>."""
+        """The grammar applies only after </think>."""
+        self.needs_text = not matcher.is_accepting()
+        """An empty answer does not follow the grammar."""
 
     def few(self, remaining: int, of: int) -> None:
         """At most `left` of `of` tokens may follow: near the end, what is open is closed."""
@@ -154,10 +156,8 @@ class GrammarState:
         """Why the answer cannot continue; empty if it can."""
         return _short(self._matcher.get_error()) if self._matcher.is_error() else ""
 
-    def allowed(self) -> Tensor | None:
-        """The tokens that may come next, bool [V] of the tokenizer's vocabulary; None for all."""
-        if self.waits:
-            return None
+    def allowed(self) -> Tensor:
+        """The tokens that may come next, bool [V] of the tokenizer's vocabulary."""
         allowed_V = self._next(self._matcher)
         self.cut = self.cut or (self.left is not None and self._to_close(self.left - SPARE) >= self.left - SPARE)
         # a text that may end here, such as one that calls could follow, is not shortened

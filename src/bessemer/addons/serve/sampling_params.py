@@ -80,7 +80,8 @@ def requests(
         raise invalid(str(error), "stop") from None
     params = sampling(body, model.facts.sampling)
     changes = penalties(body, model.facts.sampling, model.tokenizer.vocab_size)
-    control = TokenRules(changes, thinking_budget, grammar, grammar_waits).or_none()
+    ends = tuple(stop_ids) if grammar_waits else ()
+    control = TokenRules(changes, thinking_budget, grammar, grammar_waits, ends).or_none()
     seed = secrets.randbits(63) if body.seed is None else body.seed
     for ids in prompts:
         if len(ids) >= model.facts.context:

@@ -34,6 +34,8 @@ class TokenRules:
     """The grammar that the answer must follow (`grammar.json_grammar`); empty: none."""
     grammar_waits: bool = False
     """The prompt ends inside a thought, and the grammar applies only after it."""
+    ends: tuple[int, ...] = ()
+    """Tokens with which the model ends an answer: not allowed inside that thought if the grammar asks for content."""
 
     def or_none(self) -> TokenRules | None:
         """None if there is no rule: the sequence can then be drafted for."""
@@ -62,7 +64,7 @@ class TokenControl:
     @property
     def free(self) -> bool:
         """Whether the next token is drawn from the logits as they are."""
-        bound = self.grammar is not None and not self.grammar.waits
+        bound = self.grammar is not None and (not self.grammar.waits or self.grammar.needs_text)
         return not (bound or self.must_end_thinking or self.rules.penalties.any)
 
     def start(self, sequence: ServedSequence) -> None:
@@ -93,7 +95,13 @@ class TokenControl:
             allowed_V = torch.zeros(vocab, dtype=torch.bool)
             allowed_V[self._think[1]] = True
             return allowed_V
-        return None if self.grammar is None else self.grammar.allowed()
+        if self.grammar is None or self.free:
+            return None
+        if not self.grammar.waits:
+            return self.grammar.allowed()
+        allowed_V = torch.ones(vocab, dtype=torch.bool)
+        allowed_V[list(self.rules.ends)] = not self.grammar.needs_text
+        return allowed_V
 
     def _count_thinking(self, ids: Iterable[int]) -> None:
         start, end = self._think
