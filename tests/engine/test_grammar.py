@@ -229,6 +229,17 @@ def test_an_answer_that_fits_into_its_limit_is_not_cut_off(tokenizer):
         assert (sequence.finish == "stop") == fits
 
 
+def test_a_thousand_properties_may_each_be_missing(tokenizer):
+    """As many as the longest schema may have; the library's own limit is reached by five hundred."""
+    names = [f"{number:x}" for number in range(2000)]
+    schema = {"type": "object", "properties": dict.fromkeys(names, {}), "additionalProperties": False}
+    state = Grammars(tokenizer).start(json_grammar(schema), waits=False)
+    for token in tokenizer.encode(json.dumps({"7cf": 1})):
+        assert state.allowed()[token] and not state.error
+        state.append(token)
+    assert state.is_complete and not state.error
+
+
 def test_there_is_at_most_one_blank_between_two_tokens(tokenizer):
     """Where more are allowed, a weak model pads its answers with them."""
     grammars = Grammars(tokenizer)

@@ -34,6 +34,9 @@ SPARE = 8
 """Tokens more than closing takes when it begins, since the next token may open something."""
 LONGEST = 32_768
 """Maximum characters of a schema; compiling a longer one would keep other answers waiting."""
+ITEMS = 16_384
+"""Most alternatives of the parser at one place, of which a property that may be missing makes four: more than a schema of
+LONGEST characters needs."""
 QUOTE, BACKSLASH = b'"\\'
 OUTSIDE = False, False
 """In no string, and behind no backslash in one."""
@@ -101,7 +104,8 @@ class Grammars:
             wrapped = guidance.TokenizerWrapper(_Vocabulary(self.tokenizer))
             self._vocabulary = guidance.LLTokenizer(wrapped, eos_token=list(self.tokenizer.stop_ids) or None)
             self._closers = _closers(self.tokenizer)
-        matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0)
+        limits = guidance.LLParserLimits(max_items_in_row=ITEMS)
+        matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         first = matcher.deep_copy()
         if not matcher.is_error():  # a schema that no finite value fits fails only at a token
             first.compute_bitmask()
