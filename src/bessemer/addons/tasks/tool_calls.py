@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from bessemer.addons.tasks.tool_texts import DEEPEST, Tool, as_json, depth, is_name
 from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, MARKS, SEPARATOR, THINK, THINK_END
 
+PART = 1024
+"""Characters that are parsed at a time."""
 MOST_CALLS = 64
 """Most calls of one answer; further ones are broken."""
 LONGEST_ARGUMENTS = 65_536
@@ -75,7 +77,8 @@ def parse_calls(
     """(content, calls) of an assistant message; a thought is part of the content. `tools`: the tools that exist; if any
     are given, a call to another one is broken. `thinking`: the prompt has opened the thought."""
     parser = CallParser(thinking)
-    pieces = [*parser.push(text), *parser.end()]
+    parts = (text[start : start + PART] for start in range(0, len(text), PART))  # whole, it would be copied for each call
+    pieces = [*(piece for part in parts for piece in parser.push(part)), *parser.end()]
     content = "".join(piece.text for piece in pieces if piece.call is None and not piece.broken)
     return content, parser.calls({tool.name for tool in tools} or None)
 
