@@ -35,8 +35,8 @@ SPARE = 8
 LONGEST = 32_768
 """Maximum characters of a schema; compiling a longer one would keep other answers waiting."""
 ITEMS = 16_384
-"""Most alternatives of the parser at one place, of which a property that may be missing makes four: more than a schema of
-LONGEST characters needs."""
+"""Most alternatives of the parser at one place, of which a property that may be missing makes four: more than a schema
+of LONGEST characters needs."""
 QUOTE, BACKSLASH = b'"\\'
 OUTSIDE = False, False
 """In no string, and behind no backslash in one."""

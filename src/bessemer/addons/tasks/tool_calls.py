@@ -77,7 +77,8 @@ def parse_calls(
     """(content, calls) of an assistant message; a thought is part of the content. `tools`: the tools that exist; if any
     are given, a call to another one is broken. `thinking`: the prompt has opened the thought."""
     parser = CallParser(thinking)
-    parts = (text[start : start + PART] for start in range(0, len(text), PART))  # whole, it would be copied for each call
+    # whole, the text would be copied for each call
+    parts = (text[start : start + PART] for start in range(0, len(text), PART))
     pieces = [*(piece for part in parts for piece in parser.push(part)), *parser.end()]
     content = "".join(piece.text for piece in pieces if piece.call is None and not piece.broken)
     return content, parser.calls({tool.name for tool in tools} or None)
