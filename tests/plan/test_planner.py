@@ -205,7 +205,7 @@ def test_settings_by_hand():
     assert by_hand.micro == 8192 // 256 and options.tokens == 2.5e12
     small = replace(options, batch=((0.0, 400.0),), micro_rows=4)
     few = plan_config.setup(small, V3, parse_cluster("2048xH800"))
-    assert (few.rows, few.micro) == (1, 1), "a step takes smaller micro-batches if its batch has no whole one"
+    assert (few.rows, few.micro, few.step_tokens) == (2, 1, 400 * 4096), "cut as the trainer cuts it, not down to 256"
     assert plan_config.parse(["model.n_mtp=0"]).model == {"n_mtp": 0}
     for wrong in (
         "pp=0",

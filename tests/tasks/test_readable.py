@@ -137,7 +137,7 @@ def test_paragraphs_and_code():
      "```\n" + "a" * 300_000 + "\n```", "```\n" + "one two " * 40_000 + "\n```"],
 )  # fmt: skip
 def test_hostile_text_is_judged_in_linear_time(text):
-    began = time.perf_counter()
+    began = time.process_time()
     readable("<think>" + text, "en")
     consistency("<think>" + text, "en")
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3

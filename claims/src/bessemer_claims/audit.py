@@ -112,7 +112,7 @@ def _extension_hours(plan: RunPlan, length: int, batch: int) -> float:
     """GPU hours of a phase in the layout of pre-training, with rows n times as long cut over n ranks. The layout that
     was used is not published."""
     own, cut = plan.setup, length // plan.setup.length
-    longer = replace(own, length=length, cp=cut, micro=batch * cut // own.ranks)
+    longer = replace(own, length=length, cp=cut, micro=batch * cut // own.ranks, batch=batch)
     return EXTENSION_STEPS * step_time(longer).seconds * plan.gpus / 3600
 
 

@@ -204,11 +204,16 @@ def least(name: str, ranks: int) -> int:
 
 def micro_batches(name: str, ranks: int, at_least: int) -> int:
     """The smallest number of micro-batches that a schedule accepts and that is at least `at_least`."""
-    if name == "auto":
-        enough = ranks % 2 == 0 and at_least >= SCHEDULES["dualpipe"].least(ranks)
-        return micro_batches("dualpipe" if enough else "1f1b", ranks, at_least)
+    name = chosen(name, ranks, at_least)
     multiple = _rule(name).multiple(ranks)
     return -(-max(at_least, least(name, ranks)) // multiple) * multiple
+
+
+def chosen(name: str, ranks: int, at_least: int) -> str:
+    """`name`, or what "auto" is for a step of at least so many micro-batches: DualPipe if possible, otherwise 1F1B."""
+    if name != "auto":
+        return name
+    return "dualpipe" if ranks % 2 == 0 and at_least >= SCHEDULES["dualpipe"].least(ranks) else "1f1b"
 
 
 def of_step(name: str, ranks: int, at_least: int) -> tuple[str, int]:

@@ -151,7 +151,7 @@ def _ramp_hours(setup: Setup, tokens: float, batch: Callable[[float], float]) ->
         target = round(batch((low + high) / 2)) // batch_tokens
         few = target < schedules.least(setup.schedule, setup.layout.pp)
         name, micro = micro_batches("1f1b" if few else setup.schedule, setup.layout.pp, target)
-        at = replace(setup, micro=micro, schedule=name)
+        at = replace(setup, micro=micro, schedule=name, batch=None)
         seconds += (high - low) / at.step_tokens * step_time(at).seconds
     return seconds * setup.layout.world / 3600
 

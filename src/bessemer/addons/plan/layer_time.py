@@ -96,7 +96,9 @@ def layer_times(setup: Setup, dense: bool, busy: int) -> LayerTimes:
     if not (setup.shape.inner if dense else setup.shape.experts):
         return NO_TIMES
     alike = replace(setup.layout, pp=1, dp=1)
-    return _layer_times(replace(setup, layout=alike, schedule="", micro=1, even=False, fsdp=False), dense, busy)
+    return _layer_times(
+        replace(setup, layout=alike, schedule="", micro=1, batch=None, even=False, fsdp=False), dense, busy
+    )
 
 
 @cache

@@ -198,8 +198,7 @@ _READ: dict[str, Callable[[str, str], Any]] = {
 def micro_batches(name: str, ranks: int, target: int) -> tuple[str, int]:
     """(schedule, micro-batches per step), with `target` rounded down to a multiple the schedule allows. "auto":
     DualPipe if possible, otherwise 1F1B."""
-    if name == "auto":
-        name = "dualpipe" if ranks % 2 == 0 and target >= schedules.least("dualpipe", ranks) else "1f1b"
+    name = schedules.chosen(name, ranks, target)
     multiple = schedules.SCHEDULES[name].multiple(ranks)
     return name, max(multiple, target // multiple * multiple)
 
@@ -234,9 +233,10 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
             f"a batch of {batch} sequences is too small for {pipelines} data-parallel ranks; "
             f"raise batch to at least {pipelines}, or use more pipeline ranks"
         )
-    rows = min(rows, batch // pipelines)  # as the trainer cuts a step
-    name, micro = micro_batches(config.schedule or "auto", layout.pp, batch // (pipelines * rows))
-    if micro < (least := schedules.least(name, layout.pp)) or batch < least * pipelines:
+    name = schedules.chosen(config.schedule or "auto", layout.pp, fewest := -(-batch // (pipelines * rows)))
+    micro = schedules.micro_batches(name, layout.pp, fewest)
+    rows = -(-batch // (pipelines * micro))  # as the trainer cuts a step
+    if batch < (least := schedules.least(name, layout.pp)) * pipelines:
         raise UserError(
             f"{name} on {layout.pp} pipeline ranks needs {least} micro-batches or more of each of {pipelines} "
             f"data-parallel ranks; raise batch to at least {least * pipelines:,}, or set schedule=1f1b"
@@ -249,7 +249,7 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
         ModelShape.of(cfg), layout, cluster.device, name, micro, rows, length, fp8,
         config.mtp != 0, config.recompute or (), busiest, config.in_step or IN_STEP, config.stages == "even",
         cp=layout.cp, muon=config.optimizer == "muon", moments=4 if config.moments == "float32" else 2,
-        packed=config.packed == 1,
+        packed=config.packed == 1, batch=batch,
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def _setups(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> tuple
                         except UserError:
                             rejected["batch or schedule does not divide among the ranks"] += 1
                             continue
-                        if setup.rows < rows and config.micro_rows is None:
+                        if setup.micro == 1 and setup.rows < rows and config.micro_rows is None:
                             rejected["larger micro-batches than a step has sequences"] += 1
                         elif stages > cfg.n_layers:
                             rejected["more pipeline stages than layers"] += 1
@@ -146,4 +146,4 @@ def _lower_bound(setup: Setup) -> float:
     per_layer = {d: t.compute + (0.0 if hidden else t.communication) for d, t in times.items()}
     stage = (shape.dense * per_layer[True] + (shape.n_layers - shape.dense + setup.n_mtp) * per_layer[False]) / pp
     bubble = {"1f1b": pp - 1, "interleaved": (pp - 1) / 2}.get(setup.schedule, (pp - 1) / 3)
-    return (setup.micro + bubble) * stage * pp / (setup.tokens * setup.micro)
+    return (setup.micro + bubble) * stage * pp / (setup.step_tokens / setup.ranks)

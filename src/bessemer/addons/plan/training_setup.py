@@ -157,6 +157,8 @@ class Setup:
     slices: int = 2
     """Virtual stages of a pipeline rank under "interleaved"."""
     factors: RateFactors = AS_PUBLISHED
+    batch: int | None = None
+    """Sequences of a step; None: as many as its micro-batches hold."""
 
     @property
     def tokens(self) -> int:
@@ -170,7 +172,7 @@ class Setup:
 
     @property
     def step_tokens(self) -> int:
-        return self.tokens * self.micro * self.ranks
+        return (self.batch or self.rows * self.micro * self.piece) * self.length
 
     @property
     def piece(self) -> int:
